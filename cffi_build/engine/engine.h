@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * engine.h: a small asynchronous block layer.
+ *
+ * A request (operation, offset, length, buffers) enters at the root of a tree of
+ * nodes and travels down through vb_node_ops.submit; its completion runs
+ * request->done. A request stays on one I/O thread from birth to completion, so
+ * nothing on its way takes a lock or needs an atomic. Threads talk by messages:
+ * a vb_mailbox is a lock-free list that many push to and one takes from.
+ *
+ * Contexts. Each function below runs on the I/O thread that owns its argument,
+ * unless a comment says "control" (Python's thread) or "any". VB_DEBUG builds
+ * assert it.
+ */
+#ifndef VB_ENGINE_H
+#define VB_ENGINE_H
+
+#include <assert.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "api.h"
+
+#ifdef VB_DEBUG
+#define vb_assert(condition) assert(condition)
+#else
+#define vb_assert(condition) ((void)sizeof(condition))
+#endif
+
+#define VB_MAX_IOTHREADS 64
+
+#define vb_container_of(pointer, type, member) \
+    ((type *)((char *)(pointer) - offsetof(type, member)))
+
+/* ---- messages between threads ------------------------------------------------ */
+
+/*
+ * Embedded in what it is about; belongs to the receiver from the push until
+ * run() is called. `context` is the receiver: a vb_iothread, or for the control
+ * mailbox the vb_event to fill.
+ */
+struct vb_message {
+    struct vb_message *next;
+    void (*run)(struct vb_message *message, void *context);
+};
+
+struct vb_mailbox {
+    _Atomic(struct vb_message *) head; /* newest first */
+    _Atomic bool asleep;               /* the receiver needs the event fd to notice */
+    int event_fd;
+};
+
+int vb_mailbox_init(struct vb_mailbox *mailbox);
+void vb_mailbox_destroy(struct vb_mailbox *mailbox);
+void vb_mailbox_push(struct vb_mailbox *mailbox, struct vb_message *message); /* any */
+struct vb_message *vb_mailbox_take(struct vb_mailbox *mailbox); /* all of it, oldest first */
+
+/* ---- requests ------------------------------------------------------------------ */
+
+#define VB_PATH_MAX 16
+#define VB_SCRATCH_SIZE 192
+
+struct vb_request {
+    uint8_t op;          /* VB_OP_* */
+    uint8_t depth;       /* used entries of path */
+    uint16_t flags;      /* VB_REQ_* */
+    int32_t ret;         /* set by vb_complete: 0 or negative errno */
+    uint64_t offset;
+    uint64_t bytes;      /* read, write: the sum of iov */
+    struct iovec *iov;   /* the creator's; nodes read it and never change it */
+    uint32_t niov;
+    uint64_t start_ns;   /* when it was created */
+    struct vb_iothread *thread;
+    void (*done)(struct vb_request *request); /* takes the request back from the tree */
+    void *owner;         /* the creator's */
+    struct vb_request *next; /* in a free list */
+    struct vb_node *path[VB_PATH_MAX]; /* nodes passed, for their statistics */
+    /* Private to the node that has the request; gone once it is passed on. */
+    _Alignas(16) unsigned char scratch[VB_SCRATCH_SIZE];
+};
+
+/*
+ * Requests of a node's own (a leg's copy, a bounce buffer's). Never fail: the
+ * pool grows. The creator sets op, flags, offset, bytes, iov, niov, done, owner.
+ */
+struct vb_request *vb_request_new(struct vb_iothread *thread);
+void vb_request_free(struct vb_request *request);
+
+/* Hands the request to `node`, which owns it until it calls vb_complete(). */
+void vb_submit(struct vb_node *node, struct vb_request *request);
+
+/* Ends the request: counts it for every node on its path, then calls done(). */
+void vb_complete(struct vb_request *request, int ret);
+
+/* ---- nodes ---------------------------------------------------------------------- */
+
+struct vb_node_ops {
+    const char *name;
+    /* Start the request; may complete it before returning. */
+    void (*submit)(struct vb_node *node, struct vb_request *request);
+    /* Control: free what the node owns besides its vb_node. */
+    void (*destroy)(struct vb_node *node);
+};
+
+/* First member of each driver's own structure, which vb_node_free() frees. */
+struct vb_node {
+    const struct vb_node_ops *ops;
+    struct vb_engine *engine;
+    struct vb_node *children[VB_MAX_CHILDREN];
+    /* One per I/O thread, made by that thread at its first request here. */
+    _Atomic(struct vb_stats *) stats[VB_MAX_IOTHREADS];
+};
+
+/* Control: zeroed memory of `size` bytes whose first member is a vb_node; NULL and `error`. */
+void *vb_node_alloc(struct vb_engine *engine, const struct vb_node_ops *ops, size_t size,
+                    char *error);
+
+/* ---- statistics ------------------------------------------------------------------- */
+
+/* One completed operation into this thread's own statistics; `stats` is created on demand. */
+void vb_stats_account(_Atomic(struct vb_stats *) *stats, const struct vb_iothread *thread,
+                      unsigned op, int ret, uint64_t bytes, uint64_t latency_ns);
+/* Control: the sum over the threads, read without disturbing them. */
+void vb_stats_sum(_Atomic(struct vb_stats *) *stats, struct vb_stats *sum);
+void vb_stats_free(_Atomic(struct vb_stats *) *stats); /* control */
+
+/* ---- timers ------------------------------------------------------------------------ */
+
+struct vb_timer {
+    uint64_t deadline_ns;
+    void (*expired)(struct vb_timer *timer);
+    uint32_t slot; /* place in the thread's heap */
+};
+
+void vb_timer_start(struct vb_iothread *thread, struct vb_timer *timer, uint64_t deadline_ns);
+void vb_timer_stop(struct vb_iothread *thread, struct vb_timer *timer);
+
+/* ---- asynchronous file I/O ----------------------------------------------------------- */
+
+#define VB_AIO_READV 0
+#define VB_AIO_WRITEV 1
+#define VB_AIO_FDATASYNC 2
+#define VB_AIO_FALLOCATE 3
+
+/* One system call, to be made somewhere where it may wait. Belongs to the backend until done(). */
+struct vb_aio {
+    struct vb_message message; /* the backend's */
+    uint32_t opcode;           /* VB_AIO_* */
+    int fd;
+    int flags;                 /* readv, writev: RWF_*; fallocate: mode */
+    uint32_t niov;
+    const struct iovec *iov;
+    uint64_t offset;
+    uint64_t length;           /* fallocate */
+    int result;                /* bytes, or negative errno; short transfers are the caller's to continue */
+    void (*done)(struct vb_aio *aio);
+    struct vb_iothread *thread; /* set by vb_aio_submit */
+};
+
+/* How an I/O thread sleeps and does file I/O: io_uring, or epoll and a pool of threads. */
+struct vb_aio_backend {
+    uint32_t kind; /* VB_AIO_IO_URING or VB_AIO_THREADS */
+    /* On the I/O thread, before anything else; 0 or negative errno and `error`. */
+    int (*init)(struct vb_iothread *thread, char *error);
+    /* Accept one operation; it need not reach the kernel before poll() or wait(). */
+    void (*submit)(struct vb_iothread *thread, struct vb_aio *aio);
+    /*
+     * Pass on what was submitted and call done() for what has completed, without
+     * sleeping; true if anything completed. Costs nothing if nothing is outstanding.
+     */
+    bool (*poll)(struct vb_iothread *thread);
+    /*
+     * Like poll(), but sleeps until an operation completes, thread->epoll_fd is
+     * readable or timeout_ns have passed (UINT64_MAX: for ever). May return early.
+     * True if epoll_fd may be readable.
+     */
+    bool (*wait)(struct vb_iothread *thread, uint64_t timeout_ns);
+    void (*destroy)(struct vb_iothread *thread); /* nothing is outstanding */
+};
+
+extern const struct vb_aio_backend vb_aio_uring;
+extern const struct vb_aio_backend vb_aio_threads;
+
+static inline void vb_aio_submit(struct vb_iothread *thread, struct vb_aio *aio);
+
+/* ---- I/O threads --------------------------------------------------------------------- */
+
+/* An fd that wakes the thread. ready() only notes the fact: it may not free anything. */
+struct vb_watch {
+    void (*ready)(struct vb_watch *watch);
+};
+
+/* A source of requests, asked each time round the loop. */
+struct vb_poller {
+    struct vb_poller *next;
+    bool (*poll)(struct vb_poller *poller);  /* start what is there; true if there was something */
+    void (*flush)(struct vb_poller *poller); /* pass on what has completed, in one sweep */
+    bool (*arm)(struct vb_poller *poller);   /* before sleeping: ask to be woken; true: stay awake */
+};
+
+struct vb_iothread {
+    struct vb_engine *engine;
+    uint32_t index;           /* into per-thread arrays, below VB_MAX_IOTHREADS */
+    uint64_t now_ns;          /* clock, read once a sweep and after each system call that took time */
+    struct vb_mailbox mailbox;
+    int epoll_fd;             /* watches; the mailbox's event fd is one of them */
+    const struct vb_aio_backend *aio;
+    void *aio_state;          /* the backend's */
+    uint32_t aio_threads_max; /* VB_AIO_THREADS: most threads in the pool */
+    struct vb_poller *pollers;
+    struct vb_request *free_requests;
+    struct vb_timer **timers; /* binary heap, earliest first */
+    uint32_t timers_used, timers_size;
+    uint64_t max_sleep_ns;    /* set by arm(), for one sleep */
+    _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* written by control at any time */
+    _Atomic uint64_t poll_ns;
+    /* Counters: this thread writes, control reads. */
+    _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, queued_ios;
+    /* Set before the thread runs, or by control. */
+    struct vb_iothread_start *start;
+    char name[64];
+    char fallback[VB_ERROR_SIZE];
+    _Atomic int32_t thread_id;
+    bool stop;
+};
+
+static inline void vb_aio_submit(struct vb_iothread *thread, struct vb_aio *aio)
+{
+    aio->thread = thread;
+    thread->aio->submit(thread, aio);
+}
+
+/* A counter with one writer: no read-modify-write on the bus. */
+static inline void vb_count(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
+                          memory_order_relaxed);
+}
+
+uint64_t vb_clock_ns(void); /* any */
+static inline void vb_refresh_now(struct vb_iothread *thread) { thread->now_ns = vb_clock_ns(); }
+
+void vb_iothread_send(struct vb_iothread *thread, struct vb_message *message); /* any */
+void vb_iothread_add_poller(struct vb_iothread *thread, struct vb_poller *poller);
+void vb_iothread_remove_poller(struct vb_iothread *thread, struct vb_poller *poller);
+int vb_iothread_add_watch(struct vb_iothread *thread, int fd, struct vb_watch *watch); /* any */
+void vb_iothread_remove_watch(struct vb_iothread *thread, int fd);                    /* any */
+bool vb_in_iothread(const struct vb_iothread *thread); /* any; for assertions */
+
+/* ---- the control side ------------------------------------------------------------------ */
+
+struct vb_engine {
+    struct vb_mailbox control;      /* messages fill a vb_event each */
+    struct vb_message *taken;       /* taken from the mailbox, not yet asked for */
+    struct vb_iothread *iothreads[VB_MAX_IOTHREADS];
+};
+
+/* Any thread: tell Python; message->run(message, event) fills the event on the control thread. */
+void vb_engine_post(struct vb_engine *engine, struct vb_message *message);
+
+/* printf into an error buffer of VB_ERROR_SIZE; returns `ret` for the caller to return. */
+int vb_error(char *error, int ret, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+#endif
