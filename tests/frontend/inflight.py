@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The in-flight area of split virtqueues, as the protocol text lays it out."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+
+from .protocol import inflight_description
+
+REGION = struct.Struct("<QHHHH")
+ENTRY = struct.Struct("<B5xHQ")
+
+
+@dataclass
+class Entry:
+    inflight: int
+    next: int
+    counter: int
+
+
+@dataclass
+class QueueRegion:
+    features: int
+    version: int
+    desc_num: int
+    last_batch_head: int
+    used_idx: int
+
+
+class InflightArea:
+    """What the back-end gave out with GET_INFLIGHT_FD, or what a test made up."""
+
+    def __init__(
+        self, fd: int, mmap_size: int, queues: int, queue_size: int, offset: int = 0
+    ) -> None:
+        self.fd = fd
+        self.mmap_size = mmap_size
+        self.queues = queues
+        self.queue_size = queue_size
+        self.offset = offset
+        self.map = mmap.mmap(fd, mmap_size, offset=offset)
+        # The protocol lets a back-end place the regions as it likes; libvhost-user's
+        # places are what our back-end keeps, so that a restart may use another build.
+        self.stride = -(-(ENTRY.size * queue_size + 2) // 64) * 64
+
+    def close(self) -> None:
+        self.map.close()
+        os.close(self.fd)
+
+    def description(self) -> bytes:
+        return inflight_description(self.mmap_size, self.offset, self.queues, self.queue_size)
+
+    def clear(self) -> None:
+        self.map[:] = bytes(self.mmap_size)
+
+    def region(self, queue: int = 0) -> QueueRegion:
+        return QueueRegion(*REGION.unpack_from(self.map, self.stride * queue))
+
+    def set_region(self, region: QueueRegion, queue: int = 0) -> None:
+        REGION.pack_into(
+            self.map,
+            self.stride * queue,
+            region.features,
+            region.version,
+            region.desc_num,
+            region.last_batch_head,
+            region.used_idx,
+        )
+
+    def entry(self, head: int, queue: int = 0) -> Entry:
+        at = self.stride * queue + REGION.size + ENTRY.size * head
+        return Entry(*ENTRY.unpack_from(self.map, at))
+
+    def set_entry(self, head: int, entry: Entry, queue: int = 0) -> None:
+        at = self.stride * queue + REGION.size + ENTRY.size * head
+        ENTRY.pack_into(self.map, at, entry.inflight, entry.next, entry.counter)
+
+    def heads(self, queue: int = 0) -> list[int]:
+        """Heads marked in flight, oldest first."""
+        found = [(self.entry(head, queue), head) for head in range(self.queue_size)]
+        marked = [(entry.counter, head) for entry, head in found if entry.inflight]
+        return [head for _, head in sorted(marked)]
