@@ -1,0 +1,780 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * nodes/file.c: the drivers file and host_device, over an fd that Python opened
+ * and locked. Their Python half is vhostblk/nodes/file.py.
+ *
+ * A request's work is a series of pieces, each one system call. A piece that the
+ * kernel can serve from memory is done inline, by this thread, at once; whatever
+ * has to wait goes to the I/O thread's backend (aio_*.c). Measured, a cached 4 KiB
+ * read costs the same inline as in an io_uring batch of 32, and a cached write
+ * half: ext4 hands every buffered write of a ring to a kernel thread.
+ *
+ * When is it safe to try inline?
+ *  - Where RWF_NOWAIT works (most file systems' reads, few ones' writes) the kernel
+ *    says -EAGAIN instead of waiting.
+ *  - On tmpfs and its like nothing waits for a disk.
+ *  - Else we try and measure. See "lanes".
+ * Never inline: O_DIRECT, synchronisation, allocation, and large requests, during
+ * which other queues of this thread would starve.
+ */
+#include "../engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#define INLINE_MAX (1u << 20) /* bytes */
+#define BOUNCE_MAX (1u << 20) /* bytes of aligned memory per request */
+#define ZERO_SIZE 65536u
+#define ZERO_COUNT 16u
+
+/* An inline call that took longer than this, plus 1 ns per byte, did not find memory ready. */
+#define SLOW_NS 100000u
+#define WATCH_NS 1000000000u
+#define AVOID_NS 100000000u
+#define AVOID_FACTOR 16u
+
+/* Ways to write zeroes other than writing zeroes; bits. */
+#define METHOD_PUNCH 1u
+#define METHOD_ZERO_RANGE 2u
+
+/*
+ * What has been learnt about inline calls without RWF_NOWAIT, for each direction.
+ * A slow call is first only a suspicion, since a busy host may have
+ * preempted us: for WATCH_NS it is seen whether a slow call really slept. If one did, the
+ * lane is avoided for AVOID_NS and a multiple of what it took, then tried again.
+ * So a slow disk stops this thread for one call in a tenth of a second at most, and
+ * for a sixteenth of the time at most.
+ * Shared by all threads that use the node, relaxed: at worst one more call is slow.
+ */
+struct lane {
+    _Atomic bool no_nowait;        /* RWF_NOWAIT is not supported here */
+    _Atomic uint64_t watch_until;
+    _Atomic uint64_t avoid_until;
+};
+
+struct file_node {
+    struct vb_node node;
+    int fd;              /* owned */
+    int buffered_fd;     /* owned; the same file without O_DIRECT if `direct`, or -1 */
+    bool read_only, direct, no_flush, discard_unmap;
+    bool regular;        /* not a block device */
+    bool in_memory;      /* tmpfs: inline whatever it says */
+    uint32_t detect_zeroes;
+    uint32_t memory_align, request_align;
+    _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
+    _Atomic int flush_error;      /* see flushed() */
+    struct lane lanes[2];         /* read, write */
+};
+
+/* A request's work, in its scratch. */
+struct file_io {
+    struct vb_aio aio;       /* the current piece */
+    struct vb_request *request;
+    struct file_node *file;
+    uint64_t offset, left;   /* what is still to be transferred */
+    size_t skip;             /* ... starting `skip` bytes into request->iov[index] */
+    uint32_t index;
+    bool zeroes;             /* the data are zeroes, not request->iov */
+    bool queued;             /* do not try inline again */
+    bool bounced;            /* the piece uses `bounce` */
+    bool sync;               /* fdatasync before completing */
+    uint32_t methods;        /* METHOD_*: still worth trying; the lowest bit is next */
+    struct iovec *rest;      /* owned: request->iov from index and skip on, after a short transfer */
+    void *bounce;            /* owned: aligned memory */
+    struct iovec one;        /* for `bounce` or a last bit of zeroes */
+};
+
+_Static_assert(sizeof(struct file_io) <= VB_SCRATCH_SIZE, "scratch too small");
+
+static unsigned char zeroes[ZERO_SIZE] __attribute__((aligned(ZERO_SIZE)));
+#define Z {zeroes, ZERO_SIZE}
+static const struct iovec zero_iov[ZERO_COUNT] = {Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z, Z};
+#undef Z
+
+static void transfer(struct file_io *io);
+
+static struct file_io *io_of(struct vb_aio *aio)
+{
+    return vb_container_of(aio, struct file_io, aio);
+}
+
+static bool is_write(const struct file_io *io)
+{
+    return io->request->op != VB_OP_READ;
+}
+
+/* The kernel wants to be asked again, and nothing has happened yet. */
+static bool try_again(int ret)
+{
+    return ret == -EAGAIN || ret == -EINTR;
+}
+
+static bool not_supported(int ret)
+{
+    return ret == -EOPNOTSUPP || ret == -ENOSYS || ret == -ENODEV || ret == -ENOTTY;
+}
+
+static void finish(struct file_io *io, int ret)
+{
+    free(io->rest);
+    free(io->bounce);
+    vb_complete(io->request, ret);
+}
+
+static void queue(struct file_io *io, void (*done)(struct vb_aio *aio))
+{
+    struct vb_iothread *thread = io->request->thread;
+
+    io->aio.done = done;
+    vb_count(&thread->queued_ios, 1);
+    vb_aio_submit(thread, &io->aio);
+}
+
+/* ---- flush, and the end of FUA writes --------------------------------------------- */
+
+static void queue_fdatasync(struct file_io *io);
+
+/*
+ * Linux reports a failed write-back once, marks the pages clean and forgets: the
+ * next fdatasync() succeeds though data are lost. So after a failure every later flush
+ * fails too, until the file is opened anew. With O_DIRECT no data were in our
+ * hands, the guest may well try again (as in QEMU). A flush that ran at the
+ * same time and was told nothing fails also.
+ */
+static void flushed(struct vb_aio *aio)
+{
+    struct file_io *io = io_of(aio);
+    struct file_node *file = io->file;
+    int none = 0, ret = aio->result;
+
+    if (try_again(ret)) {
+        queue_fdatasync(io);
+        return;
+    }
+    if (ret < 0 && !file->direct) {
+        atomic_compare_exchange_strong(&file->flush_error, &none, ret);
+    }
+    if (ret >= 0) {
+        ret = atomic_load_explicit(&file->flush_error, memory_order_relaxed);
+    }
+    finish(io, ret);
+}
+
+static void queue_fdatasync(struct file_io *io)
+{
+    io->aio.opcode = VB_AIO_FDATASYNC;
+    io->aio.fd = io->file->fd;
+    queue(io, flushed);
+}
+
+static void sync_then_finish(struct file_io *io)
+{
+    int error = atomic_load_explicit(&io->file->flush_error, memory_order_relaxed);
+
+    if (error) {
+        finish(io, error);
+    } else {
+        queue_fdatasync(io);
+    }
+}
+
+/* With cache.no-flush nobody waits for the disk, FUA or not; as QEMU. */
+static bool wants_fua(const struct file_io *io)
+{
+    return (io->request->flags & VB_REQ_FUA) && !io->file->no_flush;
+}
+
+/* ---- pieces: what the next system call transfers ------------------------------------ */
+
+static bool is_aligned(const struct file_io *io)
+{
+    const struct iovec *iov = io->request->iov;
+    uintptr_t bits = io->skip;
+
+    for (uint32_t i = io->index; i < io->request->niov; i++) {
+        bits |= (uintptr_t)iov[i].iov_base | iov[i].iov_len;
+    }
+    return (bits & (io->file->memory_align - 1)) == 0;
+}
+
+static void use_zeroes(struct file_io *io)
+{
+    if (io->left < ZERO_SIZE) {
+        io->one = (struct iovec){zeroes, io->left};
+        io->aio.iov = &io->one;
+        io->aio.niov = 1;
+        return;
+    }
+    io->aio.iov = zero_iov;
+    io->aio.niov = ZERO_COUNT;
+    if (io->left / ZERO_SIZE < ZERO_COUNT) {
+        io->aio.niov = (uint32_t)(io->left / ZERO_SIZE);
+    }
+}
+
+/* Steps the cursor over `bytes` bytes; copies them from or to `memory` unless it is NULL. */
+static void advance_cursor(struct file_io *io, size_t bytes, unsigned char *memory, bool fill)
+{
+    const struct iovec *iov = io->request->iov;
+
+    while (bytes > 0) {
+        unsigned char *base = (unsigned char *)iov[io->index].iov_base + io->skip;
+        size_t here = iov[io->index].iov_len - io->skip;
+        size_t n = here < bytes ? here : bytes;
+
+        if (memory && fill) {
+            memcpy(memory, base, n);
+        } else if (memory) {
+            memcpy(base, memory, n);
+        }
+        memory = memory ? memory + n : NULL;
+        bytes -= n;
+        io->skip += n;
+        if (n == here) {
+            io->index++;
+            io->skip = 0;
+        }
+    }
+}
+
+static int use_bounce(struct file_io *io)
+{
+    size_t size = io->left < BOUNCE_MAX ? io->left : BOUNCE_MAX;
+    uint32_t index = io->index;
+    size_t skip = io->skip;
+
+    if (!io->bounce && posix_memalign(&io->bounce, io->file->memory_align, size)) {
+        io->bounce = NULL;
+        return -ENOMEM;
+    }
+    if (is_write(io)) {
+        advance_cursor(io, size, io->bounce, true);
+        io->index = index; /* the write may be short */
+        io->skip = skip;
+    }
+    io->bounced = true;
+    io->one = (struct iovec){io->bounce, size};
+    io->aio.iov = &io->one;
+    io->aio.niov = 1;
+    return 0;
+}
+
+/* The guest's own memory; the array is copied only if the piece starts inside one of its entries. */
+static int use_request_iov(struct file_io *io)
+{
+    uint32_t count = io->request->niov - io->index;
+
+    io->aio.iov = io->request->iov + io->index;
+    io->aio.niov = count < IOV_MAX ? count : IOV_MAX;
+    if (io->skip == 0) {
+        return 0;
+    }
+    free(io->rest);
+    io->rest = malloc(io->aio.niov * sizeof(*io->rest));
+    if (!io->rest) {
+        return -ENOMEM;
+    }
+    memcpy(io->rest, io->aio.iov, io->aio.niov * sizeof(*io->rest));
+    io->rest[0].iov_base = (char *)io->rest[0].iov_base + io->skip;
+    io->rest[0].iov_len -= io->skip;
+    io->aio.iov = io->rest;
+    return 0;
+}
+
+/*
+ * O_DIRECT takes whole blocks only. The odd bytes at the end of a file (its size
+ * need not be a multiple) go through the page cache; the kernel keeps the two coherent.
+ */
+static bool goes_direct(const struct file_io *io)
+{
+    return io->file->direct && ((io->offset | io->left) & (io->file->request_align - 1)) == 0;
+}
+
+static int prepare_piece(struct file_io *io)
+{
+    struct file_node *file = io->file;
+    bool direct = goes_direct(io);
+
+    io->aio.opcode = is_write(io) ? VB_AIO_WRITEV : VB_AIO_READV;
+    io->aio.fd = direct ? file->fd : file->buffered_fd;
+    io->aio.flags = file->direct && wants_fua(io) ? RWF_DSYNC : 0;
+    io->aio.offset = io->offset;
+    io->bounced = false;
+    if (io->aio.fd < 0) {
+        return -EINVAL;
+    }
+    if (io->zeroes) {
+        use_zeroes(io);
+        return 0;
+    }
+    if (direct && (io->request->niov - io->index > IOV_MAX || !is_aligned(io))) {
+        return use_bounce(io);
+    }
+    return use_request_iov(io);
+}
+
+static void clear_rest(struct file_io *io)
+{
+    const struct iovec *iov = io->request->iov;
+
+    for (; io->index < io->request->niov; io->index++, io->skip = 0) {
+        memset((char *)iov[io->index].iov_base + io->skip, 0, iov[io->index].iov_len - io->skip);
+    }
+}
+
+/* A piece has ended with `ret`. False: the request has, too. */
+static bool piece_done(struct file_io *io, ssize_t ret)
+{
+    if (ret > 0) {
+        if (io->bounced && !is_write(io)) {
+            advance_cursor(io, (size_t)ret, io->bounce, false);
+        } else if (!io->zeroes && (uint64_t)ret < io->left) {
+            advance_cursor(io, (size_t)ret, NULL, false);
+        }
+        io->offset += (uint64_t)ret;
+        io->left -= (uint64_t)ret;
+        return true;
+    }
+    if (ret == 0 && !is_write(io)) { /* the end of the file: reads as zeroes */
+        clear_rest(io);
+    } else if (ret == 0) {
+        ret = -ENOSPC; /* as QEMU */
+    }
+    finish(io, (int)ret);
+    return false;
+}
+
+/* ---- inline ---------------------------------------------------------------------------- */
+
+static ssize_t call(struct file_io *io, int flags)
+{
+    const struct vb_aio *aio = &io->aio;
+    ssize_t ret;
+
+    ret = is_write(io)
+        ? pwritev2(aio->fd, aio->iov, (int)aio->niov, (off_t)aio->offset, flags)
+        : preadv2(aio->fd, aio->iov, (int)aio->niov, (off_t)aio->offset, flags);
+    ret = ret < 0 ? -errno : ret;
+    vb_refresh_now(io->request->thread);
+    return ret;
+}
+
+static long voluntary_switches(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+}
+
+static uint64_t relaxed(_Atomic uint64_t *value)
+{
+    return atomic_load_explicit(value, memory_order_relaxed);
+}
+
+static void learn_from_slow_call(struct lane *lane, uint64_t now, uint64_t took, bool slept)
+{
+    uint64_t avoid = slept ? now + AVOID_NS + took * AVOID_FACTOR : 0;
+
+    if (slept) {
+        atomic_store_explicit(&lane->avoid_until, avoid, memory_order_relaxed);
+    }
+    atomic_store_explicit(&lane->watch_until, (slept ? avoid : now) + WATCH_NS,
+                          memory_order_relaxed);
+}
+
+static ssize_t measured_call(struct file_io *io, struct lane *lane)
+{
+    struct vb_iothread *thread = io->request->thread;
+    bool watched;
+    long switches = 0;
+    uint64_t start, took;
+    ssize_t ret;
+
+    vb_refresh_now(thread);
+    start = thread->now_ns;
+    if (start < relaxed(&lane->avoid_until)) {
+        return -EAGAIN;
+    }
+    watched = start < relaxed(&lane->watch_until);
+    if (watched) {
+        switches = voluntary_switches();
+    }
+    ret = call(io, 0);
+    took = thread->now_ns - start;
+    if (took > SLOW_NS + io->left) {
+        learn_from_slow_call(lane, thread->now_ns, took,
+                             watched && voluntary_switches() != switches);
+    }
+    return ret;
+}
+
+/* The piece's result, or -EAGAIN: it has to be queued. */
+static ssize_t try_inline(struct file_io *io)
+{
+    struct lane *lane = &io->file->lanes[is_write(io)];
+
+    if (!atomic_load_explicit(&lane->no_nowait, memory_order_relaxed)) {
+        ssize_t ret = call(io, RWF_NOWAIT);
+
+        if (ret != -EOPNOTSUPP) {
+            /* Linux 5.9 and 5.10 may return 0 where there is no end of file: ask again. */
+            return ret ? ret : -EAGAIN;
+        }
+        atomic_store_explicit(&lane->no_nowait, true, memory_order_relaxed);
+    }
+    return io->file->in_memory ? call(io, 0) : measured_call(io, lane);
+}
+
+/* ---- read and write ---------------------------------------------------------------------- */
+
+static void transferred(struct vb_aio *aio)
+{
+    struct file_io *io = io_of(aio);
+
+    if (try_again(aio->result) || piece_done(io, aio->result)) {
+        transfer(io);
+    }
+}
+
+/* Piece after piece inline, until all is done or one has to be queued. */
+static void transfer(struct file_io *io)
+{
+    while (io->left > 0) {
+        int error = prepare_piece(io);
+        ssize_t ret;
+
+        if (error) {
+            finish(io, error);
+            return;
+        }
+        if (io->queued) {
+            queue(io, transferred);
+            return;
+        }
+        ret = try_inline(io);
+        if (try_again((int)ret)) {
+            io->queued = true;
+            continue;
+        }
+        vb_count(&io->request->thread->inline_ios, 1);
+        if (!piece_done(io, ret)) {
+            return;
+        }
+    }
+    if (io->sync) {
+        sync_then_finish(io);
+    } else {
+        finish(io, 0);
+    }
+}
+
+/*
+ * FUA without O_DIRECT is an ordinary write and an fdatasync(), not RWF_DSYNC: after
+ * a failed RWF_DSYNC nobody could tell a full disk (try again) from lost pages (never again).
+ */
+static void start_transfer(struct file_io *io)
+{
+    io->queued = io->file->direct || io->request->bytes > INLINE_MAX;
+    io->sync = !io->file->direct && wants_fua(io);
+    transfer(io);
+}
+
+/* ---- write zeroes -------------------------------------------------------------------------- */
+
+static void start_zeroes(struct file_io *io);
+
+/* The guest may rely on nothing but zeroes; the file's size must still cover them. */
+static bool file_covers(const struct file_io *io)
+{
+    struct stat status;
+
+    return !io->file->regular || fstat(io->file->fd, &status) < 0 ||
+           (uint64_t)status.st_size >= io->offset + io->left;
+}
+
+/*
+ * A hole past the end of a file does not extend it. Writing the last byte does;
+ * unlike ftruncate() that cannot cut off what another request has just appended.
+ */
+static void extend_file(struct file_io *io)
+{
+    io->zeroes = true;
+    io->queued = true;
+    io->offset += io->left - 1;
+    io->left = 1;
+    transfer(io);
+}
+
+static void zeroed(struct vb_aio *aio)
+{
+    struct file_io *io = io_of(aio);
+    uint32_t method = aio->flags & FALLOC_FL_PUNCH_HOLE ? METHOD_PUNCH : METHOD_ZERO_RANGE;
+    int ret = aio->result;
+
+    if (try_again(ret)) {
+        queue(io, zeroed);
+    } else if (not_supported(ret) || ret == -EINVAL) { /* EINVAL: perhaps only this range */
+        if (ret != -EINVAL) {
+            atomic_fetch_or_explicit(&io->file->unsupported, method, memory_order_relaxed);
+        }
+        io->methods &= ~method;
+        start_zeroes(io);
+    } else if (ret < 0) {
+        finish(io, ret);
+    } else if (method == METHOD_PUNCH && !file_covers(io)) {
+        extend_file(io);
+    } else {
+        io->left = 0;
+        transfer(io);
+    }
+}
+
+static void queue_fallocate(struct file_io *io, int mode, void (*done)(struct vb_aio *aio))
+{
+    io->aio.opcode = VB_AIO_FALLOCATE;
+    io->aio.fd = io->file->fd;
+    io->aio.flags = mode;
+    io->aio.offset = io->offset;
+    io->aio.length = io->left;
+    queue(io, done);
+}
+
+static void start_zeroes(struct file_io *io)
+{
+    uint32_t methods =
+        io->methods & ~atomic_load_explicit(&io->file->unsupported, memory_order_relaxed);
+
+    io->sync = wants_fua(io);
+    if (methods & METHOD_PUNCH) {
+        queue_fallocate(io, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, zeroed);
+    } else if (methods & METHOD_ZERO_RANGE) {
+        queue_fallocate(io, FALLOC_FL_ZERO_RANGE, zeroed);
+    } else {
+        io->zeroes = true;
+        start_transfer(io);
+    }
+}
+
+static void write_zeroes(struct file_io *io, bool may_unmap)
+{
+    io->methods = METHOD_ZERO_RANGE;
+    if (may_unmap && io->file->discard_unmap) {
+        io->methods |= METHOD_PUNCH;
+    }
+    start_zeroes(io);
+}
+
+/* Stops at the first block that is not zero; the compiler makes vector code of it. */
+static bool memory_is_zero(const unsigned char *memory, size_t size)
+{
+    typedef uint64_t word __attribute__((aligned(1), may_alias));
+
+    for (; size >= 64; memory += 64, size -= 64) {
+        const word *words = (const word *)memory;
+        uint64_t bits = 0;
+
+        for (int i = 0; i < 8; i++) {
+            bits |= words[i];
+        }
+        if (bits) {
+            return false;
+        }
+    }
+    while (size > 0 && memory[size - 1] == 0) {
+        size--;
+    }
+    return size == 0;
+}
+
+static bool all_zero(const struct vb_request *request)
+{
+    for (uint32_t i = 0; i < request->niov; i++) {
+        if (!memory_is_zero(request->iov[i].iov_base, request->iov[i].iov_len)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void write_data(struct file_io *io)
+{
+    uint32_t detect = io->file->detect_zeroes;
+
+    if (detect && all_zero(io->request)) {
+        write_zeroes(io, detect == 2);
+    } else {
+        start_transfer(io);
+    }
+}
+
+/* ---- discard and flush ------------------------------------------------------------------------ */
+
+/* Advice: not to be able to follow it is no failure. */
+static void discarded(struct vb_aio *aio)
+{
+    struct file_io *io = io_of(aio);
+    int ret = aio->result;
+
+    if (try_again(ret)) {
+        queue(io, discarded);
+        return;
+    }
+    if (not_supported(ret)) {
+        atomic_fetch_or_explicit(&io->file->unsupported, METHOD_PUNCH, memory_order_relaxed);
+        ret = 0;
+    }
+    finish(io, ret == -EINVAL ? 0 : ret); /* EINVAL: not in units of this device */
+}
+
+static void discard(struct file_io *io)
+{
+    uint32_t unsupported = atomic_load_explicit(&io->file->unsupported, memory_order_relaxed);
+
+    if (!io->file->discard_unmap || (unsupported & METHOD_PUNCH)) {
+        finish(io, 0);
+    } else {
+        queue_fallocate(io, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, discarded);
+    }
+}
+
+static void flush(struct file_io *io)
+{
+    if (io->file->no_flush || io->file->read_only) {
+        finish(io, 0);
+    } else {
+        sync_then_finish(io);
+    }
+}
+
+/* ---- the node ------------------------------------------------------------------------------------ */
+
+static void file_submit(struct vb_node *node, struct vb_request *request)
+{
+    struct file_io *io = (struct file_io *)request->scratch;
+
+    *io = (struct file_io){
+        .request = request,
+        .file = vb_container_of(node, struct file_node, node),
+        .offset = request->offset,
+        .left = request->bytes,
+    };
+    if (request->op == VB_OP_FLUSH) {
+        flush(io);
+    } else if (request->op != VB_OP_READ && io->file->read_only) {
+        finish(io, -EPERM); /* as QEMU */
+    } else if (request->bytes == 0) {
+        finish(io, 0);
+    } else if (request->op == VB_OP_READ) {
+        start_transfer(io);
+    } else if (request->op == VB_OP_WRITE) {
+        write_data(io);
+    } else if (request->op == VB_OP_DISCARD) {
+        discard(io);
+    } else {
+        write_zeroes(io, request->flags & VB_REQ_MAY_UNMAP);
+    }
+}
+
+static void file_destroy(struct vb_node *node)
+{
+    struct file_node *file = vb_container_of(node, struct file_node, node);
+
+    if (file->buffered_fd >= 0 && file->buffered_fd != file->fd) {
+        close(file->buffered_fd);
+    }
+    close(file->fd);
+}
+
+static const struct vb_node_ops file_ops = {
+    .name = "file",
+    .submit = file_submit,
+    .destroy = file_destroy,
+};
+
+static bool is_alignment(uint32_t value)
+{
+    return value > 0 && (value & (value - 1)) == 0 && value <= ZERO_SIZE;
+}
+
+static int check_options(const struct vb_file_options *options, struct stat *status, char *error)
+{
+    if (fstat(options->fd, status) < 0) {
+        return vb_error(error, -errno, "cannot use file descriptor %d: %s", options->fd,
+                        strerror(errno));
+    }
+    if (!S_ISREG(status->st_mode) && !S_ISBLK(status->st_mode)) {
+        return vb_error(error, -EINVAL, "file descriptor %d is neither a regular file nor a block "
+                        "device", options->fd);
+    }
+    if (!is_alignment(options->memory_align) || !is_alignment(options->request_align)) {
+        return vb_error(error, -EINVAL, "alignments %u (memory) and %u (requests) are not powers "
+                        "of two up to %u", options->memory_align, options->request_align,
+                        ZERO_SIZE);
+    }
+    return 0;
+}
+
+static bool lives_in_memory(int fd)
+{
+    struct statfs status;
+
+    return fstatfs(fd, &status) == 0 &&
+           (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC ||
+            status.f_type == HUGETLBFS_MAGIC);
+}
+
+/*
+ * An open file of its own, since O_DIRECT belongs to the open file. It has no part
+ * in the image's locks. -1 if it cannot be had, and then the odd bytes at the
+ * end of a file cannot be read or written.
+ */
+static int open_buffered(const struct vb_file_options *options)
+{
+    char path[32];
+
+    if (!options->direct) {
+        return options->fd;
+    }
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", options->fd);
+    return open(path, (options->read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
+}
+
+struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_options *options,
+                                 char *error)
+{
+    struct file_node *file;
+    struct stat status;
+
+    if (check_options(options, &status, error) < 0) {
+        return NULL;
+    }
+    file = vb_node_alloc(engine, &file_ops, sizeof(*file), error);
+    if (!file) {
+        return NULL;
+    }
+    file->fd = options->fd;
+    file->buffered_fd = open_buffered(options);
+    file->read_only = options->read_only;
+    file->direct = options->direct;
+    file->no_flush = options->no_flush;
+    file->discard_unmap = options->discard_unmap;
+    file->detect_zeroes = options->detect_zeroes;
+    file->memory_align = options->memory_align;
+    if (file->memory_align < sizeof(void *)) {
+        file->memory_align = sizeof(void *); /* posix_memalign() wants that much; only O_DIRECT looks */
+    }
+    file->request_align = options->request_align;
+    file->regular = S_ISREG(status.st_mode);
+    file->in_memory = file->regular && lives_in_memory(options->fd);
+    return &file->node;
+}
