@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pytest plugin: one back-end with many exports, shared by the tests of a run.
+
+A module asks for it with `pytest_plugins = ["frontend.lab"]`. The fixture `lab`
+starts the process again if a test has broken it, so that one failure stays one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .daemon import Daemon, Qmp, vhostblk
+from .device import Device
+from .protocol import Disconnected
+
+MIB = 1 << 20
+DISK_SIZE = 64 * MIB
+NULL_SIZE = 1 << 40
+SERIAL = "frontend-0123456789a"
+SLOW_NS = 200_000_000
+
+NODES = {
+    "disk": "driver=file,filename={dir}/disk.raw,discard=unmap",
+    "null": f"driver=null-co,size={NULL_SIZE},read-zeroes=on",
+    "slow": f"driver=null-co,size={NULL_SIZE},read-zeroes=on,latency-ns={SLOW_NS}",
+    "ro": "driver=file,filename={dir}/ro.raw,read-only=on",
+    "many": "driver=file,filename={dir}/many.raw",
+    "plain": "driver=null-co,size=1048576",
+    "sectors": "driver=null-co,size=1048576,read-zeroes=on",
+    "bystander": f"driver=null-co,size={NULL_SIZE},read-zeroes=on",
+}
+
+EXPORTS = {
+    "disk": f"writable=on,num-queues=4,serial={SERIAL}",
+    "null": "writable=on,num-queues=4",
+    "slow": "writable=on,num-queues=2",
+    "ro": "num-queues=1",
+    "many": "writable=on,num-queues=8,iothread.0=io1,iothread.1=io2",
+    "plain": "",
+    "sectors": "writable=on,num-queues=1,logical-block-size=4096,writethrough=on",
+    "bystander": "writable=on,num-queues=1",
+}
+
+
+def node_options(name: str) -> list[str]:
+    return ["--blockdev", f"node-name={name},{NODES[name]}"]
+
+
+def export_options(name: str) -> list[str]:
+    options = f"type=vhost-user-blk,id={name},node-name={name},addr.type=unix"
+    options += f",addr.path={{dir}}/{name}.sock"
+    if EXPORTS[name]:
+        options += f",{EXPORTS[name]}"
+    return ["--export", options]
+
+
+class Lab:
+    """The back-end, and an innocent front-end that must never notice anything."""
+
+    def __init__(self) -> None:
+        arguments = ["--object", "iothread,id=io1", "--object", "iothread,id=io2"]
+        arguments += ["--control", "{dir}/qmp.sock"]
+        for name in NODES:
+            arguments += node_options(name)
+        for name in EXPORTS:
+            arguments += export_options(name)
+        files = {"disk.raw": DISK_SIZE, "ro.raw": MIB, "many.raw": DISK_SIZE}
+        self.daemon: Daemon = vhostblk(*arguments, files=files)
+        self.bystander = Device(self.path("bystander"))
+        self.bystander.__enter__()
+
+    def close(self) -> None:
+        self.bystander.close()
+        self.daemon.close()
+
+    def path(self, export: str) -> str:
+        return self.daemon.socket(export)
+
+    def file(self, export: str) -> Path:
+        return self.daemon.directory / f"{export}.raw"
+
+    def device(self, export: str = "disk", **options: Any) -> Device:
+        return Device(self.path(export), **options)
+
+    def qmp(self) -> Qmp:
+        return Qmp(self.path("qmp"))
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
+
+    def works(self, export: str) -> None:
+        """A new front-end is served there, and the bystander still is."""
+        with self.device(export) as device:
+            device.read(0, 4096)
+            assert device.run(8, length=20).status == 0
+        self.bystander.read(1 << 30, 4096)
+        assert self.daemon.alive
+
+    @contextmanager
+    def attack(self, export: str = "disk", *, dropped: bool = True, **options: Any
+    ) -> Iterator[Device]:
+        """Connected and negotiated inside; afterwards the damage is assessed.
+
+        `dropped`: the back-end must have hung up, for a reason it gave in one line.
+        Otherwise it may: then too there is one line, else none.
+        """
+        mark = self.daemon.mark()
+        device = self.device(export, **options)
+        try:
+            device.connect()
+            with suppress(Disconnected):
+                yield device
+            if dropped:
+                assert device.channel.wait_closed(), "the connection was not dropped"
+            hung_up = device.channel.wait_closed(0.05)
+        finally:
+            device.close()
+        if hung_up:
+            self.daemon.wait_line(export, since=mark)
+        self.works(export)
+        said = self.daemon.lines(mark)
+        assert len(said) == (1 if hung_up else 0), said
+
+
+@pytest.fixture(scope="session")
+def _labs() -> Iterator[list[Lab]]:
+    labs: list[Lab] = []
+    yield labs
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture
+def lab(_labs: list[Lab]) -> Lab:
+    if _labs and not _labs[-1].daemon.alive:
+        _labs.pop().close()
+    if not _labs:
+        _labs.append(Lab())
+    return _labs[-1]
