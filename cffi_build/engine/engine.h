@@ -198,7 +198,7 @@ struct vb_watch {
 struct vb_poller {
     struct vb_poller *next;
     bool (*poll)(struct vb_poller *poller);  /* start what is there; true if there was something */
-    void (*flush)(struct vb_poller *poller); /* pass on what has completed, in one sweep */
+    bool (*flush)(struct vb_poller *poller); /* pass on what has completed; true if any had */
     bool (*arm)(struct vb_poller *poller);   /* before sleeping: ask to be woken; true: stay awake */
 };
 

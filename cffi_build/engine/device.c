@@ -1,0 +1,799 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * device.c: one vhost-user connection: its device thread, and its lanes on the
+ * I/O threads.
+ *
+ * Life: control makes the device, attaches a lane to each I/O thread and starts the
+ * device thread. That thread handles messages until the socket ends, someone asks
+ * it to stop or somebody breaks the rules; then it drains the lanes, unmaps the
+ * guest's memory (vu_deinit) and posts `gone`. Control joins it and tells the lanes
+ * to detach; the last one to do so frees the device. Messages to an I/O
+ * thread arrive in the order of sending, so whatever control sent a lane before that has been
+ * handled.
+ */
+#include <linux/virtio_blk.h>
+#include <linux/virtio_config.h>
+
+#include "device.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define DEVICE_STACK_SIZE (256 * 1024)
+
+/* One message that parks a lane; lives on the device thread's stack until `done`. */
+struct vb_park {
+    struct vb_message message;
+    struct vb_lane *lane;
+    bool drain;
+    sem_t *done;
+};
+
+struct vb_pause {
+    struct vb_message message;
+    struct vb_lane *lane;
+    struct vb_pause_round *round;
+    struct vb_pause *next;
+};
+
+/* ---- lanes, on their I/O threads ------------------------------------------------------ */
+
+/* Nothing is in flight: tell whoever waits for that. */
+static void lane_settle(struct vb_lane *lane)
+{
+    while (lane->pausing) {
+        struct vb_pause *pause = lane->pausing;
+
+        lane->pausing = pause->next;
+        vb_pause_settled(pause->round);
+        free(pause);
+    }
+    if (lane->parking) {
+        struct vb_park *park = lane->parking;
+
+        lane->parking = NULL;
+        lane->parked = true;
+        sem_post(park->done); /* frees park */
+    }
+}
+
+static bool lane_may_pop(const struct vb_lane *lane)
+{
+    return !lane->parked && !lane->parking && lane->paused == 0 && !lane->broken;
+}
+
+static bool lane_poll(struct vb_poller *poller)
+{
+    struct vb_lane *lane = vb_container_of(poller, struct vb_lane, poller);
+    bool any = false;
+
+    if (!lane_may_pop(lane)) {
+        return false;
+    }
+    for (struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
+        any |= queue->running && vb_queue_poll(queue);
+    }
+    return any;
+}
+
+static bool lane_flush(struct vb_poller *poller)
+{
+    struct vb_lane *lane = vb_container_of(poller, struct vb_lane, poller);
+    bool any = false;
+
+    if (lane->parked) {
+        return false;
+    }
+    for (struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
+        any |= vb_queue_flush(queue);
+    }
+    atomic_store_explicit(&lane->inflight_seen, lane->inflight, memory_order_relaxed);
+    if (lane->inflight == 0) {
+        lane_settle(lane);
+    }
+    return any;
+}
+
+static bool lane_arm(struct vb_poller *poller)
+{
+    struct vb_lane *lane = vb_container_of(poller, struct vb_lane, poller);
+    bool busy = false;
+
+    if (!lane_may_pop(lane)) {
+        return false;
+    }
+    for (struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
+        busy |= queue->running && vb_queue_arm(queue);
+    }
+    return busy;
+}
+
+/* A kick wakes the thread, and awake it looks at every ring: there is nothing else to do. */
+static void kick_ready(struct vb_watch *watch)
+{
+    (void)watch;
+}
+
+static void run_attach(struct vb_message *message, void *context)
+{
+    struct vb_lane *lane = vb_container_of(message, struct vb_lane, attach);
+
+    vb_iothread_add_poller(context, &lane->poller);
+}
+
+static void device_free(struct vb_device *device);
+
+static void run_detach(struct vb_message *message, void *context)
+{
+    struct vb_lane *lane = vb_container_of(message, struct vb_lane, detach);
+    struct vb_device *device = lane->device;
+
+    vb_iothread_remove_poller(context, &lane->poller);
+    if (atomic_fetch_sub(&device->lanes_left, 1) == 1) {
+        device_free(device);
+    }
+}
+
+static void run_park(struct vb_message *message, void *context)
+{
+    struct vb_park *park = vb_container_of(message, struct vb_park, message);
+    struct vb_lane *lane = park->lane;
+
+    (void)context;
+    if (!park->drain) {
+        lane->parked = true;
+        sem_post(park->done);
+        return;
+    }
+    /* What a dead predecessor left in flight counts as in flight here. */
+    for (struct vb_queue *queue = lane->queues; lane_may_pop(lane) && queue; queue = queue->next) {
+        if (queue->running) {
+            vb_queue_resubmit(queue);
+        }
+    }
+    lane->parked = false; /* may flush */
+    lane->parking = park; /* may not pop; settled by the next flush */
+}
+
+static void run_unpark(struct vb_message *message, void *context)
+{
+    struct vb_lane *lane = vb_container_of(message, struct vb_lane, unpark);
+
+    (void)context;
+    lane->parked = false;
+}
+
+static void run_pause(struct vb_message *message, void *context)
+{
+    struct vb_pause *pause = vb_container_of(message, struct vb_pause, message);
+    struct vb_lane *lane = pause->lane;
+
+    (void)context;
+    lane->paused++;
+    if (lane->inflight == 0) {
+        vb_pause_settled(pause->round);
+        free(pause);
+        return;
+    }
+    pause->next = lane->pausing;
+    lane->pausing = pause;
+}
+
+static void run_resume(struct vb_message *message, void *context)
+{
+    struct vb_pause *resume = vb_container_of(message, struct vb_pause, message);
+
+    (void)context;
+    resume->lane->paused--;
+    free(resume);
+}
+
+void vb_device_violation(struct vb_lane *lane, const char *what)
+{
+    const char *none = NULL;
+
+    lane->broken = true;
+    atomic_compare_exchange_strong(&lane->device->violation, &none, what);
+    vb_device_wake(lane->device);
+}
+
+/* ---- notes to control -------------------------------------------------------------------- */
+
+struct note {
+    struct vb_message message;
+    struct vb_export *export_;
+    uint32_t kind;
+    int ret;
+};
+
+static void fill_note(struct vb_message *message, void *context)
+{
+    struct note *note = vb_container_of(message, struct note, message);
+
+    *(struct vb_event *)context = (struct vb_event){
+        .kind = note->kind,
+        .ret = note->ret,
+        .cookie = note->export_->cookie,
+    };
+    free(note);
+}
+
+static void post_note(struct vb_export *export_, uint32_t kind, int ret)
+{
+    struct note *note = malloc(sizeof(*note));
+
+    if (note) {
+        *note = (struct note){{.run = fill_note}, export_, kind, ret};
+        vb_engine_post(export_->engine, &note->message);
+    }
+}
+
+/* ---- the device thread ------------------------------------------------------------------ */
+
+bool vb_device_drop(struct vb_device *device, const char *format, ...)
+{
+    va_list arguments;
+
+    if (device->ret == 0) {
+        device->ret = -EPROTO;
+        va_start(arguments, format);
+        vsnprintf(device->reason, sizeof(device->reason), format, arguments);
+        va_end(arguments);
+    }
+    return false;
+}
+
+/* The library gives up. It would still acknowledge the message with success: cut it off. */
+static void on_panic(VuDev *vu, const char *text)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+
+    vb_device_drop(device, "%s", text);
+    vu->broken = true;
+    shutdown(vu->sock, SHUT_RDWR);
+}
+
+static void park_lanes(struct vb_device *device, bool drain)
+{
+    struct vb_park parks[VB_MAX_IOTHREADS];
+    sem_t done;
+
+    sem_init(&done, 0, 0);
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        parks[i] = (struct vb_park){{.run = run_park}, &device->lanes[i], drain, &done};
+        vb_iothread_send(device->lanes[i].thread, &parks[i].message);
+    }
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        while (sem_wait(&done) < 0 && errno == EINTR) {
+        }
+    }
+    sem_destroy(&done);
+    device->parked = drain ? VB_NEEDS_DRAIN : VB_NEEDS_PARK;
+}
+
+static void park(struct vb_device *device, enum vb_message_needs needs)
+{
+    if (needs > device->parked) {
+        park_lanes(device, needs == VB_NEEDS_DRAIN);
+    }
+}
+
+static void unpark(struct vb_device *device)
+{
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        vb_iothread_send(device->lanes[i].thread, &device->lanes[i].unpark);
+    }
+    device->parked = VB_NEEDS_NOTHING;
+}
+
+/* The ring's addresses in this process; false if it is not, or no longer, mapped. */
+static bool resolve_ring(struct vb_device *device, struct vb_queue *queue)
+{
+    const struct vhost_vring_addr *addr = &queue->vq->vra;
+    uint64_t num = queue->num;
+
+    queue->desc = vb_qva_to_va(&device->vu, addr->desc_user_addr,
+                               num * sizeof(struct vring_desc));
+    queue->avail = vb_qva_to_va(&device->vu, addr->avail_user_addr, (num + 3) * sizeof(uint16_t));
+    queue->used = vb_qva_to_va(&device->vu, addr->used_user_addr,
+                               3 * sizeof(uint16_t) + num * sizeof(struct vring_used_elem));
+    return queue->desc && queue->avail && queue->used;
+}
+
+static void free_requests(struct vb_queue *queue)
+{
+    for (uint16_t i = 0; queue->requests && i < queue->num; i++) {
+        if (queue->requests[i].iov != queue->requests[i].inline_iov) {
+            free(queue->requests[i].iov);
+        }
+    }
+    free(queue->requests);
+    queue->requests = NULL;
+}
+
+static bool alloc_requests(struct vb_queue *queue, uint16_t num)
+{
+    free_requests(queue);
+    queue->num = num;
+    queue->requests = calloc(num, sizeof(queue->requests[0]));
+    for (uint16_t i = 0; queue->requests && i < num; i++) {
+        queue->requests[i].queue = queue;
+        queue->requests[i].head = i;
+        queue->requests[i].iov = queue->requests[i].inline_iov;
+        queue->requests[i].iov_room = VB_BLK_INLINE_IOV;
+    }
+    return queue->requests != NULL;
+}
+
+static void on_queue_started(VuDev *vu, int index, bool started)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+    struct vb_queue *queue = &device->queues[index];
+
+    if (!started) {
+        queue->running = false;
+        return;
+    }
+    if (!alloc_requests(queue, (uint16_t)queue->vq->vring.num) || !resolve_ring(device, queue)) {
+        on_panic(vu, "ring is not inside one memory region, or there is no memory for it");
+        return;
+    }
+    queue->kicks_wanted = false;
+    queue->signalled_valid = false;
+    vb_queue_recover(queue);
+}
+
+static void watch_kick(struct vb_device *device, struct vb_queue *queue)
+{
+    int ret;
+
+    if (queue->kick_fd == queue->vq->kick_fd) {
+        return;
+    }
+    queue->kick_fd = queue->vq->kick_fd; /* the old one went through on_remove_watch() */
+    if (queue->kick_fd < 0) {
+        return;
+    }
+    ret = vb_iothread_add_watch(queue->lane->thread, queue->kick_fd, &queue->kick);
+    if (ret < 0) {
+        vb_device_drop(device, "the kick descriptor of queue %u cannot be waited for: %s",
+                       queue->index, strerror(-ret));
+        queue->kick_fd = -1;
+    }
+}
+
+static void on_set_watch(VuDev *vu, int fd, int condition, vu_watch_cb callback, void *data)
+{
+    (void)vu, (void)fd, (void)condition, (void)callback, (void)data; /* see watch_kick() */
+}
+
+/* Called before the library closes a kick descriptor. */
+static void on_remove_watch(VuDev *vu, int fd)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+
+    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+        struct vb_queue *queue = &device->queues[i];
+
+        if (queue->kick_fd == fd) {
+            vb_iothread_remove_watch(queue->lane->thread, fd);
+            queue->kick_fd = -1;
+        }
+    }
+}
+
+/* What the lane reads of the library's state, after a message may have changed it. */
+static void refresh_queue(struct vb_device *device, struct vb_queue *queue)
+{
+    VuVirtq *vq = queue->vq;
+    uint64_t features = device->vu.features;
+    bool enabled = vq->enable || !(features & 1ull << VHOST_USER_F_PROTOCOL_FEATURES);
+
+    queue->running = vq->started && enabled && queue->requests && resolve_ring(device, queue);
+    queue->event_idx = features & 1ull << VIRTIO_RING_F_EVENT_IDX;
+    queue->indirect = features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
+    queue->log = device->vu.log_table && (features & 1ull << VHOST_F_LOG_ALL);
+    watch_kick(device, queue);
+}
+
+static void refresh(struct vb_device *device)
+{
+    uint32_t running = 0;
+
+    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+        refresh_queue(device, &device->queues[i]);
+        running += device->queues[i].running;
+    }
+    atomic_store_explicit(&device->queues_running, running, memory_order_relaxed);
+    atomic_store_explicit(&device->regions, device->vu.nregions, memory_order_relaxed);
+    if (device->vu.log_table == MAP_FAILED) { /* the library does not look */
+        device->vu.log_table = NULL;
+        vb_device_drop(device, "the dirty log cannot be mapped");
+        return;
+    }
+    if (running > 0 && !device->connected_posted) {
+        device->connected_posted = true;
+        post_note(device->export_, VB_EVENT_CONNECTED, 0);
+    }
+    if (running > 0 || device->parked == VB_NEEDS_PARK) {
+        unpark(device);
+    }
+}
+
+/* ---- messages answered here instead of by the library ------------------------------------- */
+
+uint64_t vb_device_features(const struct vb_device *device)
+{
+    return vb_blk_features(device->export_) | 1ull << VIRTIO_F_VERSION_1 |
+           1ull << VIRTIO_RING_F_INDIRECT_DESC | 1ull << VIRTIO_RING_F_EVENT_IDX |
+           1ull << VHOST_F_LOG_ALL | 1ull << VHOST_USER_F_PROTOCOL_FEATURES;
+}
+
+#define INFLIGHT_FEATURE (1ull << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
+
+uint64_t vb_device_protocol_features(void)
+{
+    return 1ull << VHOST_USER_PROTOCOL_F_MQ | 1ull << VHOST_USER_PROTOCOL_F_LOG_SHMFD |
+           1ull << VHOST_USER_PROTOCOL_F_REPLY_ACK | 1ull << VHOST_USER_PROTOCOL_F_BACKEND_REQ |
+           1ull << VHOST_USER_PROTOCOL_F_CONFIG | INFLIGHT_FEATURE |
+           1ull << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+}
+
+static int reply_u64(VhostUserMsg *message, int *do_reply, uint64_t value)
+{
+    message->payload.u64 = value;
+    message->size = sizeof(value);
+    *do_reply = 1;
+    return 1;
+}
+
+/* The library forgets the offset. Bytes behind the end of the structure read as zero. */
+static int reply_config(struct vb_device *device, VhostUserMsg *message, int *do_reply)
+{
+    uint8_t all[VHOST_USER_MAX_CONFIG_SIZE] = {0};
+
+    vb_blk_config(device->export_, all);
+    memcpy(message->payload.config.region, all + message->payload.config.offset,
+           message->payload.config.size);
+    *do_reply = 1;
+    return 1;
+}
+
+static int set_writeback(struct vb_device *device, const VhostUserMsg *message)
+{
+    bool wanted = message->payload.config.region[0];
+
+    if (atomic_exchange(&device->export_->writeback_wanted, wanted) != wanted) {
+        post_note(device->export_, VB_EVENT_WRITEBACK, wanted);
+    }
+    return 1;
+}
+
+/* A second GET_INFLIGHT_FD: the library would forget the first area without unmapping it. */
+static void forget_inflight_area(VuDev *vu)
+{
+    if (!vu->inflight_info.addr) {
+        return;
+    }
+    munmap(vu->inflight_info.addr, vu->inflight_info.size);
+    close(vu->inflight_info.fd);
+    vu->inflight_info = (VuDevInflightInfo){0};
+    for (uint16_t i = 0; i < vu->max_queues; i++) {
+        vu->vq[i].inflight = NULL;
+    }
+}
+
+static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+
+    park(device, vb_message_needs(message->request));
+    switch (message->request) {
+    case VHOST_USER_GET_FEATURES:
+        return reply_u64(message, do_reply, vb_device_features(device));
+    case VHOST_USER_GET_PROTOCOL_FEATURES:
+        return reply_u64(message, do_reply, vb_device_protocol_features());
+    case VHOST_USER_GET_CONFIG:
+        return reply_config(device, message, do_reply);
+    case VHOST_USER_SET_CONFIG:
+        return set_writeback(device, message);
+    case VHOST_USER_GET_INFLIGHT_FD:
+        forget_inflight_area(vu);
+        break;
+    case VHOST_USER_SET_INFLIGHT_FD:
+        device->inflight_queue_size = message->payload.inflight.queue_size;
+        break;
+    case VHOST_USER_SET_VRING_KICK:
+        /* Keeps the library from its own check of the in-flight area: vb_queue_recover(). */
+        vu->protocol_features &= ~INFLIGHT_FEATURE;
+        break;
+    }
+    return 0;
+}
+
+static void on_set_features(VuDev *vu, uint64_t features)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+
+    atomic_store_explicit(&device->features, features, memory_order_relaxed);
+}
+
+static void on_set_protocol_features(VuDev *vu, uint64_t features)
+{
+    struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+
+    atomic_store_explicit(&device->protocol_features, features, memory_order_relaxed);
+}
+
+static const VuDevIface device_iface = {
+    .set_features = on_set_features,
+    .set_protocol_features = on_set_protocol_features,
+    .process_msg = on_message,
+    .queue_set_started = on_queue_started,
+};
+
+/* ---- the device thread's loop --------------------------------------------------------------- */
+
+static bool handle_message(struct vb_device *device)
+{
+    VuDev *vu = &device->vu;
+    bool alive = vu_dispatch(vu);
+
+    vu->protocol_features =
+        atomic_load_explicit(&device->protocol_features, memory_order_relaxed);
+    if (!alive || vu->broken || device->ret < 0) {
+        return false;
+    }
+    refresh(device);
+    return device->ret == 0;
+}
+
+static void tell_config_changed(struct vb_device *device)
+{
+    if (device->vu.backend_fd >= 0) { /* else nobody asked to be told */
+        vu_config_change_msg(&device->vu);
+    }
+}
+
+static bool handle_wake(struct vb_device *device)
+{
+    const char *violation = atomic_load(&device->violation);
+    eventfd_t ignored;
+
+    eventfd_read(device->wake_fd, &ignored);
+    if (violation) {
+        return vb_device_drop(device, "the guest broke the virtio protocol with %s", violation);
+    }
+    if (atomic_exchange(&device->config_changed, false)) {
+        tell_config_changed(device);
+    }
+    return !atomic_load(&device->stop) && !device->vu.broken;
+}
+
+static void serve(struct vb_device *device)
+{
+    struct pollfd fds[2] = {
+        {.fd = device->vu.sock, .events = POLLIN},
+        {.fd = device->wake_fd, .events = POLLIN},
+    };
+
+    for (;;) {
+        if (poll(fds, 2, -1) < 0 && errno != EINTR) {
+            return;
+        }
+        if (fds[1].revents && !handle_wake(device)) {
+            return;
+        }
+        if (fds[0].revents && !handle_message(device)) {
+            return;
+        }
+    }
+}
+
+static void fill_gone(struct vb_message *message, void *context)
+{
+    struct vb_device *device = vb_container_of(message, struct vb_device, gone);
+    struct vb_export *export_ = device->export_;
+
+    *(struct vb_event *)context = (struct vb_event){
+        .kind = VB_EVENT_DISCONNECTED,
+        .ret = device->ret,
+        .cookie = export_->cookie,
+    };
+    memcpy(export_->reason, device->reason, sizeof(export_->reason));
+    pthread_join(device->thread, NULL); /* posting this was the last it did */
+    export_->device = NULL;
+    for (uint32_t i = 0, lanes = device->num_lanes; i < lanes; i++) {
+        vb_iothread_send(device->lanes[i].thread, &device->lanes[i].detach);
+    }
+}
+
+static void *device_main(void *argument)
+{
+    struct vb_device *device = argument;
+
+    pthread_setname_np(pthread_self(), "vhost-user");
+    serve(device);
+    park(device, VB_NEEDS_DRAIN); /* after this nobody touches the guest's memory */
+    if (device->ret < 0) {
+        atomic_fetch_add_explicit(&device->export_->broken, 1, memory_order_relaxed);
+    }
+    if (atomic_load(&device->stop)) {
+        device->ret = 0; /* the operator's wish is no violation */
+    }
+    vu_deinit(&device->vu);
+    vb_engine_post(device->export_->engine, &device->gone);
+    return NULL;
+}
+
+/* ---- control ------------------------------------------------------------------------------------ */
+
+void vb_device_wake(struct vb_device *device)
+{
+    eventfd_write(device->wake_fd, 1);
+}
+
+void vb_device_stop(struct vb_device *device)
+{
+    atomic_store(&device->stop, true);
+    shutdown(device->shutdown_fd, SHUT_RDWR);
+    vb_device_wake(device);
+}
+
+static void send_to_lanes(struct vb_device *device, void (*run)(struct vb_message *, void *),
+                          struct vb_pause_round *round)
+{
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        struct vb_pause *pause = malloc(sizeof(*pause));
+
+        if (!pause) {
+            fprintf(stderr, "vhostblk: out of memory for a message\n");
+            abort();
+        }
+        *pause = (struct vb_pause){{.run = run}, &device->lanes[i], round, NULL};
+        vb_iothread_send(device->lanes[i].thread, &pause->message);
+    }
+}
+
+void vb_device_pause(struct vb_device *device, struct vb_pause_round *round)
+{
+    atomic_store(&round->lanes_left, device->num_lanes);
+    send_to_lanes(device, run_pause, round);
+}
+
+void vb_device_resume(struct vb_device *device)
+{
+    send_to_lanes(device, run_resume, NULL);
+}
+
+static void device_free(struct vb_device *device)
+{
+    for (uint16_t i = 0; device->queues && i < device->export_->num_queues; i++) {
+        free_requests(&device->queues[i]);
+    }
+    if (device->wake_fd >= 0) {
+        close(device->wake_fd);
+    }
+    if (device->shutdown_fd >= 0) {
+        close(device->shutdown_fd);
+    }
+    free(device->queues);
+    free(device->lanes);
+    free(device);
+}
+
+static void make_lanes(struct vb_device *device)
+{
+    struct vb_export *export_ = device->export_;
+
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        struct vb_lane *lane = &device->lanes[i];
+
+        lane->poller = (struct vb_poller){NULL, lane_poll, lane_flush, lane_arm};
+        lane->device = device;
+        lane->thread = export_->iothreads[i];
+        lane->parked = true;
+        lane->paused = export_->pause_depth;
+        lane->attach.run = run_attach;
+        lane->unpark.run = run_unpark;
+        lane->detach.run = run_detach;
+    }
+    for (uint16_t i = 0; i < export_->num_queues; i++) {
+        struct vb_queue *queue = &device->queues[i];
+
+        queue->lane = &device->lanes[i % device->num_lanes];
+        queue->next = queue->lane->queues;
+        queue->lane->queues = queue;
+        queue->index = i;
+        queue->kick.ready = kick_ready;
+        queue->kick_fd = -1;
+        queue->vq = &device->vu.vq[i];
+    }
+}
+
+static int start_thread(struct vb_device *device)
+{
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    int ret;
+
+    sigfillset(&all); /* signals belong to the control thread; a dead peer is EPIPE */
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, DEVICE_STACK_SIZE);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    ret = -pthread_create(&device->thread, &attributes, device_main, device);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return ret;
+}
+
+static int device_prepare(struct vb_device *device, int sock)
+{
+    struct vb_export *export_ = device->export_;
+
+    device->num_lanes = export_->num_iothreads < export_->num_queues ? export_->num_iothreads
+                                                                     : export_->num_queues;
+    device->lanes = calloc(device->num_lanes, sizeof(device->lanes[0]));
+    device->queues = calloc(export_->num_queues, sizeof(device->queues[0]));
+    device->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    device->shutdown_fd = fcntl(sock, F_DUPFD_CLOEXEC, 0);
+    if (!device->lanes || !device->queues) {
+        return -ENOMEM;
+    }
+    if (device->wake_fd < 0 || device->shutdown_fd < 0) {
+        return -errno;
+    }
+    if (!vu_init(&device->vu, export_->num_queues, sock, on_panic, vb_message_read, on_set_watch,
+                 on_remove_watch, &device_iface)) {
+        return -ENOMEM;
+    }
+    return 0;
+}
+
+int vb_device_start(struct vb_export *export_, int sock, char *error)
+{
+    struct vb_device *device = calloc(1, sizeof(*device));
+    int ret;
+
+    if (!device) {
+        close(sock);
+        return vb_error(error, -ENOMEM, "no memory for a connection");
+    }
+    device->export_ = export_;
+    device->wake_fd = device->shutdown_fd = -1;
+    device->parked = VB_NEEDS_DRAIN;
+    device->gone.run = fill_gone;
+    ret = device_prepare(device, sock);
+    if (ret < 0) {
+        close(sock);
+        device_free(device);
+        return vb_error(error, ret, "cannot serve a connection to '%s': %s", export_->id,
+                        strerror(-ret));
+    }
+    make_lanes(device);
+    atomic_store(&device->lanes_left, device->num_lanes);
+    ret = start_thread(device);
+    if (ret < 0) {
+        vu_deinit(&device->vu);
+        device_free(device);
+        return vb_error(error, ret, "cannot start a thread for '%s': %s", export_->id,
+                        strerror(-ret));
+    }
+    /* The device thread's first message to a lane may overtake this: parking needs no poller. */
+    for (uint32_t i = 0; i < device->num_lanes; i++) {
+        vb_iothread_send(device->lanes[i].thread, &device->lanes[i].attach);
+    }
+    export_->device = device;
+    atomic_fetch_add_explicit(&export_->connections, 1, memory_order_relaxed);
+    return 0;
+}

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * request.c: how a request moves through the tree, and the pool that nodes take
+ * requests of their own from.
+ */
+#include "engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+struct vb_request *vb_request_new(struct vb_iothread *thread)
+{
+    struct vb_request *request = thread->free_requests;
+
+    vb_assert(vb_in_iothread(thread));
+    if (request) {
+        thread->free_requests = request->next;
+    } else {
+        request = malloc(sizeof(*request));
+        if (!request) {
+            /* Losing one guest's write silently would be worse than this. */
+            fprintf(stderr, "vhostblk: out of memory for a %zu-byte request\n", sizeof(*request));
+            abort();
+        }
+    }
+    request->thread = thread;
+    request->depth = 0;
+    request->flags = 0;
+    request->iov = NULL;
+    request->niov = 0;
+    request->start_ns = thread->now_ns;
+    return request;
+}
+
+void vb_request_free(struct vb_request *request)
+{
+    struct vb_iothread *thread = request->thread;
+
+    vb_assert(vb_in_iothread(thread));
+    request->next = thread->free_requests;
+    thread->free_requests = request;
+}
+
+void vb_submit(struct vb_node *node, struct vb_request *request)
+{
+    vb_assert(vb_in_iothread(request->thread));
+    /* A path longer than any sensible tree goes uncounted, not unserved. */
+    if (request->depth < VB_PATH_MAX) {
+        request->path[request->depth++] = node;
+    }
+    node->ops->submit(node, request);
+}
+
+void vb_complete(struct vb_request *request, int ret)
+{
+    uint64_t latency = request->thread->now_ns - request->start_ns;
+
+    vb_assert(vb_in_iothread(request->thread));
+    request->ret = ret;
+    while (request->depth > 0) {
+        struct vb_node *node = request->path[--request->depth];
+        vb_stats_account(node->stats, request->thread, request->op, ret, request->bytes, latency);
+    }
+    request->done(request);
+}
