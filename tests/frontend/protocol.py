@@ -174,7 +174,8 @@ def config_space(offset: int, size: int, flags: int = 0, data: bytes = b"") -> b
 
 
 def inflight_description(mmap_size: int, offset: int, queues: int, queue_size: int) -> bytes:
-    return struct.pack("<QQHH", mmap_size, offset, queues, queue_size)
+    # A C structure on the wire, padding included, as QEMU and libvhost-user send it.
+    return struct.pack("<QQHH4x", mmap_size, offset, queues, queue_size)
 
 
 class Channel:
