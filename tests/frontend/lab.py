@@ -103,7 +103,8 @@ class Lab:
         assert self.daemon.alive
 
     @contextmanager
-    def attack(self, export: str = "disk", *, dropped: bool = True, **options: Any
+    def attack(
+        self, export: str = "disk", *, dropped: bool = True, **options: Any
     ) -> Iterator[Device]:
         """Connected and negotiated inside; afterwards the damage is assessed.
 
