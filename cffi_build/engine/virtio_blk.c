@@ -131,7 +131,7 @@ static bool keep_iov(struct vb_blk_request *blk, const struct iovec *iov, uint32
 
 static void answer(struct vb_blk_request *blk, uint8_t status)
 {
-    *(volatile uint8_t *)blk->status = status;
+    __atomic_store_n(blk->status, status, __ATOMIC_RELAXED); /* shared with the guest */
     vb_queue_complete(blk);
 }
 
