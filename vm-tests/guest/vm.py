@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU process with a tiny guest, and the disks in it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .console import Console, ConsoleError, Result
+from .images import GuestImages
+from .process import Process, wait_until
+from .qmp import QmpClient, QmpError
+from .workspace import Workspace
+
+QEMU = "qemu-system-x86_64"
+BOOT_SECONDS = 60
+COMMAND_SECONDS = 60
+# Under TCG a guest has no use for what these do, and they take seconds of its boot.
+KERNEL_OPTIONS = (
+    "console=ttyS0 quiet net.ifnames=0 mitigations=off no_timer_check tsc=reliable"
+    " cryptomgr.notests random.trust_cpu=on panic=-1"
+)
+
+
+@cache
+def qemu_version() -> tuple[int, int]:
+    text = subprocess.run(
+        [QEMU, "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    match = re.search(r"version (\d+)\.(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"{QEMU} --version says {text!r}")
+    return int(match.group(1)), int(match.group(2))
+
+
+@dataclass
+class Disk:
+    """A vhost-user-blk device of the guest: its backend's socket, and QEMU's options for it."""
+
+    id: str
+    socket: Path
+    num_queues: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def chardev(self) -> dict[str, Any]:
+        """Arguments of chardev-add: QEMU connects, and comes back after a second."""
+        data: dict[str, Any] = {
+            "addr": {"type": "unix", "data": {"path": str(self.socket)}},
+            "server": False,
+        }
+        # reconnect counts seconds; later versions of QEMU know milliseconds alone.
+        if qemu_version() >= (9, 2):
+            data["reconnect-ms"] = 1000
+        else:
+            data["reconnect"] = 1
+        return {"id": f"chr-{self.id}", "backend": {"type": "socket", "data": data}}
+
+    def device(self, bus: str) -> dict[str, Any]:
+        """Arguments of device_add."""
+        device: dict[str, Any] = {
+            "driver": "vhost-user-blk-pci",
+            "id": self.id,
+            "chardev": f"chr-{self.id}",
+            "bus": bus,
+            **self.options,
+        }
+        if self.num_queues is not None:
+            device["num-queues"] = self.num_queues
+        return device
+
+    def argv(self, bus: str) -> list[str]:
+        """The same for QEMU's command line."""
+        reconnect = "reconnect-ms=1000" if qemu_version() >= (9, 2) else "reconnect=1"
+        chardev = f"socket,id=chr-{self.id},path={self.socket},{reconnect}"
+        options = self.device(bus)
+        driver = options.pop("driver")
+        device = ",".join([driver, *(f"{key}={value}" for key, value in options.items())])
+        return ["-chardev", chardev, "-device", device]
+
+
+class Job:
+    """A command that runs in the guest's background."""
+
+    def __init__(self, guest: Guest, number: int, command: str) -> None:
+        self._guest = guest
+        self._base = f"/tmp/job-{number}"
+        self.command = command
+        # A subshell keeps `exit` and `cd` of the command from reaching the status line.
+        guest.check(f"( ( {command} ) >{self._base}.out 2>&1; echo $? >{self._base}.status ) &")
+
+    def running(self) -> bool:
+        return self._guest.run(f"[ -s {self._base}.status ]").status != 0
+
+    def wait(self, timeout: float) -> Result:
+        """Wait for its end; its output and status."""
+        wait_until(lambda: not self.running(), f"the end of `{self.command}` in the guest", timeout)
+        status = int(self._guest.check(f"cat {self._base}.status"))
+        return Result(self.command, self._guest.check(f"cat {self._base}.out"), status)
+
+    def check(self, timeout: float) -> str:
+        """Wait for its end, which must be a success; its output."""
+        result = self.wait(timeout)
+        if result.status:
+            raise ConsoleError(
+                f"`{self.command}` ended with {result.status}:\n{result.output[-3000:]}"
+            )
+        return result.output
+
+
+class Guest:
+    """QEMU, its monitor, and the shell inside the guest."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        images: GuestImages,
+        accel: str,
+        *,
+        disks: Sequence[Disk] = (),
+        smp: str = "2",
+        memory: str = "512M",
+        append: str = "vmtest.shell",
+        initrd: Path | None = None,
+        qemu_options: Sequence[str] = (),
+        free_ports: int = 4,
+        boot_timeout: float = BOOT_SECONDS,
+        name: str = "guest",
+    ) -> None:
+        self.workspace = workspace
+        self.name = name
+        self.boot_timeout = boot_timeout
+        self._jobs = itertools.count(1)
+        self._process: Process | None = None
+        self._console: Console | None = None
+        self._qmp: QmpClient | None = None
+        self._ports: dict[str, str | None] = {}
+        cpu = "host" if accel.startswith("kvm") else "qemu64"
+        self._argv = [
+            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-accel", accel, "-cpu", cpu, "-smp", smp, "-m", memory),
+            *("-object", f"memory-backend-memfd,id=mem,size={memory},share=on"),
+            *("-machine", "q35,memory-backend=mem"),
+            *("-action", "reboot=shutdown,panic=shutdown"),
+            *("-kernel", str(images.kernel), "-initrd", str(initrd or images.tiny_initrd)),
+            *("-append", f"{KERNEL_OPTIONS} {append}"),
+            *(
+                "-chardev",
+                f"socket,id=serial,path={self._path('serial')},server=on,wait=on,"
+                f"logfile={self._path('console.log')},logappend=on",
+            ),
+            *("-serial", "chardev:serial"),
+            *("-chardev", f"socket,id=monitor,path={self._path('qmp')},server=on,wait=off"),
+            *("-mon", "chardev=monitor,mode=control"),
+        ]
+        for number in range(len(disks) + free_ports):
+            port = f"port{number}"
+            disk = disks[number] if number < len(disks) else None
+            self._ports[port] = disk.id if disk else None
+            place = f"chassis={number + 1},slot={number + 1}"
+            self._argv += ["-device", f"pcie-root-port,id={port},{place}"]
+            if disk:
+                self._argv += disk.argv(port)
+        self._argv += qemu_options
+
+    def _path(self, suffix: str) -> Path:
+        return self.workspace.path / f"{self.name}.{suffix}"
+
+    # ---- life ----
+
+    def start(self, *, wait_shell: bool = True) -> None:
+        """Start QEMU and, unless told otherwise, wait for the guest's shell."""
+        self._process = Process(self._argv, self._path("qemu.log"), name=QEMU)
+        process = self._process
+
+        def serial() -> bool:
+            process.check_alive()
+            return self._path("serial").exists()
+
+        # QEMU waits for a client of the serial port, so that nothing the guest says is lost.
+        wait_until(serial, "QEMU's serial port", 20)
+        self._console = Console(self._path("serial"))
+        if wait_shell:
+            self.console.wait_ready(self.boot_timeout)
+        self._qmp = QmpClient(self._path("qmp"))
+
+    def close(self) -> None:
+        """End QEMU whatever its state."""
+        for connection in (self._console, self._qmp):
+            if connection is not None:
+                connection.close()
+        if self._process is not None:
+            self._process.kill()
+        for suffix in ("serial", "qmp"):
+            self._path(suffix).unlink(missing_ok=True)
+        self._console = self._qmp = self._process = None
+
+    @property
+    def process(self) -> Process:
+        if self._process is None:
+            raise ConsoleError("the guest is not running")
+        return self._process
+
+    @property
+    def console(self) -> Console:
+        if self._console is None:
+            raise ConsoleError("the guest is not running")
+        return self._console
+
+    @property
+    def qmp(self) -> QmpClient:
+        if self._qmp is None:
+            raise ConsoleError("the guest is not running")
+        return self._qmp
+
+    # ---- the shell ----
+
+    def run(self, command: str, timeout: float = COMMAND_SECONDS) -> Result:
+        return self.console.run(command, timeout)
+
+    def check(self, command: str, timeout: float = COMMAND_SECONDS) -> str:
+        """Run a command that must succeed; its output without the last newline."""
+        result = self.run(command, timeout)
+        if result.status:
+            raise ConsoleError(
+                f"`{command}` ended with {result.status} in the guest:\n{result.output[-3000:]}"
+            )
+        return result.output.rstrip("\n")
+
+    def spawn(self, command: str) -> Job:
+        """Run a command in the guest's background."""
+        return Job(self, next(self._jobs), command)
+
+    def kernel_errors(self) -> list[str]:
+        """What the guest's kernel has complained about since the last call."""
+        lines = self.check("dmesg -c").splitlines()
+        pattern = re.compile(
+            r"I/O error|error, dev|blocked for more than|EXT4-fs error|Call Trace|BUG:|soft lockup"
+            r"|rcu.*stall|Buffer I/O|timed? ?out",
+            re.IGNORECASE,
+        )
+        return [line for line in lines if pattern.search(line)]
+
+    def block_devices(self) -> set[str]:
+        """Names of the guest's virtio disks: vda, vdb, ..."""
+        return set(self.check("ls /sys/block").split()) & {
+            f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"
+        }
+
+    # ---- disks ----
+
+    def plug(self, disk: Disk, timeout: float = 30) -> str:
+        """Hot plug a disk; its name in the guest."""
+        port = next((name for name, user in self._ports.items() if user is None), None)
+        if port is None:
+            raise ConsoleError("no free port in this guest")
+        before = self.block_devices()
+        self.qmp.command("chardev-add", disk.chardev())
+        try:
+            self.qmp.command("device_add", disk.device(port))
+        except Exception:
+            self.qmp.command("chardev-remove", {"id": f"chr-{disk.id}"})
+            raise
+        self._ports[port] = disk.id
+        new = wait_until(
+            lambda: self.block_devices() - before, f"disk {disk.id} in the guest", timeout
+        )
+        (name,) = new
+        # The kernel lists the disk before it has read its partition table.
+        wait_until(
+            lambda: self.run(f"[ -b /dev/{name} ]").status == 0,
+            f"/dev/{name} in the guest",
+            timeout,
+        )
+        return name
+
+    def unplug(self, disk: Disk, timeout: float = 30) -> None:
+        """Hot unplug a disk, as far as DEVICE_DELETED and the end of its connection."""
+        self.qmp.command("device_del", {"id": disk.id})
+        self.qmp.wait_event("DEVICE_DELETED", timeout, where=lambda d: d.get("device") == disk.id)
+        for port, user in self._ports.items():
+            if user == disk.id:
+                self._ports[port] = None
+        # The device lets go of its chardev a moment after the event.
+        wait_until(lambda: self._remove_chardev(disk), f"chardev of {disk.id} to be free", timeout)
+
+    def _remove_chardev(self, disk: Disk) -> bool:
+        try:
+            self.qmp.command("chardev-remove", {"id": f"chr-{disk.id}"})
+        except QmpError as error:
+            if "busy" in str(error):
+                return False
+            raise
+        return True
+
+    def used_indexes(self, disk: Disk) -> list[int]:
+        """The device's side of each virtqueue that is in use, read from the guest's memory."""
+        for entry in self.qmp.command("x-query-virtio"):
+            path: str = entry["path"]
+            if f"/{disk.id}/" in path:
+                break
+        else:
+            raise ConsoleError(f"QEMU knows no virtio device {disk.id}")
+        queues = disk.num_queues or 1
+        indexes = []
+        for queue in range(queues):
+            status = self.qmp.command("x-query-virtio-queue-status", {"path": path, "queue": queue})
+            address = status["vring-used"] + 2  # after the flags
+            text = self.qmp.command(
+                "human-monitor-command", {"command-line": f"xp /1hx {address:#x}"}
+            )
+            indexes.append(int(text.split(":")[1], 16))
+        return indexes
+
+    def stop(self) -> None:
+        self.qmp.command("stop")
+
+    def cont(self) -> None:
+        self.qmp.command("cont")
