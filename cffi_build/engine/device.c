@@ -288,8 +288,10 @@ static void park(struct vb_device *device, enum vb_message_needs needs)
     }
 }
 
+/* The lane's one unpark message is free again: the park before it was acknowledged after it. */
 static void unpark(struct vb_device *device)
 {
+    vb_assert(device->parked != VB_NEEDS_NOTHING);
     for (uint32_t i = 0; i < device->num_lanes; i++) {
         vb_iothread_send(device->lanes[i].thread, &device->lanes[i].unpark);
     }
@@ -425,7 +427,8 @@ static void refresh(struct vb_device *device)
         device->connected_posted = true;
         post_note(device->export_, VB_EVENT_CONNECTED, 0);
     }
-    if (running > 0 || device->parked == VB_NEEDS_PARK) {
+    /* A lane that is drained and has no ring to serve may as well stay parked. */
+    if (device->parked == VB_NEEDS_PARK || (device->parked == VB_NEEDS_DRAIN && running > 0)) {
         unpark(device);
     }
 }
