@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From pydantic's errors to QAPI's sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from vhostblk.schema.errors import VhostblkError, did_you_mean
+from vhostblk.schema.model import Model
+
+M = TypeVar("M", bound=Model)
+
+# pydantic's error types -> what QAPI would have called the type it wanted.
+_TYPES = {
+    "string_type": "string",
+    "bool_type": "boolean",
+    "bool_parsing": "boolean",
+    "int_type": "integer",
+    "int_parsing": "integer",
+    "int_from_float": "integer",
+    "float_type": "number",
+    "float_parsing": "number",
+    "list_type": "array",
+    "tuple_type": "array",
+    "dict_type": "object",
+    "model_type": "object",
+    "model_attributes_type": "object",
+}
+
+# What is looked at first: a misspelt name also makes the correct one "missing".
+_ORDER = {"extra_forbidden": 0, "missing": 2}
+
+
+def validate(model: type[M], data: Any, where: str = "") -> M:
+    """An instance of `model` made from plain data.
+
+    `where` is the dotted path of `data` in what the user wrote ("" for the top);
+    it precedes the names of parameters in errors.
+    """
+    if not isinstance(data, dict):
+        raise VhostblkError(
+            f"Invalid parameter type for '{where}', expected: object"
+            if where
+            else "Expected an object of parameters",
+            data={"code": "bad-type", "parameter": where},
+        )
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        first = min(details, key=lambda detail: _ORDER.get(detail["type"], 1))
+        raise _translate(model, first, where) from None
+
+
+def _translate(model: type[Model], detail: ErrorDetails, where: str) -> VhostblkError:
+    path = [str(part) for part in detail["loc"] if not _is_internal(part)]
+    parameter = ".".join([*([where] if where else []), *path])
+    context = detail.get("ctx", {})
+    kind = detail["type"]
+    value = detail.get("input")
+    if kind == "extra_forbidden":
+        known = _siblings(model, path)
+        return _error(
+            "unexpected-parameter",
+            parameter,
+            f"Parameter '{parameter}' is unexpected",
+            near=did_you_mean(path[-1], known),
+            allowed=known,
+            list_allowed=len(known) <= 12,
+        )
+    if kind == "missing":
+        return _error("missing-parameter", parameter, f"Parameter '{parameter}' is missing")
+    if kind == "literal_error":
+        allowed = [entry.strip("'") for entry in _split_expected(str(context["expected"]))]
+        if not isinstance(value, str):
+            return _type_error(parameter, "string")
+        return _error(
+            "bad-value",
+            parameter,
+            f"Parameter '{parameter}' does not accept value '{_shown(value)}'",
+            near=did_you_mean(value, allowed),
+            allowed=allowed,
+            list_allowed=True,
+        )
+    if kind == "qapi_type" or kind in _TYPES:
+        expected = str(context["expected"]) if kind == "qapi_type" else _TYPES[kind]
+        return _type_error(parameter, expected)
+    expected = str(context["expected"]) if kind == "qapi_value" else detail["msg"]
+    if kind != "qapi_value" and expected.startswith("Value error, "):
+        expected = expected.removeprefix("Value error, ")
+        name = f"Parameter '{parameter}': " if parameter else ""
+        return _error("bad-value", parameter, name + expected)
+    return _error(
+        "bad-value",
+        parameter,
+        f"Parameter '{parameter}' expects {expected}, not '{_shown(value)}'",
+    )
+
+
+def _type_error(parameter: str, expected: str) -> VhostblkError:
+    return _error(
+        "bad-type", parameter, f"Invalid parameter type for '{parameter}', expected: {expected}"
+    )
+
+
+def _error(
+    code: str,
+    parameter: str,
+    text: str,
+    *,
+    near: str | None = None,
+    allowed: list[str] | None = None,
+    list_allowed: bool = False,
+) -> VhostblkError:
+    data: dict[str, Any] = {"code": code, "parameter": parameter}
+    if allowed is not None:
+        data["allowed"] = allowed
+    if allowed and list_allowed:
+        text = f"{text}; allowed: {', '.join(allowed)}"
+    if near is not None:
+        data["hint"] = f"did you mean '{near}'?"
+        text = f"{text}; {data['hint']}"
+    return VhostblkError(text, data=data)
+
+
+def _is_internal(part: int | str) -> bool:
+    """Steps of pydantic's own in a path: `function-before[…]`, the branch of a union."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "dict", "tuple"))
+
+
+def _split_expected(text: str) -> Iterator[str]:
+    """pydantic writes "'a', 'b' or 'c'"."""
+    for part in text.replace(" or ", ", ").split(", "):
+        yield part.strip()
+
+
+def _siblings(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The names that were possible where the last one of `path` stood."""
+    for name in path[:-1]:
+        for field_name, field in model.model_fields.items():
+            if name in (field_name, field.alias):
+                below = _model_in(field.annotation)
+                if below is not None:
+                    model = below
+                break
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation, perhaps optional, stands for."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
