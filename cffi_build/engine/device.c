@@ -423,6 +423,7 @@ static void refresh(struct vb_device *device)
         vb_device_drop(device, "the dirty log cannot be mapped");
         return;
     }
+    vb_guest_fault_watch(device);
     if (running > 0 && !device->connected_posted) {
         device->connected_posted = true;
         post_note(device->export_, VB_EVENT_CONNECTED, 0);
@@ -634,6 +635,7 @@ static void *device_main(void *argument)
     if (atomic_load(&device->stop)) {
         device->ret = 0; /* the operator's wish is no violation */
     }
+    vb_guest_fault_forget(device);
     vu_deinit(&device->vu);
     vb_engine_post(device->export_->engine, &device->gone);
     return NULL;

@@ -175,6 +175,12 @@ enum vb_message_needs vb_message_needs(int request);
 /* Address of guest memory [qva, qva + length) if one region holds it all, else NULL. */
 void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length);
 
+/* ---- guest_fault.c ----------------------------------------------------------------- */
+
+void vb_guest_fault_init(void); /* control, once */
+void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is mapped has changed */
+void vb_guest_fault_forget(struct vb_device *device); /* device thread: before it is unmapped */
+
 /* ---- virtqueue.c -------------------------------------------------------------------- */
 
 bool vb_queue_poll(struct vb_queue *queue);  /* pop and start; true if there was something */

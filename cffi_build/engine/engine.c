@@ -3,7 +3,7 @@
  * engine.c: the control side. Everything that C tells Python is a message in one
  * mailbox, turned into a vb_event when Python asks for it.
  */
-#include "engine.h"
+#include "device.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -21,6 +21,7 @@ struct vb_engine *vb_engine_new(char *error)
         return NULL;
     }
     atomic_store(&engine->control.asleep, true);
+    vb_guest_fault_init();
     return engine;
 }
 
