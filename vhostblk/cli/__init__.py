@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The `vhostblk` command: one module for each subcommand, loaded when it is used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+# name -> one line for the overview. The module is vhostblk.cli.NAME ('-' is '_').
+COMMANDS = {
+    "serve": "serve an image, or a tree of block nodes, to QEMU",
+    "run": "start a backend and QEMU together, end with QEMU",
+    "qemu-args": "print the QEMU options for a running backend",
+    "status": "show exports, nodes, rates and latencies of running backends",
+    "ls": "list running backends",
+    "qmp": "send one command to a running backend's control socket",
+    "doctor": "check this machine and say how to repair what is wrong",
+    "completion": "print a completion script for bash, zsh or fish",
+}
+
+_EXAMPLES = """\
+examples:
+  vhostblk serve disk.img
+      Serve a raw image; the QEMU options to use are printed.
+  vhostblk run disk.img -- qemu-system-x86_64 -m 2G -nographic @VHOSTBLK@
+      The same, and start QEMU with those options in place of the mark.
+  vhostblk status
+      What the running backend does, and how long requests take.
+
+'vhostblk COMMAND --help' explains each command.
+"""
+
+
+def overview() -> str:
+    """The text of `vhostblk --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: vhostblk [--version] [--help] COMMAND ...\n\n"
+        "vhostblk serves disks to QEMU virtual machines as vhost-user-blk devices.\n\n"
+        f"commands:\n{lines}\n\n{_EXAMPLES}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vhostblk`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded("vhostblk", lambda: _dispatch(arguments))
+
+
+def backend_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vhostblk-backend`: QEMU's conventions for backend programs."""
+    from vhostblk.cli import backend
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded("vhostblk-backend", lambda: backend.run(arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        if len(arguments) > 1 and arguments[1] in COMMANDS:
+            return _dispatch([arguments[1], "--help"])
+        print(overview(), end="")
+        return 0 if arguments else 2
+    if name in ("-V", "--version"):
+        from vhostblk.cli import version
+
+        version.show("--json" in arguments[1:])
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "'vhostblk --help' lists the commands"
+        kind = "option" if name.startswith("-") else "command"
+        print(f"vhostblk: unknown {kind} '{name}'; {hint}", file=sys.stderr)
+        return 2
+    from vhostblk.cli.parser import Parser
+
+    module = importlib.import_module("vhostblk.cli." + name.replace("-", "_"))
+    parser = Parser(prog=f"vhostblk {name}", description=module.DESCRIPTION, epilog=module.EPILOG)
+    module.configure(parser)
+    words = arguments[1:]
+    command: list[str] = []
+    if name == "run" and "--" in words:  # what follows is somebody else's
+        place = words.index("--")
+        words, command = words[:place], words[place + 1 :]
+    args = parser.parse_args(words)
+    args.command = command
+    return int(module.run(args))
+
+
+def guarded(program: str, action: Callable[[], int]) -> int:
+    """Run `action`; whatever goes wrong ends as one line and a status."""
+    try:
+        try:
+            return action()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as error:  # argparse, after --help
+        return error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has had enough: nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        if os.environ.get("VHOSTBLK_TRACEBACK"):
+            raise
+        return _report(program, error)
+
+
+def _report(program: str, error: Exception) -> int:
+    from vhostblk.cli.errors import FAILED, NOT_RUNNING, REFUSED, TIMEOUT, CliError, error_text
+    from vhostblk.control.client import NotRunning, Refused
+    from vhostblk.schema import VhostblkError
+
+    if isinstance(error, VhostblkError):
+        print(f"{program}: {error_text(error)}", file=sys.stderr)
+        if isinstance(error, CliError):
+            return error.status
+        if isinstance(error, NotRunning):
+            return NOT_RUNNING
+        return REFUSED if isinstance(error, Refused) else FAILED
+    if isinstance(error, TimeoutError):
+        print(f"{program}: {error or 'timed out'}", file=sys.stderr)
+        return TIMEOUT
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{program}: {where}{error.strerror or error}", file=sys.stderr)
+        return FAILED
+    text = " ".join(str(error).split())
+    print(
+        f"{program}: internal error: {type(error).__name__}: {text} "
+        "(VHOSTBLK_TRACEBACK=1 shows where)",
+        file=sys.stderr,
+    )
+    return FAILED

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Options of `serve` and `run`: what they mean as a `Plan`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from vhostblk import keyval
+from vhostblk.cli import places
+from vhostblk.cli.errors import USAGE, CliError
+from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Step as StepAction
+from vhostblk.cli.process import LOG_LEVELS
+from vhostblk.cli.serving import Control, Plan, Step
+from vhostblk.schema import VhostblkError
+
+IMPLIED_KEYS = {"blockdev": "driver", "object": "qom-type", "export": "type"}
+DEFAULT_CONTROL = "default"
+
+
+def configure_tree(parser: Parser) -> None:
+    """Options that build the tree, in the order they are written."""
+    group = parser.add_argument_group(
+        "the tree (as for qemu-storage-daemon; done strictly in this order; 'help' as a value "
+        "describes what there is)"
+    )
+    group.add_argument(
+        "--blockdev", action=StepAction, metavar="DRIVER,node-name=NAME,...",
+        help="add a block node: key=value with dotted keys, or JSON",
+    )
+    group.add_argument(
+        "--object", action=StepAction, metavar="TYPE,id=ID,...",
+        help="add an object, such as an I/O thread: iothread,id=t0",
+    )
+    group.add_argument(
+        "--export", action=StepAction, metavar="TYPE,id=ID,node-name=NODE,...",
+        help="export a node: vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=SOCKET",
+    )
+    group.add_argument(
+        "--config", action=StepAction, metavar="FILE",
+        help="do what a YAML file says: lists named objects, blockdevs and exports",
+    )
+    group.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py",
+        help="load a filter written in Python",
+    )
+
+
+def configure_image(parser: Parser) -> None:
+    """Options for the simple case: one image, one device."""
+    group = parser.add_argument_group("one image")
+    group.add_argument("image", nargs="?", metavar="IMAGE", help="a raw image or a block device")
+    group.add_argument("--name", help="name of the backend (from IMAGE if not given)")
+    group.add_argument("--read-only", action="store_true", help="the guest may not write")
+    group.add_argument("--serial", metavar="TEXT", help="serial number the guest sees")
+    group.add_argument("--num-queues", metavar="N", help="virtqueues offered to QEMU at most")
+    group.add_argument(
+        "--direct", action="store_true", help="do not use the host's page cache (O_DIRECT)"
+    )
+
+
+def configure_process(parser: Parser) -> None:
+    """Options about the process itself."""
+    group = parser.add_argument_group("the process")
+    group.add_argument("--control", metavar="PATH", help="control socket ('none': do without)")
+    group.add_argument(
+        "--control-group", metavar="GROUP",
+        help="let members of GROUP use the control socket too (mode 0660 instead of 0600)",
+    )
+    group.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="info", help="what to log (default: info)"
+    )
+    group.add_argument("--log-file", metavar="FILE", help="log to FILE, not to standard error")
+
+
+def tree_steps(written: list[tuple[str, str]] | None) -> tuple[list[Step], dict[str, Any]]:
+    """The steps the tree options ask for, and the settings of --config files."""
+    steps: list[Step] = []
+    settings: dict[str, Any] = {}
+    for option, value in written or []:
+        kind = option.lstrip("-")
+        if kind == "config":
+            from vhostblk.cli import config
+
+            loaded = config.load(value)
+            steps += loaded.steps
+            settings.update(loaded.settings)
+            continue
+        where = f"{option} {value}"
+        try:
+            parsed = keyval.parse(value, implied_key=IMPLIED_KEYS[kind])
+        except VhostblkError as error:
+            raise CliError(f"{where}: {error.desc}", status=USAGE, data=error.data) from None
+        steps.append(Step(where, kind, parsed.options))
+    return steps, settings
+
+
+def wants_help(written: list[tuple[str, str]] | None) -> tuple[str, dict[str, Any]] | None:
+    """The first option whose value asks for help: its kind, and what else it says."""
+    for option, value in written or []:
+        kind = option.lstrip("-")
+        if kind == "config" or value.lstrip().startswith("{"):
+            continue
+        try:
+            parsed = keyval.parse(value, implied_key=IMPLIED_KEYS[kind])
+        except VhostblkError:
+            continue  # reported in its turn
+        if parsed.help:
+            return kind, parsed.options
+    return None
+
+
+def image_steps(
+    image: str,
+    name: str,
+    addr: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[Step]:
+    """What serving one raw image takes: two nodes and an export."""
+    path = os.path.abspath(image)
+    read_only = args.read_only
+    file: dict[str, Any] = {
+        "driver": "file", "node-name": f"{name}-file", "filename": path,
+        "read-only": read_only, "discard": "unmap",
+    }
+    if getattr(args, "direct", False):
+        file["cache"] = {"direct": True}
+    raw = {"driver": "raw", "node-name": name, "file": f"{name}-file", "read-only": read_only}
+    export: dict[str, Any] = {
+        "type": "vhost-user-blk", "id": name, "node-name": name, "addr": addr,
+        "writable": not read_only,
+    }
+    if getattr(args, "serial", None):
+        export["serial"] = args.serial
+    if getattr(args, "num_queues", None):
+        export["num-queues"] = _number("--num-queues", args.num_queues)
+    return [
+        Step(image, "blockdev", file),
+        Step(image, "blockdev", raw),
+        Step(image, "export", export),
+    ]
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal() or not text.isascii():
+        raise CliError(f"{option} {text}: expected a number", status=USAGE)
+    return int(text)
+
+
+def plan_process(args: argparse.Namespace, plan: Plan, settings: dict[str, Any]) -> None:
+    """Fill in what the options (or else the config file) say about the process."""
+    plan.plugins = [Path(plugin) for plugin in [*settings.get("plugins", []), *args.plugin]]
+    plan.log_file = args.log_file
+    group = args.control_group or settings.get("control-group")
+    control = args.control or settings.get("control")
+    if control is None and plan.place is not None:
+        control = plan.place.control_socket
+    if control not in (None, "none"):
+        plan.controls.append(Control(control, group))
+    elif group is not None:
+        raise CliError("--control-group needs a control socket: add --control PATH", status=USAGE)
+
+
+def chosen_name(args: argparse.Namespace, settings: dict[str, Any]) -> str | None:
+    """The backend's name if one was given."""
+    name = args.name or settings.get("name")
+    return None if name is None else places.check_name(str(name))

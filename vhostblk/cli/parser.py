@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""argparse with errors that help: one sentence, and the nearest right spelling."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from vhostblk.cli.errors import USAGE, CliError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for one subcommand."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Abbreviations would turn every new option into a break of old scripts.
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message} (see '{self.prog} --help')", status=USAGE)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """As argparse's, with a suggestion for an unknown option."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            first = next((word for word in unknown if word.startswith("-")), unknown[0])
+            option = first.split("=")[0]
+            if option.startswith("-"):
+                hint = did_you_mean(option, self._option_string_actions)
+                self.error(f"unknown option '{option}'{hint}")
+            self.error(f"unexpected argument '{first}'")
+        return parsed
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to an error, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+class Step(argparse.Action):
+    """Collects options with their values in the order they were written."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        steps = list(getattr(namespace, "steps", None) or [])
+        steps.append((option_string or self.option_strings[0], values))
+        namespace.steps = steps

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The life of a backend process: build the tree, open the sockets, wait, clean up.
+
+`serve`, `run` and `vhostblk-backend` differ only in the `Plan` they make and
+in what they do once the backend is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.cli.errors import CliError
+from vhostblk.cli.places import Place
+from vhostblk.cli.process import Background, Pidfile
+from vhostblk.control.listen import listen, unlink
+from vhostblk.schema import VhostblkError
+
+if TYPE_CHECKING:
+    import socket
+
+    from vhostblk.backend import Backend
+    from vhostblk.control.server import ControlServer
+
+logger = logging.getLogger("vhostblk")
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do at start, in order."""
+
+    where: str  # the option as written, for messages
+    kind: str  # object, blockdev or export
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control socket to open."""
+
+    path: str
+    group: str | None = None
+
+
+@dataclass
+class Plan:
+    """Everything a backend process is asked to be."""
+
+    steps: list[Step] = field(default_factory=list)
+    plugins: list[Path] = field(default_factory=list)
+    controls: list[Control] = field(default_factory=list)
+    place: Place | None = None
+    pidfile: str | None = None
+    daemonize: bool = False
+    log_file: str | None = None
+    stop_on_signals: tuple[signal.Signals, ...] = _STOP_SIGNALS
+
+
+@dataclass
+class Running:
+    """A backend that is ready, for what is to be done while it runs."""
+
+    backend: Backend
+    stop: asyncio.Event
+
+
+WhileReady = Callable[[Running], Awaitable[int]]
+
+
+def serve(plan: Plan, while_ready: WhileReady | None = None) -> int:
+    """Run a backend until it is told to stop; the exit status."""
+    background = Background() if plan.daemonize else None
+    return asyncio.run(_Life(plan, background, while_ready or _wait).run())
+
+
+async def _wait(running: Running) -> int:
+    await running.stop.wait()
+    return 0
+
+
+class _Life:
+    def __init__(self, plan: Plan, background: Background | None, while_ready: WhileReady) -> None:
+        self._plan = plan
+        self._background = background
+        self._while_ready = while_ready
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._pidfiles: list[Pidfile] = []
+        self._listeners: list[tuple[str, socket.socket]] = []
+        self._servers: list[ControlServer] = []
+
+    async def run(self) -> int:
+        """From the first signal handler to the last unlink."""
+        loop = asyncio.get_running_loop()
+        for number in self._plan.stop_on_signals:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            return await self._run_in_place()
+        finally:
+            for path, listener in self._listeners:
+                listener.close()
+                unlink(path)
+            for pidfile in self._pidfiles:
+                pidfile.remove()
+            if self._plan.place is not None:
+                self._plan.place.remove()
+
+    async def _run_in_place(self) -> int:
+        from vhostblk.backend import Backend
+
+        plan = self._plan
+        if plan.place is not None:
+            plan.place.create()
+            self._pidfiles.append(_lock_place(plan.place))
+            self._pidfiles[0].write()
+        # Bound now, so that a path that cannot be had is an error before anything
+        # is served; answered when ready, so that nobody sees half a tree.
+        for control in plan.controls:
+            path = os.path.abspath(control.path)
+            try:
+                self._listeners.append((path, listen(path, control.group)))
+            except VhostblkError as error:
+                raise _at("--control " + control.path, error) from None
+        backend = Backend(plugins=plan.plugins)
+        try:
+            await backend.start()
+            for step in plan.steps:
+                if self._stop.is_set():
+                    return 0
+                await apply(backend, step)
+            await self._open_control(backend)
+            if plan.pidfile is not None:
+                self._pidfiles.append(Pidfile(plan.pidfile))
+                self._pidfiles[-1].write()
+            self._announce(backend)
+            return await self._while_ready(Running(backend, self._stop))
+        finally:
+            await self._close(backend)
+
+    async def _open_control(self, backend: Backend) -> None:
+        if not self._listeners:
+            return
+        from vhostblk.control.commands import registry
+        from vhostblk.control.registry import Context
+        from vhostblk.control.server import ControlServer
+
+        for _, listener in self._listeners:
+            server = ControlServer(Context(backend, registry, self._stop.set))
+            await server.start(listener)
+            self._servers.append(server)
+
+    def _announce(self, backend: Backend) -> None:
+        exports = [str(export["id"]) for export in backend.query_block_exports()]
+        logger.info("ready: %s", f"exports {', '.join(exports)}" if exports else "no exports")
+        if self._background is not None:
+            self._background.ready(self._plan.log_file)
+
+    async def _close(self, backend: Backend) -> None:
+        for server in self._servers:
+            server.refuse_commands()
+        await backend.close()
+        for server in self._servers:
+            await server.close()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            logger.info("%s: stopping", number.name)
+            self._stop.set()
+            return
+        # Whoever asks again does not want to wait for whatever we wait for.
+        print(f"vhostblk: {number.name} again: giving up at once", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _lock_place(place: Place) -> Pidfile:
+    try:
+        return Pidfile(place.pidfile)
+    except CliError as error:
+        if (error.data or {}).get("code") != "pidfile-locked":
+            raise
+        raise CliError(
+            f"A backend named '{place.name}' is already running; choose another name with "
+            "--name, or look at it with 'vhostblk status " + place.name + "'"
+        ) from None
+
+
+async def apply(backend: Backend, step: Step) -> None:
+    """Carry out one step; an error says which option it came from."""
+    actions = {
+        "object": backend.object_add,
+        "blockdev": backend.blockdev_add,
+        "export": backend.block_export_add,
+    }
+    try:
+        await actions[step.kind](step.options)
+    except VhostblkError as error:
+        raise _at(step.where, error) from None
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        raise CliError(f"{step.where}: {name}{error.strerror or error}") from None
+
+
+def _at(where: str, error: VhostblkError) -> CliError:
+    return CliError(f"{where}: {error.desc}", data=error.data)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands of the control socket.
+
+Names and arguments are QEMU's wherever the meaning is. Those marked `oob` may
+also be run out of band, while another command of the same client is waiting.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vhostblk.control import introspect
+from vhostblk.control.events import EVENTS
+from vhostblk.control.registry import Context, NoArguments, Registry
+from vhostblk.control.results import (
+    BlockDeviceInfo,
+    BlockExportInfo,
+    BlockStats,
+    CommandInfo,
+    EventInfo,
+    IOThreadInfo,
+    ObjectPropertyInfo,
+    StatusInfo,
+    VersionInfo,
+)
+from vhostblk.control.version import version_info
+from vhostblk.schema import Int, Model, OnOff, Size, VhostblkError, validate
+
+registry = Registry()
+command = registry.command
+
+
+# ---- about the backend ------------------------------------------------------------------
+
+
+@command("query-version", oob=True)
+async def query_version(context: Context, arguments: NoArguments) -> VersionInfo:
+    """Version of this backend, in the members where QMP clients look for QEMU's."""
+    return validate(VersionInfo, version_info())
+
+
+@command("query-commands", oob=True)
+async def query_commands(context: Context, arguments: NoArguments) -> list[CommandInfo]:
+    """Names of all commands."""
+    names = ["qmp_capabilities", *context.registry.commands]
+    return [CommandInfo(name=name) for name in names]
+
+
+@command("query-events", oob=True)
+async def query_events(context: Context, arguments: NoArguments) -> list[EventInfo]:
+    """Names of all events."""
+    return [EventInfo(name=name) for name in EVENTS]
+
+
+@command("query-qmp-schema", oob=True)
+async def query_qmp_schema(context: Context, arguments: NoArguments) -> list[Any]:
+    """All commands, events and types in QAPI's introspection format."""
+    return introspect.schema(context.backend, context.registry, EVENTS)
+
+
+@command("query-status", oob=True)
+async def query_status(context: Context, arguments: NoArguments) -> StatusInfo:
+    """Whether the backend is running, and what it is made of."""
+    return StatusInfo.of(context.backend.query_status())
+
+
+@command("quit", oob=True)
+async def quit_backend(context: Context, arguments: NoArguments) -> None:
+    """End the backend in order, as SIGTERM does. Guests see their disks pause."""
+    context.quit()
+
+
+# ---- nodes ------------------------------------------------------------------------------
+
+
+class QueryNamedBlockNodes(Model):
+    """Arguments of query-named-block-nodes."""
+
+    flat: OnOff = False
+
+
+@command("query-named-block-nodes", oob=True)
+async def query_named_block_nodes(
+    context: Context, arguments: QueryNamedBlockNodes
+) -> list[BlockDeviceInfo]:
+    """All block nodes. With `flat` as with QEMU: no descriptions of children's images."""
+    return [BlockDeviceInfo.of(node) for node in context.backend.query_named_block_nodes()]
+
+
+@command("blockdev-add", union=introspect.blockdev_options)
+async def blockdev_add(context: Context, arguments: dict[str, Any]) -> None:
+    """Add a block node, and those defined inside its options."""
+    await context.backend.blockdev_add(arguments)
+
+
+class BlockdevDel(Model):
+    """Arguments of blockdev-del."""
+
+    node_name: str
+
+
+@command("blockdev-del")
+async def blockdev_del(context: Context, arguments: BlockdevDel) -> None:
+    """Remove a block node that nothing uses."""
+    await context.backend.blockdev_del(arguments.node_name)
+
+
+class BlockResize(Model):
+    """Arguments of block_resize."""
+
+    node_name: str
+    size: Size
+
+
+@command("block_resize")
+async def block_resize(context: Context, arguments: BlockResize) -> None:
+    """Change the size of a node; the guests that use it are told."""
+    await context.backend.block_resize(arguments.node_name, arguments.size)
+
+
+class QueryBlockstats(Model):
+    """Arguments of query-blockstats."""
+
+    query_nodes: OnOff = False
+
+
+@command("query-blockstats", oob=True)
+async def query_blockstats(
+    context: Context, arguments: QueryBlockstats
+) -> list[BlockStats]:
+    """Counters and latencies: of the exports, or with `query-nodes` of the nodes."""
+    wanted = "node" if arguments.query_nodes else "export"
+    return [
+        BlockStats.of(entry)
+        for entry in context.backend.query_blockstats()
+        if ("export" in entry) == (wanted == "export")
+    ]
+
+
+# ---- exports ----------------------------------------------------------------------------
+
+
+@command("query-block-exports", oob=True)
+async def query_block_exports(
+    context: Context, arguments: NoArguments
+) -> list[BlockExportInfo]:
+    """All exports."""
+    return [BlockExportInfo.of(export) for export in context.backend.query_block_exports()]
+
+
+@command("block-export-add", union=introspect.export_options)
+async def block_export_add(context: Context, arguments: dict[str, Any]) -> None:
+    """Export a node."""
+    await context.backend.block_export_add(arguments)
+
+
+class BlockExportDel(Model):
+    """Arguments of block-export-del."""
+
+    id: str
+    mode: Literal["safe", "hard"] = "safe"
+
+
+@command("block-export-del")
+async def block_export_del(context: Context, arguments: BlockExportDel) -> None:
+    """Remove an export: `safe` only if no front-end is connected, `hard` in any case."""
+    await context.backend.block_export_del(arguments.id, arguments.mode)
+
+
+# ---- objects ----------------------------------------------------------------------------
+
+
+@command("query-iothreads", oob=True)
+async def query_iothreads(context: Context, arguments: NoArguments) -> list[IOThreadInfo]:
+    """All I/O threads."""
+    return [IOThreadInfo.of(thread) for thread in context.backend.query_iothreads()]
+
+
+@command("object-add", union=introspect.object_options)
+async def object_add(context: Context, arguments: dict[str, Any]) -> None:
+    """Add an object, such as an I/O thread."""
+    await context.backend.object_add(arguments)
+
+
+class ObjectDel(Model):
+    """Arguments of object-del."""
+
+    id: str
+
+
+@command("object-del")
+async def object_del(context: Context, arguments: ObjectDel) -> None:
+    """Remove an object that nothing uses."""
+    await context.backend.object_del(arguments.id)
+
+
+class QomList(Model):
+    """Arguments of qom-list."""
+
+    path: str
+
+
+@command("qom-list", oob=True)
+async def qom_list(context: Context, arguments: QomList) -> list[ObjectPropertyInfo]:
+    """The properties of an object, or the objects there are (path /objects)."""
+    return [ObjectPropertyInfo.of(entry) for entry in context.backend.qom_list(arguments.path)]
+
+
+class QomGet(Model):
+    """Arguments of qom-get."""
+
+    path: str
+    property: str
+
+
+@command("qom-get", oob=True)
+async def qom_get(context: Context, arguments: QomGet) -> Any:
+    """The value of a property of an object."""
+    return context.backend.qom_get(arguments.path, arguments.property)
+
+
+class QomSet(Model):
+    """Arguments of qom-set."""
+
+    path: str
+    property: str
+    value: Any
+
+
+@command("qom-set")
+async def qom_set(context: Context, arguments: QomSet) -> None:
+    """Change a property of an object."""
+    await context.backend.qom_set(arguments.path, arguments.property, arguments.value)
