@@ -14,7 +14,7 @@ from frontend.device import WANTED_PROTOCOL
 from frontend.lab import DISK_SIZE, Lab, export_options, node_options
 from frontend.protocol import HEADER, Flag
 
-pytest_plugins = ["frontend.lab"]
+pytest_plugins = ["frontend.fixtures"]
 
 NO_INFLIGHT = WANTED_PROTOCOL & ~(1 << ProtocolFeature.INFLIGHT_SHMFD)
 

@@ -25,7 +25,7 @@ from frontend import (
 from frontend.inflight import Entry, QueueRegion
 from frontend.lab import DISK_SIZE, NULL_SIZE, Lab, export_options, node_options
 
-pytest_plugins = ["frontend.lab"]
+pytest_plugins = ["frontend.fixtures"]
 
 NEVER_NS = 3_600_000_000_000
 
@@ -247,7 +247,7 @@ class Crash:
 
 @pytest.fixture
 def device(lab: Lab) -> Iterator[Device]:
-    device = lab.device("null", queue_size=16)
+    device = lab.device("null", queue_size=32)
     yield device
     device.close()
 

@@ -12,7 +12,7 @@ from frontend.device import WANTED_PROTOCOL
 from frontend.lab import Lab
 from frontend.memory import PAGE
 
-pytest_plugins = ["frontend.lab"]
+pytest_plugins = ["frontend.fixtures"]
 
 TABLE = WANTED_PROTOCOL & ~(1 << ProtocolFeature.CONFIGURE_MEM_SLOTS)
 HOTPLUGGED = 1 << 32

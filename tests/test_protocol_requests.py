@@ -11,7 +11,7 @@ from frontend.lab import DISK_SIZE, MIB, NULL_SIZE, SERIAL, Lab
 from frontend.protocol import DISCARD_SEGMENT, NO_STATUS
 from frontend.virtqueue import DESC_F_INDIRECT, Segment
 
-pytest_plugins = ["frontend.lab"]
+pytest_plugins = ["frontend.fixtures"]
 
 SECTORS = DISK_SIZE // 512
 

@@ -160,6 +160,7 @@ class Device:
         self.pending: list[Request] = []
         self.inflight: InflightArea | None = None
         self.log: Region | None = None
+        self.shared: list[Region] = []  # by slots, on this connection
         self.backend_channel: Channel | None = None
         self._channel: Channel | None = None
 
@@ -219,6 +220,7 @@ class Device:
 
     def connect(self) -> None:
         """Connect and negotiate, in the order QEMU does it."""
+        self.shared = []
         self._channel = Channel.connect(self.path, self.timeout)
         self.negotiate()
 
@@ -304,7 +306,8 @@ class Device:
     def share_memory(self) -> None:
         if self.has_protocol(ProtocolFeature.CONFIGURE_MEM_SLOTS):
             for region in self.memory.regions:
-                self.add_region(region)
+                if region not in self.shared:
+                    self.add_region(region)
         else:
             self.set_mem_table()
 
@@ -314,9 +317,11 @@ class Device:
 
     def add_region(self, region: Region) -> None:
         self.tell(Message.ADD_MEM_REG, bytes(8) + region.payload(), [region.fd])
+        self.shared.append(region)
 
     def remove_region(self, region: Region) -> None:
         self.tell(Message.REM_MEM_REG, bytes(8) + region.payload())
+        self.shared.remove(region)
 
     def get_inflight(self) -> InflightArea:
         self.channel.send(

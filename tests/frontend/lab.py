@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A pytest plugin: one back-end with many exports, shared by the tests of a run.
-
-A module asks for it with `pytest_plugins = ["frontend.lab"]`. The fixture `lab`
-starts the process again if a test has broken it, so that one failure stays one.
-"""
+"""One back-end with many exports, shared by the tests of a run."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from .daemon import Daemon, Qmp, vhostblk
 from .device import Device
@@ -92,7 +87,12 @@ class Lab:
         return Qmp(self.path("qmp"))
 
     def open_files(self) -> int:
-        return len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
+        """Once the number stays the same for a while: hanging up takes its time."""
+        seen: list[int] = []
+        while len(seen) < 5 or len(set(seen[-5:])) > 1:
+            time.sleep(0.02)
+            seen.append(len(os.listdir(f"/proc/{self.daemon.pid}/fd")))
+        return seen[-1]
 
     def works(self, export: str) -> None:
         """A new front-end is served there, and the bystander still is."""
@@ -127,20 +127,3 @@ class Lab:
         self.works(export)
         said = self.daemon.lines(mark)
         assert len(said) == (1 if hung_up else 0), said
-
-
-@pytest.fixture(scope="session")
-def _labs() -> Iterator[list[Lab]]:
-    labs: list[Lab] = []
-    yield labs
-    for lab in labs:
-        lab.close()
-
-
-@pytest.fixture
-def lab(_labs: list[Lab]) -> Lab:
-    if _labs and not _labs[-1].daemon.alive:
-        _labs.pop().close()
-    if not _labs:
-        _labs.append(Lab())
-    return _labs[-1]

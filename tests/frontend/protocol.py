@@ -188,7 +188,9 @@ class Channel:
     @classmethod
     def connect(cls, path: str | os.PathLike[str], timeout: float = 30) -> Channel:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(timeout)
+        # Python's own timeout makes connect() fail where the listener's queue is full.
+        limit = struct.pack("ll", int(timeout) or 1, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             sock.connect(os.fspath(path))
         except BaseException:

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pytest plugin: the fixture `lab`.
+
+A module asks for it with `pytest_plugins = ["frontend.fixtures"]`. The process is
+started again if a test has broken it, so that one failure stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .lab import Lab
+
+
+@pytest.fixture(scope="session")
+def _labs() -> Iterator[list[Lab]]:
+    labs: list[Lab] = []
+    yield labs
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture
+def lab(_labs: list[Lab]) -> Lab:
+    if _labs and not _labs[-1].daemon.alive:
+        _labs.pop().close()
+    if not _labs:
+        _labs.append(Lab())
+    return _labs[-1]
