@@ -63,7 +63,7 @@ is_debian() { [ "$(os_field ID)" = debian ] && command -v apt-get >/dev/null; }
 missing_packages() {
     for missing_name in "$@"; do
         case $(dpkg-query -W -f '${db:Status-Status}\n' "$missing_name" 2>/dev/null) in
-        *installed*) ;;
+        installed*) ;;
         *) printf '%s ' "$missing_name" ;;
         esac
     done
@@ -83,6 +83,7 @@ need_packages() {
         fi
     fi
     say "installing $need_list"
+    mkdir -p "$BUILD"
     # shellcheck disable=SC2086
     if ! $need_sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y $need_list \
         >"$BUILD/apt-install.log" 2>&1 </dev/null; then
