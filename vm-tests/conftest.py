@@ -112,6 +112,14 @@ def workspace(vm_session: Session) -> Iterator[Workspace]:
     vm_session.finish(workspace)
 
 
+@pytest.fixture(scope="class")
+def own_workspace(vm_session: Session) -> Iterator[Workspace]:
+    """The directory of a class of tests with a guest of its own."""
+    workspace = vm_session.workspace()
+    yield workspace
+    vm_session.finish(workspace)
+
+
 class SharedGuest:
     """The guest most tests use, booted again if the last test spoilt it."""
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 from guest import Disk, DiskServer, Guest, Workspace, wait_until
-from guest.disks import MIB
+from guest.disks import MIB, check_ext4, read_ext4
 from guest.fio import fio
 
 
@@ -81,8 +81,8 @@ class TestData:
         guest.check("mkdir /mnt/d && dd if=/dev/urandom of=/mnt/d/data bs=64k count=200")
         digest = guest.check("sha256sum </mnt/d/data").split()[0]
         guest.check("sync && umount /mnt")
-        disk.check_ext4()
-        assert hashlib.sha256(disk.read_ext4("/d/data")).hexdigest() == digest
+        check_ext4(disk.image)
+        assert hashlib.sha256(read_ext4(disk.image, "/d/data")).hexdigest() == digest
         guest.check(f"echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 {disk.dev} /mnt")
         assert guest.check("sha256sum </mnt/d/data; umount /mnt").split()[0] == digest
 
@@ -95,7 +95,7 @@ class TestData:
         guest.check("rm /mnt/data && sync && fstrim /mnt")
         assert disk.allocated() <= full - 60 * MIB
         guest.check("umount /mnt")
-        disk.check_ext4()
+        check_ext4(disk.image)
 
     def test_discard_and_zeroes_over_the_whole_disk(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add(64 * MIB)
@@ -174,15 +174,18 @@ class TestChanges:
     def test_stop_and_cont_under_load(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         job = guest.spawn(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=32 --size=96M"))
+        before: list[int] = []
         for _ in range(3):
             count = disk.writes()
             wait_until(partial(disk.has_written, count + 500), "load on the disk", 30)
             guest.stop()
             rings = guest.used_indexes(disk.disk)
+            assert rings != before
             modified = disk.image.stat().st_mtime_ns
             time.sleep(0.5)  # long enough for a request that was left in flight to end
             assert guest.used_indexes(disk.disk) == rings
             assert disk.image.stat().st_mtime_ns == modified
+            before = rings
             guest.cont()
         job.check(60)
 
@@ -196,7 +199,7 @@ class TestChanges:
         )
         guest.check(f"resize2fs {disk.dev}")
         guest.check("dd if=/dev/urandom of=/mnt/data bs=1M count=120 && sync && umount /mnt")
-        disk.check_ext4()
+        check_ext4(disk.image)
 
     def test_a_disk_added_to_a_running_backend(
         self, guest: Guest, disks: DiskServer, workspace: Workspace

@@ -83,8 +83,8 @@ class Console:
         """Wait for the shell's greeting."""
         self.wait_for(READY, timeout)
 
-    def run(self, command: str, timeout: float) -> Result:
-        """Run one line in the guest's shell."""
+    def send(self, command: str, timeout: float = 20) -> None:
+        """Type one line; for a command that has no answer, such as a reboot."""
         if "\n" in command:
             raise ValueError(f"a command is one line: {command!r}")
         self._socket.settimeout(timeout)
@@ -92,6 +92,10 @@ class Console:
             self._socket.sendall(command.encode() + b"\n")
         except OSError as error:
             raise ConsoleError(f"cannot write to the guest's serial port: {error}") from error
+
+    def run(self, command: str, timeout: float) -> Result:
+        """Run one line in the guest's shell and wait for its end."""
+        self.send(command, timeout)
         try:
             match, before = self.wait_for(EXIT, timeout)
         except ConsoleError as error:

@@ -16,6 +16,29 @@ from .workspace import Workspace
 MIB = 1 << 20
 
 
+def check_ext4(image: Path) -> None:
+    """e2fsck reads the ext4 file system, which is the whole image, as the guest has left it."""
+    done = subprocess.run(
+        ["/sbin/e2fsck", "-f", "-n", str(image)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        raise AssertionError(f"e2fsck {image}:\n{done.stdout}{done.stderr}")
+
+
+def read_ext4(image: Path, path: str) -> bytes:
+    """A file out of that file system."""
+    return subprocess.run(
+        ["/sbin/debugfs", "-R", f"cat {path}", str(image)],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
 @dataclass
 class ServedDisk:
     """A disk image, the backend that serves it, and the disk in the guest."""
@@ -38,15 +61,18 @@ class ServedDisk:
         """A file below the disk's directory of the guest's sysfs."""
         return self.guest.check(f"cat /sys/block/{self.name}/{path}")
 
+    def reads(self) -> int:
+        """How many read requests the guest has seen complete."""
+        return int(self.attribute("stat").split()[0])
+
     def writes(self) -> int:
-        """How many write requests the guest has seen complete."""
         return int(self.attribute("stat").split()[4])
+
+    def has_read(self, count: int) -> bool:
+        return self.reads() >= count
 
     def has_written(self, count: int) -> bool:
         return self.writes() >= count
-
-    def reads(self) -> int:
-        return int(self.attribute("stat").split()[0])
 
     def plug(self) -> None:
         self.name = self.guest.plug(self.disk)
@@ -61,27 +87,6 @@ class ServedDisk:
     def allocated(self) -> int:
         """Bytes of the host's storage that the image occupies."""
         return self.image.stat().st_blocks * 512
-
-    def check_ext4(self) -> None:
-        """e2fsck reads the image as the guest has left it."""
-        done = subprocess.run(
-            ["/sbin/e2fsck", "-f", "-n", str(self.image)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode:
-            raise AssertionError(f"e2fsck {self.image}:\n{done.stdout}{done.stderr}")
-
-    def read_ext4(self, path: str) -> bytes:
-        """A file out of the ext4 file system that is the whole image."""
-        return subprocess.run(
-            ["/sbin/debugfs", "-R", f"cat {path}", str(self.image)],
-            capture_output=True,
-            timeout=60,
-            check=True,
-        ).stdout
 
 
 class DiskServer:

@@ -298,6 +298,13 @@ class Guest:
             raise
         return True
 
+    def connected(self, disk: Disk) -> bool:
+        """Whether QEMU is connected to the disk's backend."""
+        for chardev in self.qmp.command("query-chardev"):
+            if chardev["label"] == f"chr-{disk.id}":
+                return not chardev["filename"].startswith("disconnected:")
+        return False
+
     def used_indexes(self, disk: Disk) -> list[int]:
         """The device's side of each virtqueue that is in use, read from the guest's memory."""
         for entry in self.qmp.command("x-query-virtio"):
@@ -306,10 +313,12 @@ class Guest:
                 break
         else:
             raise ConsoleError(f"QEMU knows no virtio device {disk.id}")
-        queues = disk.num_queues or 1
+        queues = self.qmp.command("x-query-virtio-status", {"path": path})["num-vqs"]
         indexes = []
         for queue in range(queues):
             status = self.qmp.command("x-query-virtio-queue-status", {"path": path, "queue": queue})
+            if not status["vring-used"]:
+                continue  # the guest does not use this queue
             address = status["vring-used"] + 2  # after the flags
             text = self.qmp.command(
                 "human-monitor-command", {"command-line": f"xp /1hx {address:#x}"}

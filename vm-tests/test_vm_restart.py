@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The backend dies or is restarted under a running guest, which must only notice a pause.
+
+QEMU's chardev reconnects by itself; the requests that were in flight are found again in the area
+of memory that QEMU keeps for its backend (INFLIGHT_SHMFD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+from guest import DiskServer, Guest, ServedDisk, wait_until
+from guest.disks import check_ext4
+from guest.fio import fio
+
+# Random writes that come back to the same blocks again and again, so that a write which is lost,
+# or repeated after a newer one, leaves a block with an old sequence number for fio to find.
+OVERWRITES = (
+    "--rw=randwrite --bs=4k --iodepth=32 --size=4M --io_size=48M"
+    " --norandommap --serialize_overlap=1"
+)
+KILLS = 5
+RECONNECT_SECONDS = 30
+
+
+def wait_writes(disk: ServedDisk, count: int) -> None:
+    """Wait until the guest has seen that many more writes complete."""
+    goal = disk.writes() + count
+    wait_until(partial(disk.has_written, goal), f"{count} more writes", RECONNECT_SECONDS)
+
+
+def kill_and_restart(disks: Sequence[ServedDisk], times: int, writes: int = 1000) -> None:
+    """Every time after some progress, so that requests are in flight when it happens."""
+    for _ in range(times):
+        for disk in disks:
+            wait_writes(disk, writes)
+            disk.backend.kill()
+            disk.backend.start()
+
+
+class TestKill:
+    def test_under_load(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        job = guest.spawn(fio(disk.dev, OVERWRITES))
+        kill_and_restart([disk], KILLS)
+        assert job.running(), "the load ended before the last restart: the test proves nothing"
+        job.check(60)
+
+    def test_under_load_with_direct_io(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add(file="cache.direct=on")
+        job = guest.spawn(fio(disk.dev, OVERWRITES))
+        kill_and_restart([disk], 3)
+        assert job.running(), "the load ended before the last restart: the test proves nothing"
+        job.check(60)
+
+    def test_two_disks_with_many_queues(self, guest: Guest, disks: DiskServer) -> None:
+        pair = [disks.add(num_queues=8) for _ in range(2)]
+        jobs = [
+            guest.spawn(fio(disk.dev, f"{OVERWRITES} --numjobs=2 --offset_increment=16M"))
+            for disk in pair
+        ]
+        kill_and_restart(pair, 2)
+        for job in jobs:
+            assert job.running(), "the load ended before the last restart"
+            job.check(90)
+
+    def test_while_reading(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        guest.check(fio(disk.dev, "--rw=write --bs=64k --size=16M"))
+        job = guest.spawn(fio(disk.dev, "--rw=randread --bs=4k --iodepth=32 --size=16M --loops=8"))
+        for _ in range(3):
+            goal = disk.reads() + 1000
+            wait_until(partial(disk.has_read, goal), "1000 more reads", RECONNECT_SECONDS)
+            disk.backend.kill()
+            disk.backend.start()
+        job.check(60)
+
+    def test_again_before_qemu_is_back(self, guest: Guest, disks: DiskServer) -> None:
+        """A backend that dies during QEMU's handshake is no worse than one that dies later."""
+        disk = disks.add()
+        job = guest.spawn(fio(disk.dev, OVERWRITES))
+        wait_writes(disk, 1000)
+        disk.backend.kill()
+        for _ in range(6):
+            disk.backend.start()
+            disk.backend.kill()
+        disk.backend.start()
+        wait_writes(disk, 1000)
+        job.check(60)
+
+    def test_with_a_mounted_file_system(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        guest.check(f"mkfs.ext4 -q {disk.dev} && mount -t ext4 {disk.dev} /mnt && touch /tmp/go")
+        job = guest.spawn(
+            "set -e; n=0; while [ -e /tmp/go ]; do n=$((n + 1));"
+            " dd if=/dev/urandom of=/mnt/$n bs=64k count=4 2>/dev/null;"
+            " sha256sum /mnt/$n >>/tmp/sums; sync; done"
+        )
+        kill_and_restart([disk], 3, writes=50)
+        guest.check("rm /tmp/go")
+        job.check(60)
+        guest.check(f"umount /mnt && mount -t ext4 {disk.dev} /mnt && sha256sum -c -s /tmp/sums")
+        guest.check("umount /mnt")
+        check_ext4(disk.image)
+
+    def test_of_an_idle_disk(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        guest.check(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=2M"))
+        disk.backend.kill()
+        disk.backend.start()
+        guest.check(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=2M"))
+
+    def test_while_the_guest_is_stopped(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        job = guest.spawn(fio(disk.dev, OVERWRITES))
+        wait_writes(disk, 1000)
+        guest.stop()
+        disk.backend.kill()
+        wait_until(lambda: not guest.connected(disk.disk), "QEMU to notice", RECONNECT_SECONDS)
+        disk.backend.start()
+        wait_until(lambda: guest.connected(disk.disk), "QEMU to be back", RECONNECT_SECONDS)
+        guest.cont()
+        wait_writes(disk, 1000)
+        job.check(60)
+
+
+class TestCleanRestart:
+    @pytest.mark.parametrize("end", ["quit", "terminate"])
+    def test_under_load(self, guest: Guest, disks: DiskServer, end: str) -> None:
+        disk = disks.add()
+        job = guest.spawn(fio(disk.dev, OVERWRITES))
+        for _ in range(3):
+            wait_writes(disk, 1000)
+            getattr(disk.backend, end)()
+            disk.backend.start()
+        wait_writes(disk, 100)
+        job.check(60)
