@@ -249,6 +249,7 @@ bool vb_device_drop(struct vb_device *device, const char *format, ...)
         va_start(arguments, format);
         vsnprintf(device->reason, sizeof(device->reason), format, arguments);
         va_end(arguments);
+        device->reason[strcspn(device->reason, "\n")] = '\0'; /* some of the library's end in one */
     }
     return false;
 }
@@ -477,6 +478,9 @@ static int set_writeback(struct vb_device *device, const VhostUserMsg *message)
 {
     bool wanted = message->payload.config.region[0];
 
+    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+        vb_queue_note_writeback(&device->queues[i], wanted);
+    }
     if (atomic_exchange(&device->export_->writeback_wanted, wanted) != wanted) {
         post_note(device->export_, VB_EVENT_WRITEBACK, wanted);
     }

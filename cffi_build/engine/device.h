@@ -190,6 +190,8 @@ bool vb_queue_arm(struct vb_queue *queue);   /* ask for kicks; true: there is wo
 void vb_queue_complete(struct vb_blk_request *blk); /* into the batch for the next flush */
 /* Device thread, parked, when the ring starts: take over from whoever served it last. */
 void vb_queue_recover(struct vb_queue *queue);
+/* Device thread: record the guest's write cache setting for whoever serves this ring next. */
+void vb_queue_note_writeback(struct vb_queue *queue, bool writeback);
 
 /* ---- virtio_blk.c ---------------------------------------------------------------------- */
 

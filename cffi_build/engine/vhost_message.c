@@ -180,6 +180,20 @@ static bool check_vring_fd(struct vb_device *device, const VhostUserMsg *message
     return check_index(device, message, message->payload.u64 & VHOST_USER_VRING_IDX_MASK);
 }
 
+/* The library signals it at once, and takes a failure for a reply to send. */
+static bool check_call(struct vb_device *device, const VhostUserMsg *message)
+{
+    struct pollfd call = {.fd = message->fds[0], .events = POLLOUT};
+
+    if (!check_vring_fd(device, message)) {
+        return false;
+    }
+    if (message->fd_num > 0 && poll(&call, 1, 0) != 1) {
+        return vb_device_drop(device, "SET_VRING_CALL with a descriptor that cannot be signalled");
+    }
+    return true;
+}
+
 static bool check_kick(struct vb_device *device, const VhostUserMsg *message)
 {
     uint32_t index = message->payload.u64 & VHOST_USER_VRING_IDX_MASK;
@@ -313,7 +327,7 @@ static const struct message_rule rules[] = {
     {VHOST_USER_SET_VRING_BASE, STATE, 0, 0, VB_NEEDS_DRAIN, check_base},
     {VHOST_USER_GET_VRING_BASE, STATE, 0, 0, VB_NEEDS_DRAIN, check_state},
     {VHOST_USER_SET_VRING_KICK, U64, 0, 1, VB_NEEDS_DRAIN, check_kick},
-    {VHOST_USER_SET_VRING_CALL, U64, 0, 1, VB_NEEDS_PARK, check_vring_fd},
+    {VHOST_USER_SET_VRING_CALL, U64, 0, 1, VB_NEEDS_PARK, check_call},
     {VHOST_USER_SET_VRING_ERR, U64, 0, 1, VB_NEEDS_PARK, check_vring_fd},
     {VHOST_USER_GET_PROTOCOL_FEATURES, 0, 0, 0, VB_NEEDS_NOTHING, NULL},
     {VHOST_USER_SET_PROTOCOL_FEATURES, U64, 0, 0, VB_NEEDS_PARK, check_protocol_features},

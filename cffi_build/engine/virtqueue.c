@@ -533,6 +533,31 @@ static void collect_resubmits(struct vb_queue *queue, VuVirtqInflight *inflight)
 }
 
 /*
+ * Ours among the area's feature flags, which nobody else uses. A guest that has
+ * switched its write cache off sends no flushes, and the front-end does not tell a
+ * new back-end of it: after a kill -9 the successor has to know from here.
+ */
+#define INFLIGHT_WRITETHROUGH (1ull << 63)
+
+void vb_queue_note_writeback(struct vb_queue *queue, bool writeback)
+{
+    VuVirtqInflight *inflight = queue->vq->inflight;
+
+    if (inflight && guest_load(&inflight->version) != 0) {
+        guest_store(&inflight->features, writeback ? 0 : INFLIGHT_WRITETHROUGH);
+    }
+}
+
+static void recover_writeback(struct vb_queue *queue)
+{
+    struct vb_export *export_ = queue->lane->device->export_;
+
+    if (guest_load(&queue->vq->inflight->features) & INFLIGHT_WRITETHROUGH) {
+        atomic_store(&export_->writeback_wanted, false);
+    }
+}
+
+/*
  * The library's own check at SET_VRING_KICK is left out in favour of this one. It knows
  * batches of one only; it trusts the size that stands in the shared area; and at the
  * first use of an area with a used ring that is not at zero (after a migration, say) it
@@ -556,8 +581,10 @@ void vb_queue_recover(struct vb_queue *queue)
         memset(inflight->desc, 0, queue->num * sizeof(inflight->desc[0]));
         guest_store(&inflight->used_idx, used_idx);
         guest_store_release(&inflight->version, 1);
+        vb_queue_note_writeback(queue, atomic_load(&queue->lane->device->export_->writeback_wanted));
         return;
     }
+    recover_writeback(queue);
     finish_last_batch(queue, inflight, used_idx);
     guest_store_release(&inflight->used_idx, used_idx);
     collect_resubmits(queue, inflight);
