@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every block driver is: options, an engine half, children by role.
+
+A driver knows its children and never its parents. It says which roles it has;
+the graph finds or makes the nodes, ties them together, and gives them to the
+driver when it asks. A driver's engine half is one node of the C engine; a
+driver that has nothing to do right now has none, is *passive*, and requests go
+straight to its child.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, IntFlag
+from typing import Any, ClassVar, Literal, Protocol
+
+from vhostblk.engine import (
+    IO,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    REQ_FUA,
+    REQ_MAY_UNMAP,
+    Buffer,
+    Engine,
+    NodeHandle,
+    Stats,
+)
+from vhostblk.schema import Model, NodeName, OnOff, VhostblkError
+
+
+class Perm(IntFlag):
+    """What a parent does to a node, or allows others to do. Values are QEMU's lock bytes."""
+
+    NONE = 0
+    CONSISTENT_READ = 1
+    WRITE = 2
+    WRITE_UNCHANGED = 4
+    RESIZE = 8
+    ALL = 15
+
+
+_PERM_NAMES = {
+    Perm.CONSISTENT_READ: "consistent read",
+    Perm.WRITE: "write",
+    Perm.WRITE_UNCHANGED: "write unchanged",
+    Perm.RESIZE: "resize",
+}
+
+
+def perm_names(perm: Perm) -> str:
+    """For messages."""
+    return ", ".join(name for bit, name in _PERM_NAMES.items() if perm & bit)
+
+
+class CacheOptions(Model):
+    """How the host's page cache is used."""
+
+    direct: OnOff = False
+    """Bypass the host's page cache (O_DIRECT)."""
+    no_flush: OnOff = False
+    """Ignore flushes: fast, and the data are lost if the host crashes."""
+
+
+class NodeOptions(Model):
+    """Options of every node."""
+
+    driver: str
+    """The driver's name."""
+    node_name: NodeName | None = None
+    """The node's name; made up if absent."""
+    discard: Literal["ignore", "unmap"] = "ignore"
+    """Whether discarded ranges are given back to the storage."""
+    cache: CacheOptions = CacheOptions()
+    read_only: OnOff = False
+    """Refuse all writes."""
+    auto_read_only: OnOff = False
+    """Open read-only where read-write is not possible."""
+    force_share: OnOff = False
+    """Do not mind other users of the image; only with read-only=on."""
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    """Turn writes of zeroes into zero writes (on), or deallocate them (unmap)."""
+
+
+INHERITED = ("read-only", "auto-read-only", "force-share", "cache", "discard", "detect-zeroes")
+"""Options that a child defined inside its parent takes from the parent unless it has its own."""
+
+
+class RoleKind(Enum):
+    """What a child is to its parent; decides the permissions."""
+
+    FILTERED = "filtered"  # the parent's data is the child's
+    STORAGE = "storage"  # a format's file
+    BACKING = "backing"  # what an overlay does not have
+
+
+@dataclass(frozen=True)
+class ChildRole:
+    """A role that a driver has a child, or several, for. Its option bears the same name."""
+
+    kind: RoleKind = RoleKind.FILTERED
+    optional: bool = False
+    many: bool = False  # a list: the children are called role.0, role.1, …
+
+
+class NodeHost(Protocol):
+    """What a driver may ask of the graph it lives in."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+
+    def children_of(self, node: NodeDriver) -> Mapping[str, Child]:
+        """The children of a node, by role and index, in order."""
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to the control clients."""
+
+    def passive_changed(self, node: NodeDriver) -> None:
+        """`node.handle` has appeared or gone; only inside a drained section."""
+
+
+class Child:
+    """A node as its parent sees it: a role, a size, and I/O."""
+
+    def __init__(self, host: NodeHost, role: str, node: NodeDriver) -> None:
+        self._host = host
+        self.role = role
+        self.node = node
+        self._target: NodeHandle | None = None
+        self.size = 0
+        """Bytes."""
+
+    def refresh(self) -> None:
+        """Called by the graph when something below has changed."""
+        self._target = self.node.effective
+        self.size = self.node.size
+
+    def read(self, offset: int, into: int | bytearray | memoryview) -> IO:
+        """Read into a buffer, or that many bytes into a new one; awaiting gives the buffer."""
+        buffer = bytearray(into) if isinstance(into, int) else into
+        return self._submit(OP_READ, offset, buffer)
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> IO:
+        """Write; with `fua` to stable storage. `data` may not change until it is done."""
+        return self._submit(OP_WRITE, offset, data, flags=REQ_FUA if fua else 0)
+
+    def flush(self) -> IO:
+        """What was written before is on stable storage afterwards."""
+        return self._submit(OP_FLUSH, 0, None)
+
+    def discard(self, offset: int, length: int) -> IO:
+        """The range is not needed any more; what it reads as afterwards is undefined."""
+        return self._submit(OP_DISCARD, offset, None, length)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fua: bool = False
+    ) -> IO:
+        """The range reads as zeroes afterwards."""
+        flags = (REQ_MAY_UNMAP if unmap else 0) | (REQ_FUA if fua else 0)
+        return self._submit(OP_WRITE_ZEROES, offset, None, length, flags=flags)
+
+    def _submit(
+        self,
+        op: int,
+        offset: int,
+        buffer: Buffer | None,
+        length: int | None = None,
+        *,
+        flags: int = 0,
+    ) -> IO:
+        if length is None:
+            length = 0 if buffer is None else memoryview(buffer).nbytes
+        self.check_range(offset, length)
+        assert self._target is not None
+        return self._host.engine.submit(self._target, op, offset, buffer, length, flags=flags)
+
+    def check_range(self, offset: int, length: int) -> None:
+        """The engine's nodes trust their callers to stay inside."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(
+                errno.EIO,
+                f"{length} bytes at offset {offset} are not inside node "
+                f"'{self.node.name}' of {self.size} bytes",
+            )
+
+
+class NodeDriver:
+    """One node of the graph. Subclass it to write a driver.
+
+    The graph calls `open()` when the children are there, and `close()` when
+    nothing reaches the node any more.
+    """
+
+    driver: ClassVar[str]
+    Options: ClassVar[type[NodeOptions]] = NodeOptions
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {}
+    is_filter: ClassVar[bool] = False  # stays on top of a snapshot of the drive
+    child_class: ClassVar[type[Child]] = Child
+
+    def __init__(self, host: NodeHost, name: str, options: Any) -> None:
+        self.host = host
+        self.name = name
+        self.options = options
+        self.handle: NodeHandle | None = None
+        """The engine half; None while the node is passive."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    # ---- life
+
+    async def open(self) -> None:
+        """Acquire what the node needs and make its engine half."""
+
+    async def close(self) -> None:
+        """Give it all back. Must not fail."""
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            handle.free()
+
+    # ---- what it is
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.host.engine
+
+    @property
+    def children(self) -> Mapping[str, Child]:
+        """Children by role (`file`) or role and index (`children.0`), in order."""
+        return self.host.children_of(self)
+
+    def child(self, role: str) -> Child:
+        """The child in one role."""
+        return self.children[role]
+
+    @property
+    def size(self) -> int:
+        """Bytes that can be read and written."""
+        return self._only_child().size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        return bool(self.options.read_only)
+
+    @property
+    def effective(self) -> NodeHandle:
+        """The engine node that a request for this node enters at."""
+        if self.handle is not None:
+            return self.handle
+        return self._only_child().node.effective
+
+    def _only_child(self) -> Child:
+        return next(iter(self.children.values()))
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for `query-named-block-nodes`; may add members of the driver's own."""
+        return {}
+
+    def filename(self) -> str:
+        """What `file` of `query-named-block-nodes` says: a path, or json: as QEMU writes it."""
+        return ""
+
+    def stats(self) -> Stats:
+        """Counters of the engine half."""
+        return self.effective.stats()
+
+    def relink(self) -> None:
+        """Tie the engine half to those of the children. Called by the graph."""
+        for index, child in enumerate(self.children.values()):
+            child.refresh()
+            if self.handle is not None:
+                self.handle.set_child(index, child.node.effective)
+
+    # ---- permissions
+
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What this node does to a child in `role`, and lets others do, given its own parents."""
+        if role.kind is RoleKind.FILTERED:
+            return perm, shared
+        if role.kind is RoleKind.BACKING:
+            return Perm.CONSISTENT_READ, shared | Perm.WRITE_UNCHANGED
+        perm |= Perm.CONSISTENT_READ
+        if not self.read_only:
+            perm |= Perm.WRITE | Perm.RESIZE
+        return perm, shared & ~(Perm.WRITE | Perm.RESIZE)
+
+    def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Make sure that the new permissions can be had, from other processes too."""
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        """The prepared permissions are in force. Must not fail."""
+
+    def abort_permissions(self) -> None:
+        """The prepared permissions are not wanted after all. Must not fail."""
+
+    # ---- changes
+
+    async def truncate(self, size: int) -> None:
+        """Change the size. Called inside a drained section."""
+        raise VhostblkError(
+            f"Node '{self.name}' cannot be resized: driver '{self.driver}' does not support it",
+            data={"code": "cannot-resize", "node": self.name},
+        )
+
+    def drain_begin(self) -> None:
+        """A pause is beginning: let go of requests that are held back."""
+
+    def drain_end(self) -> None:
+        """The pause is over."""

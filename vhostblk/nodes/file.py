@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""file and host_device: a regular file, or a block device.
+
+Opening decides everything slow (permissions, alignment, size); after that the
+engine half (cffi_build/engine/nodes/file.c) works on the descriptor alone. A
+duplicate of it stays here for the image locks and for resizing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vhostblk.nodes.driver import NodeDriver, NodeOptions, Perm
+from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
+from vhostblk.schema import OnOff, UInt32, VhostblkError
+
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_ALIGNMENTS = (1, 512, 1024, 2048, 4096)
+_DETECT_ZEROES = {"off": 0, "on": 1, "unmap": 2}
+SECTOR = 512
+
+
+class FileOptions(NodeOptions):
+    """Options of file and host_device."""
+
+    filename: str
+    """Path of the file or block device."""
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+    """Accepted for QEMU's sake: how I/O is done is decided by the I/O thread (object iothread)."""
+    aio_max_batch: UInt32 = 0
+    """Accepted for QEMU's sake."""
+    locking: Literal["auto", "on", "off"] = "auto"
+    """Whether to take QEMU's image locks."""
+    drop_cache: OnOff = True
+    """Accepted for QEMU's sake."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What opening found out."""
+
+    fd: int
+    read_only: bool
+    size: int
+    memory_align: int
+    request_align: int
+
+
+class File(NodeDriver):
+    """A regular file."""
+
+    driver = "file"
+    Options = FileOptions
+    options: FileOptions
+    _wants_block_device = False
+
+    async def open(self) -> None:
+        self._check_options()
+        self._perm = (Perm.NONE, Perm.ALL)
+        opened = await asyncio.to_thread(self._open_file)
+        self._read_only = opened.read_only
+        self._size = opened.size
+        self._fd = fcntl.fcntl(opened.fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        try:
+            self._locks = self._make_locks()
+            self.handle = self.engine.new_file(
+                opened.fd,
+                read_only=opened.read_only,
+                direct=self.options.cache.direct,
+                no_flush=self.options.cache.no_flush,
+                discard_unmap=self.options.discard == "unmap",
+                detect_zeroes=_DETECT_ZEROES[self.options.detect_zeroes],
+                memory_align=opened.memory_align,
+                request_align=opened.request_align,
+            )
+        except BaseException:
+            os.close(opened.fd)
+            os.close(self._fd)
+            raise
+
+    async def close(self) -> None:
+        await super().close()
+        with contextlib.suppress(AttributeError):  # it may never have been opened
+            fd = self._fd
+            del self._fd
+            os.close(fd)  # the locks go with it
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    def filename(self) -> str:
+        return self.options.filename
+
+    def describe(self) -> dict[str, Any]:
+        return {"aio": self.options.aio}
+
+    # ---- opening
+
+    def _check_options(self) -> None:
+        options = self.options
+        if options.aio == "native" and not options.cache.direct:
+            raise VhostblkError(
+                "Parameter 'aio': aio=native was specified, but it requires cache.direct=on, "
+                "which was not specified",
+                data={"code": "bad-value", "parameter": "aio"},
+            )
+        if options.detect_zeroes == "unmap" and options.discard != "unmap":
+            raise VhostblkError(
+                "Parameter 'detect-zeroes': setting detect-zeroes to unmap is not allowed "
+                "without setting discard operation to unmap",
+                data={"code": "bad-value", "parameter": "detect-zeroes"},
+            )
+        if options.force_share and not options.read_only:
+            raise VhostblkError(
+                "Parameter 'force-share': force-share=on can only be used with read-only images",
+                data={"code": "bad-value", "parameter": "force-share"},
+            )
+
+    def _open_file(self) -> _Opened:
+        """Everything that may wait for a disk; runs in a thread."""
+        path = self.options.filename
+        read_only = self.options.read_only
+        try:
+            fd = self._open_fd(path, read_only)
+        except OSError as error:
+            if not (self.options.auto_read_only and not read_only) or error.errno not in (
+                errno.EACCES,
+                errno.EPERM,
+                errno.EROFS,
+            ):
+                raise self._open_error(error) from None
+            read_only = True
+            try:
+                fd = self._open_fd(path, True)
+            except OSError as second:
+                raise self._open_error(second) from None
+        try:
+            size = self._probe_size(fd)
+            memory_align, request_align = self._probe_alignment(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Opened(fd, read_only, size, memory_align, request_align)
+
+    def _open_fd(self, path: str, read_only: bool) -> int:
+        # Never wait for a FIFO's other end; has no effect on files and disks.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+        if self.options.cache.direct:
+            flags |= os.O_DIRECT
+        fd = os.open(path, flags)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        return fd
+
+    def _probe_size(self, fd: int) -> int:
+        mode = os.fstat(fd).st_mode
+        path = self.options.filename
+        if stat.S_ISBLK(mode):
+            if not self._wants_block_device:
+                raise self._error(
+                    f"'file' driver requires '{path}' to be a regular file",
+                    "it is a block device: use driver 'host_device'",
+                )
+            answer = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+            return int(struct.unpack("=Q", answer)[0])
+        if self._wants_block_device:
+            raise self._error(
+                f"'host_device' driver requires '{path}' to be a block device",
+                "for a regular file use driver 'file'" if stat.S_ISREG(mode) else None,
+            )
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a special file"
+            raise self._error(f"'file' driver requires '{path}' to be a regular file, not {kind}")
+        # A guest's disk consists of whole sectors; a read beyond the end gives zeroes.
+        return -(-os.fstat(fd).st_size // SECTOR) * SECTOR
+
+    def _probe_alignment(self, fd: int, size: int) -> tuple[int, int]:
+        """What O_DIRECT asks of memory, and of offset and length."""
+        if not self.options.cache.direct:
+            return 1, 1
+        request = 1
+        if self._wants_block_device:
+            answer = fcntl.ioctl(fd, _BLKSSZGET, bytes(4))
+            request = int(struct.unpack("=i", answer)[0])
+        page = mmap.mmap(-1, 2 * _ALIGNMENTS[-1])
+        try:
+            with memoryview(page) as view:
+                if request == 1:
+                    request = _first_that_works(
+                        _ALIGNMENTS, lambda align: os.preadv(fd, [view[:align]], 0)
+                    )
+                memory = _first_that_works(
+                    _ALIGNMENTS,
+                    lambda align: os.preadv(fd, [view[align : align + max(request, 512)]], 0),
+                )
+        finally:
+            page.close()
+        # Where even 1 works (tmpfs, an empty file) nothing has been learnt about a disk
+        # that may be below; a sector is what every guest's request is made of anyway.
+        return max(memory, SECTOR), max(request, SECTOR)
+
+    def _make_locks(self) -> ImageLocks | None:
+        mode = self.options.locking
+        if mode == "off" or self.options.force_share or self._wants_block_device and mode == "auto":
+            return None
+        if not ofd_locks_work(self._fd):
+            if mode == "auto":
+                return None
+            raise self._error(
+                f"Image locks cannot be taken on '{self.options.filename}' (locking=on)",
+                "its file system does not support them; locking=off does without",
+            )
+        return ImageLocks(self._fd)
+
+    # ---- permissions
+
+    def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        if self._locks is None:
+            return
+        try:
+            self._locks.prepare(perm, shared)
+        except LockConflict as error:
+            raise VhostblkError(
+                f"{error.strerror}: is another process using the image [{self.options.filename}]?",
+                data={
+                    "code": "image-locked",
+                    "node": self.name,
+                    "filename": self.options.filename,
+                    "hint": "stop the other process, or use read-only=on,force-share=on to look "
+                    "at an image that may be changing",
+                },
+            ) from None
+        except OSError as error:
+            raise self._error(
+                f"Failed to lock '{self.options.filename}': {error.strerror}",
+                "locking=off does without locks",
+            ) from None
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        if self._locks is not None:
+            self._locks.commit(perm, shared)
+
+    def abort_permissions(self) -> None:
+        if self._locks is not None:
+            self._locks.abort()
+
+    # ---- changes
+
+    async def truncate(self, size: int) -> None:
+        if self.read_only:
+            raise VhostblkError(
+                f"Block node '{self.name}' is read-only",
+                data={"code": "read-only", "node": self.name},
+            )
+        if self._wants_block_device:
+            actual = await asyncio.to_thread(self._probe_size, self._fd)
+            if size > actual:
+                raise self._error(
+                    f"Cannot grow device files: '{self.options.filename}' has {actual} bytes"
+                )
+            # As QEMU does: whoever enlarged the device tells us to look again.
+            self._size = actual
+            return
+        try:
+            await asyncio.to_thread(os.ftruncate, self._fd, size)
+        except OSError as error:
+            raise self._error(
+                f"Failed to resize '{self.options.filename}' to {size} bytes: {error.strerror}"
+            ) from None
+        self._size = -(-size // SECTOR) * SECTOR
+
+    # ---- errors
+
+    def _open_error(self, error: OSError) -> VhostblkError:
+        path = self.options.filename
+        hint: str | None = None
+        if error.errno == errno.ENOENT:
+            directory = os.path.dirname(path) or "."
+            if not os.path.isdir(directory):
+                hint = f"the directory '{directory}' does not exist"
+            else:
+                hint = f"create it with: qemu-img create -f raw '{path}' SIZE"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "check its mode and owner, or use read-only=on or auto-read-only=on"
+            if self.options.read_only:
+                hint = "check the mode and owner of the file and of the directories above it"
+        elif error.errno == errno.EINVAL and self.options.cache.direct:
+            hint = "its file system does not support O_DIRECT: use cache.direct=off"
+        elif error.errno in (errno.ENXIO, errno.ENODEV):
+            hint = "it is not a file or a disk"
+        elif error.errno == errno.EISDIR:
+            hint = "it is a directory"
+        elif error.errno == errno.EBUSY:
+            hint = "it is in use, perhaps mounted"
+        return self._error(f"Could not open '{path}': {error.strerror}", hint)
+
+    def _error(self, text: str, hint: str | None = None) -> VhostblkError:
+        data: dict[str, Any] = {
+            "code": "file-error",
+            "node": self.name,
+            "filename": self.options.filename,
+        }
+        if hint is not None:
+            data["hint"] = hint
+            text = f"{text}; {hint}"
+        return VhostblkError(text, data=data)
+
+
+class HostDevice(File):
+    """A block device of the host."""
+
+    driver = "host_device"
+    _wants_block_device = True
+
+
+def _first_that_works(alignments: tuple[int, ...], attempt: Any) -> int:
+    """The smallest alignment that the kernel accepts."""
+    for alignment in alignments:
+        try:
+            attempt(alignment)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                return alignment  # it is not the alignment that is wrong
+            continue
+        return alignment
+    return alignments[-1]

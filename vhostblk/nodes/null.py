@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""null-co and null-aio: nothing is stored. For benchmarks and tests.
+
+A write is forgotten; a read gives zeroes (`read-zeroes=on`) or leaves the
+guest's memory alone. Both names mean the same here: everything is asynchronous.
+Engine half: cffi_build/engine/nodes/null.c.
+"""
+
+from __future__ import annotations
+
+from vhostblk.nodes.driver import NodeDriver, NodeOptions
+from vhostblk.schema import OnOff, Size, UInt64, VhostblkError
+
+
+class NullOptions(NodeOptions):
+    """Options of null-co and null-aio."""
+
+    size: Size = 1 << 30
+    """Size of the disk."""
+    latency_ns: UInt64 = 0
+    """How long each request takes, in nanoseconds."""
+    read_zeroes: OnOff = False
+    """Whether reads give zeroes; if off, the buffer is left unchanged."""
+
+
+class NullCo(NodeDriver):
+    """A disk that stores nothing."""
+
+    driver = "null-co"
+    Options = NullOptions
+    options: NullOptions
+
+    async def open(self) -> None:
+        self._size = self.options.size
+        self.handle = self.engine.new_null(
+            latency_ns=self.options.latency_ns, read_zeroes=self.options.read_zeroes
+        )
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def filename(self) -> str:
+        return f"{self.driver}://"
+
+    async def truncate(self, size: int) -> None:
+        if self.read_only:
+            raise VhostblkError(f"Block node '{self.name}' is read-only")
+        self._size = size
+
+
+class NullAio(NullCo):
+    """A disk that stores nothing."""
+
+    driver = "null-aio"
