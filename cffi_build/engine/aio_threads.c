@@ -15,7 +15,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -117,19 +116,9 @@ static void *worker_main(void *argument)
 /* Workers stay until the pool ends: a sleeping thread costs a few KiB, starting one 20 us. */
 static bool start_worker(struct pool *pool)
 {
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    int ret;
+    pthread_t *thread = &pool->threads[pool->threads_used];
 
-    /* Signals belong to the control thread. */
-    sigfillset(&all);
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, POOL_STACK_SIZE);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    ret = pthread_create(&pool->threads[pool->threads_used], &attributes, worker_main, pool);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    if (ret) {
+    if (vb_thread_start(thread, POOL_STACK_SIZE, worker_main, pool) < 0) {
         return false;
     }
     pool->threads_used++;

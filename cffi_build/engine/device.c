@@ -19,7 +19,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -730,22 +729,6 @@ static void make_lanes(struct vb_device *device)
     }
 }
 
-static int start_thread(struct vb_device *device)
-{
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    int ret;
-
-    sigfillset(&all); /* signals belong to the control thread; a dead peer is EPIPE */
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, DEVICE_STACK_SIZE);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    ret = -pthread_create(&device->thread, &attributes, device_main, device);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return ret;
-}
-
 static int device_prepare(struct vb_device *device, int sock)
 {
     struct vb_export *export_ = device->export_;
@@ -791,7 +774,7 @@ int vb_device_start(struct vb_export *export_, int sock, char *error)
     }
     make_lanes(device);
     atomic_store(&device->lanes_left, device->num_lanes);
-    ret = start_thread(device);
+    ret = vb_thread_start(&device->thread, DEVICE_STACK_SIZE, device_main, device);
     if (ret < 0) {
         vu_deinit(&device->vu);
         device_free(device);

@@ -16,6 +16,7 @@
 #define VB_ENGINE_H
 
 #include <assert.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -250,6 +251,9 @@ void vb_iothread_remove_poller(struct vb_iothread *thread, struct vb_poller *pol
 int vb_iothread_add_watch(struct vb_iothread *thread, int fd, struct vb_watch *watch); /* any */
 void vb_iothread_remove_watch(struct vb_iothread *thread, int fd);                    /* any */
 bool vb_in_iothread(const struct vb_iothread *thread); /* any; for assertions */
+
+/* Any: 0 or negative errno; run(argument) starts with the signals blocked that are not its own. */
+int vb_thread_start(pthread_t *thread, size_t stack_size, void *(*run)(void *), void *argument);
 
 /* ---- the control side ------------------------------------------------------------------ */
 

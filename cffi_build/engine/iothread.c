@@ -16,9 +16,7 @@
 #include "engine.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -293,24 +291,6 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-static int start_pthread(struct vb_iothread *thread)
-{
-    struct vb_iothread_start *start = thread->start;
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    int ret;
-
-    /* Signals belong to the control thread. */
-    sigfillset(&all);
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK_SIZE);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    ret = -pthread_create(&start->pthread, &attributes, thread_main, thread);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return ret;
-}
-
 static int free_slot(struct vb_engine *engine)
 {
     for (int i = 0; i < VB_MAX_IOTHREADS; i++) {
@@ -352,7 +332,7 @@ static int prepare(struct vb_iothread *thread)
         epoll_ctl(thread->epoll_fd, EPOLL_CTL_ADD, thread->mailbox.event_fd, &event) < 0) {
         return -errno;
     }
-    return start_pthread(thread);
+    return vb_thread_start(&thread->start->pthread, STACK_SIZE, thread_main, thread);
 }
 
 struct vb_iothread *vb_iothread_new(struct vb_engine *engine, const char *name,

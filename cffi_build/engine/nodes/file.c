@@ -23,7 +23,6 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/magic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -64,7 +63,6 @@ struct lane {
 struct file_node {
     struct vb_node node;
     int fd;              /* owned */
-    int buffered_fd;     /* owned; the same file without O_DIRECT if `direct`, or -1 */
     bool read_only, direct, no_flush, discard_unmap;
     bool regular;        /* not a block device */
     bool in_memory;      /* tmpfs: inline whatever it says */
@@ -206,10 +204,23 @@ static bool is_aligned(const struct file_io *io)
     return (bits & (io->file->memory_align - 1)) == 0;
 }
 
+/*
+ * O_DIRECT takes whole blocks only, but a file's size need not be a multiple. A write
+ * of the odd bytes at its end is padded with zeroes, and the file grows by those,
+ * as under QEMU. (The page cache is no way out: a buffered write next to a direct one in
+ * flight may put back what was in the same page before.)
+ */
+static size_t padded(const struct file_io *io, size_t size)
+{
+    size_t mask = io->file->direct ? io->file->request_align - 1 : 0;
+
+    return (size + mask) & ~mask;
+}
+
 static void use_zeroes(struct file_io *io)
 {
     if (io->left < ZERO_SIZE) {
-        io->one = (struct iovec){zeroes, io->left};
+        io->one = (struct iovec){zeroes, padded(io, io->left)};
         io->aio.iov = &io->one;
         io->aio.niov = 1;
         return;
@@ -248,11 +259,11 @@ static void advance_cursor(struct file_io *io, size_t bytes, unsigned char *memo
 
 static int use_bounce(struct file_io *io)
 {
-    size_t size = io->left < BOUNCE_MAX ? io->left : BOUNCE_MAX;
+    size_t size = io->left < BOUNCE_MAX ? io->left : BOUNCE_MAX, whole = padded(io, size);
     uint32_t index = io->index;
     size_t skip = io->skip;
 
-    if (!io->bounce && posix_memalign(&io->bounce, io->file->memory_align, size)) {
+    if (!io->bounce && posix_memalign(&io->bounce, io->file->memory_align, whole)) {
         io->bounce = NULL;
         return -ENOMEM;
     }
@@ -260,9 +271,10 @@ static int use_bounce(struct file_io *io)
         advance_cursor(io, size, io->bounce, true);
         io->index = index; /* the write may be short */
         io->skip = skip;
+        memset((char *)io->bounce + size, 0, whole - size);
     }
     io->bounced = true;
-    io->one = (struct iovec){io->bounce, size};
+    io->one = (struct iovec){io->bounce, whole};
     io->aio.iov = &io->one;
     io->aio.niov = 1;
     return 0;
@@ -290,36 +302,24 @@ static int use_request_iov(struct file_io *io)
     return 0;
 }
 
-/*
- * O_DIRECT takes whole blocks only. The odd bytes at the end of a file (its size
- * need not be a multiple) go through the page cache; the kernel keeps the two coherent.
- */
-static bool goes_direct(const struct file_io *io)
+static bool needs_bounce(const struct file_io *io)
 {
-    return io->file->direct && ((io->offset | io->left) & (io->file->request_align - 1)) == 0;
+    return io->file->direct && (io->request->niov - io->index > IOV_MAX || !is_aligned(io) ||
+                                padded(io, io->left) != io->left);
 }
 
 static int prepare_piece(struct file_io *io)
 {
-    struct file_node *file = io->file;
-    bool direct = goes_direct(io);
-
     io->aio.opcode = is_write(io) ? VB_AIO_WRITEV : VB_AIO_READV;
-    io->aio.fd = direct ? file->fd : file->buffered_fd;
-    io->aio.flags = file->direct && wants_fua(io) ? RWF_DSYNC : 0;
+    io->aio.fd = io->file->fd;
+    io->aio.flags = is_write(io) && io->file->direct && wants_fua(io) ? RWF_DSYNC : 0;
     io->aio.offset = io->offset;
     io->bounced = false;
-    if (io->aio.fd < 0) {
-        return -EINVAL;
-    }
     if (io->zeroes) {
         use_zeroes(io);
         return 0;
     }
-    if (direct && (io->request->niov - io->index > IOV_MAX || !is_aligned(io))) {
-        return use_bounce(io);
-    }
-    return use_request_iov(io);
+    return needs_bounce(io) ? use_bounce(io) : use_request_iov(io);
 }
 
 static void clear_rest(struct file_io *io)
@@ -331,26 +331,36 @@ static void clear_rest(struct file_io *io)
     }
 }
 
+static void step(struct file_io *io, size_t bytes)
+{
+    if (io->bounced && !is_write(io)) {
+        advance_cursor(io, bytes, io->bounce, false);
+    } else if (!io->zeroes && bytes < io->left) {
+        advance_cursor(io, bytes, NULL, false);
+    }
+    io->offset += bytes;
+    io->left -= bytes;
+}
+
+/* A read has come to the end of the file; with O_DIRECT only there can it return odd bytes. */
+static bool end_of_file(const struct file_io *io, ssize_t ret)
+{
+    return !is_write(io) && (ret == 0 || padded(io, (size_t)ret) != (size_t)ret);
+}
+
 /* A piece has ended with `ret`. False: the request has, too. */
 static bool piece_done(struct file_io *io, ssize_t ret)
 {
-    if (ret > 0) {
-        if (io->bounced && !is_write(io)) {
-            advance_cursor(io, (size_t)ret, io->bounce, false);
-        } else if (!io->zeroes && (uint64_t)ret < io->left) {
-            advance_cursor(io, (size_t)ret, NULL, false);
-        }
-        io->offset += (uint64_t)ret;
-        io->left -= (uint64_t)ret;
-        return true;
+    if (ret < 0 || (ret == 0 && is_write(io))) {
+        finish(io, ret < 0 ? (int)ret : -ENOSPC); /* as QEMU */
+        return false;
     }
-    if (ret == 0 && !is_write(io)) { /* the end of the file: reads as zeroes */
+    step(io, (uint64_t)ret < io->left ? (size_t)ret : io->left);
+    if (io->left > 0 && end_of_file(io, ret)) {
         clear_rest(io);
-    } else if (ret == 0) {
-        ret = -ENOSPC; /* as QEMU */
+        io->left = 0;
     }
-    finish(io, (int)ret);
-    return false;
+    return true;
 }
 
 /* ---- inline ---------------------------------------------------------------------------- */
@@ -446,6 +456,15 @@ static void transferred(struct vb_aio *aio)
     }
 }
 
+static void transfer_end(struct file_io *io)
+{
+    if (io->sync) {
+        sync_then_finish(io);
+    } else {
+        finish(io, 0);
+    }
+}
+
 /* Piece after piece inline, until all is done or one has to be queued. */
 static void transfer(struct file_io *io)
 {
@@ -471,11 +490,7 @@ static void transfer(struct file_io *io)
             return;
         }
     }
-    if (io->sync) {
-        sync_then_finish(io);
-    } else {
-        finish(io, 0);
-    }
+    transfer_end(io);
 }
 
 /*
@@ -502,17 +517,30 @@ static bool file_covers(const struct file_io *io)
            (uint64_t)status.st_size >= io->offset + io->left;
 }
 
+static void extended(struct vb_aio *aio)
+{
+    struct file_io *io = io_of(aio);
+
+    if (try_again(aio->result)) {
+        queue(io, extended);
+    } else if (aio->result < 0) { /* not that way, then; zeroes once more do no harm */
+        io->methods &= ~METHOD_PUNCH;
+        start_zeroes(io);
+    } else {
+        transfer_end(io);
+    }
+}
+
 /*
- * A hole past the end of a file does not extend it. Writing the last byte does;
- * unlike ftruncate() that cannot cut off what another request has just appended.
+ * A hole past the end of a file does not extend it. Allocating the last byte
+ * does; unlike ftruncate() that cannot cut off what another request has just appended.
  */
 static void extend_file(struct file_io *io)
 {
-    io->zeroes = true;
-    io->queued = true;
-    io->offset += io->left - 1;
-    io->left = 1;
-    transfer(io);
+    io->aio.flags = 0;
+    io->aio.offset = io->offset + io->left - 1;
+    io->aio.length = 1;
+    queue(io, extended);
 }
 
 static void zeroed(struct vb_aio *aio)
@@ -534,8 +562,7 @@ static void zeroed(struct vb_aio *aio)
     } else if (method == METHOD_PUNCH && !file_covers(io)) {
         extend_file(io);
     } else {
-        io->left = 0;
-        transfer(io);
+        transfer_end(io);
     }
 }
 
@@ -689,9 +716,6 @@ static void file_destroy(struct vb_node *node)
 {
     struct file_node *file = vb_container_of(node, struct file_node, node);
 
-    if (file->buffered_fd >= 0 && file->buffered_fd != file->fd) {
-        close(file->buffered_fd);
-    }
     close(file->fd);
 }
 
@@ -733,22 +757,6 @@ static bool lives_in_memory(int fd)
             status.f_type == HUGETLBFS_MAGIC);
 }
 
-/*
- * An open file of its own, since O_DIRECT belongs to the open file. It has no part
- * in the image's locks. -1 if it cannot be had, and then the odd bytes at the
- * end of a file cannot be read or written.
- */
-static int open_buffered(const struct vb_file_options *options)
-{
-    char path[32];
-
-    if (!options->direct) {
-        return options->fd;
-    }
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", options->fd);
-    return open(path, (options->read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
-}
-
 struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_options *options,
                                  char *error)
 {
@@ -763,7 +771,6 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
         return NULL;
     }
     file->fd = options->fd;
-    file->buffered_fd = open_buffered(options);
     file->read_only = options->read_only;
     file->direct = options->direct;
     file->no_flush = options->no_flush;
