@@ -85,8 +85,10 @@ trees = st.dictionaries(
     names,
     st.recursive(
         st.text(max_size=12),
-        lambda below: st.lists(below, min_size=1, max_size=3)
-        | st.dictionaries(names, below, min_size=1, max_size=3),
+        lambda below: (
+            st.lists(below, min_size=1, max_size=3)
+            | st.dictionaries(names, below, min_size=1, max_size=3)
+        ),
         max_leaves=8,
     ),
     max_size=5,
@@ -104,7 +106,7 @@ def test_json_means_the_same(tree: dict[str, Any]) -> None:
     assert keyval.parse(json.dumps(tree)).options == tree
 
 
-@given(st.text(alphabet="ab01.,={}\"[]-_ ", max_size=30) | st.text(max_size=30))
+@given(st.text(alphabet='ab01.,={}"[]-_ ', max_size=30) | st.text(max_size=30))
 def test_anything_parses_or_is_an_error_with_a_sentence(text: str) -> None:
     try:
         keyval.parse(text, implied_key="driver")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from typing import Any
@@ -59,11 +60,15 @@ def test_incomplete(raw: bytes) -> None:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(
         alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8
     ),
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(
-        st.text(alphabet="ab{}[]\"'\\", max_size=4), below, max_size=3
+    lambda below: (
+        st.lists(below, max_size=3)
+        | st.dictionaries(st.text(alphabet="ab{}[]\"'\\", max_size=4), below, max_size=3)
     ),
     max_leaves=6,
 )
@@ -76,7 +81,7 @@ def test_split_anywhere(messages: list[Any], separator: bytes, data: st.DataObje
     raw = separator.join(json.dumps(m, ensure_ascii=ascii_only).encode() for m in messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
     ends = [0, *cuts, len(raw)]
-    pieces = [raw[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    pieces = [raw[start:end] for start, end in itertools.pairwise(ends)]
     assert feed(*pieces) == messages
     assert feed(*(raw[i : i + 1] for i in range(len(raw)))) == messages
 

@@ -47,8 +47,6 @@ class _Value:
 _Tree = dict[str, Any]
 
 
-
-
 def _fail(message: str, text: str, position: int, hint: str | None = None) -> VhostblkError:
     """An error that points at its place: people count characters badly."""
     shown = text[position : position + 24]
@@ -80,7 +78,7 @@ def parse(text: str, *, implied_key: str | None = None) -> ParsedOption:
             if start == 0 and implied_key is not None and item:
                 key, value = implied_key, item
             elif not item:
-                raise _fail("Expected a parameter before ','", text, start, "write ',,' for a comma")
+                raise _fail("Expected a parameter", text, start, "write ',,' for a comma")
             else:
                 raise _fail(
                     f"Expected '=' after parameter '{item}'",
@@ -112,9 +110,7 @@ def _insert(tree: _Tree, key: str, value: _Value, text: str, position: int) -> N
 
 
 def _mixed(name: str, text: str, position: int) -> VhostblkError:
-    return _fail(
-        f"Parameter '{name}' is used both as a value and as '{name}.…'", text, position
-    )
+    return _fail(f"Parameter '{name}' is used both as a value and as '{name}.…'", text, position)
 
 
 def _finish(level: _Tree, prefix: str, text: str) -> Any:
@@ -131,7 +127,9 @@ def _finish(level: _Tree, prefix: str, text: str) -> Any:
         for index in range(len(level)):
             if str(index) not in level:
                 raise _fail(
-                    f"Parameter '{prefix}{index}' is missing", text, first,
+                    f"Parameter '{prefix}{index}' is missing",
+                    text,
+                    first,
                     f"the list '{where}' is numbered from 0 without gaps",
                 )
         return [_leaf(level[str(i)], f"{prefix}{i}.", text) for i in range(len(level))]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -31,7 +31,11 @@ from vhostblk.cli.serving import Step
 
 _LISTS = {"objects": "object", "blockdevs": "blockdev", "exports": "export"}
 _SETTINGS: dict[str, type] = {
-    "name": str, "control": str, "control-group": str, "pidfile": str, "plugins": list,
+    "name": str,
+    "control": str,
+    "control-group": str,
+    "pidfile": str,
+    "plugins": list,
 }
 _MAX_SIZE = 4 << 20
 
@@ -51,7 +55,7 @@ class _Loader(yaml.SafeLoader):
     they were written.
     """
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -34,12 +34,15 @@ def run(args: argparse.Namespace) -> int:
                 pid = client.peer_pid
         except (NotRunning, TimeoutError):
             continue  # it has just ended, or is stuck: then `status NAME` says so
-        found.append({"name": place.name, "pid": pid, "exports": ids,
-                      "control": place.control_socket})
+        found.append(
+            {"name": place.name, "pid": pid, "exports": ids, "control": place.control_socket}
+        )
     if args.json:
         print(json.dumps(found))
         return 0
-    rows = [[f"{e['name']}", f"{e['pid']}", ",".join(e["exports"]) or "-", f"{e['control']}"]
-            for e in found]
+    rows = [
+        [f"{e['name']}", f"{e['pid']}", ",".join(e["exports"]) or "-", f"{e['control']}"]
+        for e in found
+    ]
     print(table(["NAME", "PID", "EXPORTS", "CONTROL SOCKET"], rows), end="")
     return 0

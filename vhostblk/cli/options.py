@@ -28,23 +28,34 @@ def configure_tree(parser: Parser) -> None:
         "describes what there is)"
     )
     group.add_argument(
-        "--blockdev", action=StepAction, metavar="DRIVER,node-name=NAME,...",
+        "--blockdev",
+        action=StepAction,
+        metavar="DRIVER,node-name=NAME,...",
         help="add a block node: key=value with dotted keys, or JSON",
     )
     group.add_argument(
-        "--object", action=StepAction, metavar="TYPE,id=ID,...",
+        "--object",
+        action=StepAction,
+        metavar="TYPE,id=ID,...",
         help="add an object, such as an I/O thread: iothread,id=t0",
     )
     group.add_argument(
-        "--export", action=StepAction, metavar="TYPE,id=ID,node-name=NODE,...",
+        "--export",
+        action=StepAction,
+        metavar="TYPE,id=ID,node-name=NODE,...",
         help="export a node: vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=SOCKET",
     )
     group.add_argument(
-        "--config", action=StepAction, metavar="FILE",
+        "--config",
+        action=StepAction,
+        metavar="FILE",
         help="do what a YAML file says: lists named objects, blockdevs and exports",
     )
     group.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE.py",
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py",
         help="load a filter written in Python",
     )
 
@@ -67,9 +78,18 @@ def configure_process(parser: Parser) -> None:
     group = parser.add_argument_group("the process")
     group.add_argument("--control", metavar="PATH", help="control socket ('none': do without)")
     group.add_argument(
-        "--control-group", metavar="GROUP",
+        "--control-group",
+        metavar="GROUP",
         help="let members of GROUP use the control socket too (mode 0660 instead of 0600)",
     )
+    group.add_argument(
+        "--chardev",
+        action="append",
+        default=[],
+        metavar="socket,id=ID,path=PATH,server=on",
+        help="with --monitor chardev=ID: a control socket as qemu-storage-daemon has it",
+    )
+    group.add_argument("--monitor", action="append", default=[], help=argparse.SUPPRESS)
     group.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="what to log (default: info)"
     )
@@ -123,14 +143,20 @@ def image_steps(
     path = os.path.abspath(image)
     read_only = args.read_only
     file: dict[str, Any] = {
-        "driver": "file", "node-name": f"{name}-file", "filename": path,
-        "read-only": read_only, "discard": "unmap",
+        "driver": "file",
+        "node-name": f"{name}-file",
+        "filename": path,
+        "read-only": read_only,
+        "discard": "unmap",
     }
     if getattr(args, "direct", False):
         file["cache"] = {"direct": True}
     raw = {"driver": "raw", "node-name": name, "file": f"{name}-file", "read-only": read_only}
     export: dict[str, Any] = {
-        "type": "vhost-user-blk", "id": name, "node-name": name, "addr": addr,
+        "type": "vhost-user-blk",
+        "id": name,
+        "node-name": name,
+        "addr": addr,
         "writable": not read_only,
     }
     if getattr(args, "serial", None):
@@ -155,13 +181,46 @@ def plan_process(args: argparse.Namespace, plan: Plan, settings: dict[str, Any])
     plan.plugins = [Path(plugin) for plugin in [*settings.get("plugins", []), *args.plugin]]
     plan.log_file = args.log_file
     group = args.control_group or settings.get("control-group")
+    plan.controls = [_monitor(text, args.chardev, group) for text in args.monitor]
     control = args.control or settings.get("control")
-    if control is None and plan.place is not None:
+    if control is None and plan.place is not None and not plan.controls:
         control = plan.place.control_socket
     if control not in (None, "none"):
-        plan.controls.append(Control(control, group))
-    elif group is not None:
+        plan.controls.append(Control(f"--control {control}", group, path=control))
+    if group is not None and not plan.controls:
         raise CliError("--control-group needs a control socket: add --control PATH", status=USAGE)
+
+
+def _monitor(text: str, chardevs: list[str], group: str | None) -> Control:
+    """The control socket that qemu-storage-daemon's --chardev and --monitor describe."""
+    monitor = _parsed("--monitor", text, "chardev", {"chardev", "mode", "pretty"})
+    if monitor.get("mode", "control") != "control":
+        raise CliError(f"--monitor {text}: only mode=control is known", status=USAGE)
+    known = {"backend", "id", "path", "fd", "server", "wait"}
+    for written in chardevs:
+        chardev = _parsed("--chardev", written, "backend", known)
+        if chardev.get("id") != monitor.get("chardev"):
+            continue
+        where = f"--chardev {written}"
+        if chardev.get("backend") != "socket" or chardev.get("server", "off") not in ("on", "yes"):
+            raise CliError(f"{where}: only 'socket' with server=on is known", status=USAGE)
+        if ("path" in chardev) == ("fd" in chardev):
+            raise CliError(f"{where}: expected one of path and fd", status=USAGE)
+        if "fd" in chardev:
+            return Control(where, fd=_number(where, chardev["fd"]))
+        return Control(where, group, path=chardev["path"])
+    raise CliError(f"--monitor {text}: there is no such --chardev", status=USAGE)
+
+
+def _parsed(option: str, text: str, implied: str, known: set[str]) -> dict[str, str]:
+    try:
+        options = keyval.parse(text, implied_key=implied).options
+    except VhostblkError as error:
+        raise CliError(f"{option} {text}: {error.desc}", status=USAGE, data=error.data) from None
+    for key, value in options.items():
+        if key not in known or not isinstance(value, str):
+            raise CliError(f"{option} {text}: Parameter '{key}' is unexpected", status=USAGE)
+    return options
 
 
 def chosen_name(args: argparse.Namespace, settings: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ RUNTIME is $XDG_RUNTIME_DIR, or /run for root, or /tmp/vhostblk-UID.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vhostblk.cli.errors import CliError, NOT_RUNNING
+from vhostblk.cli.errors import NOT_RUNNING, CliError
 from vhostblk.control.listen import is_alive
 
 VHOST_SOCKET = "vhost.sock"
@@ -82,10 +83,8 @@ class Place:
 
     def remove(self) -> None:
         """Remove the directory if nothing is left in it."""
-        try:
+        with contextlib.suppress(OSError):
             self.path.rmdir()
-        except OSError:
-            pass
 
 
 def _private_dir(path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -32,9 +33,7 @@ class Pidfile:
             try:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
-                raise CliError(
-                    f"Cannot create pid file '{self.path}': {error.strerror}"
-                ) from None
+                raise CliError(f"Cannot create pid file '{self.path}': {error.strerror}") from None
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -62,10 +61,8 @@ class Pidfile:
 
     def remove(self) -> None:
         """Remove the file and let go of it."""
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(self.path)
-        except OSError:
-            pass
         os.close(self._fd)
 
 

@@ -43,7 +43,11 @@ def version(program: str) -> tuple[int, int] | None:
     """Version of an installed QEMU; None if it cannot be asked."""
     try:
         answer = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=10, check=False,
+            [program, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -34,12 +34,18 @@ def configure(parser: Parser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a backend (see 'vhostblk ls')")
     parser.add_argument("--socket", metavar="PATH", help="its control socket, instead of NAME")
     parser.add_argument("--export", metavar="ID", help="only this export")
-    parser.add_argument("--memory", metavar="SIZE", default="1G",
-                        help="size of the guest's memory (default: 1G)")
-    parser.add_argument("--queues", metavar="N", type=int,
-                        help="virtqueues (default: QEMU makes one for each vCPU)")
-    parser.add_argument("--qemu", metavar="PROGRAM", default=qemu.DEFAULT_QEMU,
-                        help=f"the QEMU to write options for (default: {qemu.DEFAULT_QEMU})")
+    parser.add_argument(
+        "--memory", metavar="SIZE", default="1G", help="size of the guest's memory (default: 1G)"
+    )
+    parser.add_argument(
+        "--queues", metavar="N", type=int, help="virtqueues (default: QEMU makes one for each vCPU)"
+    )
+    parser.add_argument(
+        "--qemu",
+        metavar="PROGRAM",
+        default=qemu.DEFAULT_QEMU,
+        help=f"the QEMU to write options for (default: {qemu.DEFAULT_QEMU})",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--one-line", action="store_true", help="on one line, to paste or expand")
     output.add_argument("--json", action="store_true", help="as a JSON list of arguments")

@@ -36,15 +36,21 @@ The status is 4 when the backend answers with an error, 3 when there is none.
 
 def configure(parser: Parser) -> None:
     """Declare the options."""
-    parser.add_argument("name_of_command", nargs="?", metavar="COMMAND",
-                        help="for example query-status")
+    parser.add_argument(
+        "name_of_command", nargs="?", metavar="COMMAND", help="for example query-status"
+    )
     parser.add_argument("arguments", nargs="*", metavar="JSON|KEY=VALUE", help="its arguments")
     parser.add_argument("--name", help="the backend (see 'vhostblk ls')")
     parser.add_argument("--socket", metavar="PATH", help="its control socket, instead of --name")
     parser.add_argument("--list", action="store_true", help="list the commands there are")
     parser.add_argument("--compact", action="store_true", help="the result on one line")
-    parser.add_argument("--timeout", metavar="SECONDS", type=float, default=30.0,
-                        help="how long to wait for the answer (default: 30)")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="how long to wait for the answer (default: 30)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

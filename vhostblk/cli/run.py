@@ -38,10 +38,15 @@ def configure(parser: Parser) -> None:
     options.configure_tree(parser)
     options.configure_process(parser)
     group = parser.add_argument_group("QEMU")
-    group.add_argument("--memory", metavar="SIZE", default="1G",
-                       help="memory of the guest if COMMAND has no -m (default: 1G)")
-    group.add_argument("--queues", metavar="N", type=int,
-                       help="virtqueues (default: QEMU makes one for each vCPU)")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        default="1G",
+        help="memory of the guest if COMMAND has no -m (default: 1G)",
+    )
+    group.add_argument(
+        "--queues", metavar="N", type=int, help="virtqueues (default: QEMU makes one for each vCPU)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
         return describe.show(*wanted, args.plugin)
     if not command:
-        raise CliError("no command to run: add '-- qemu-system-x86_64 ... @VHOSTBLK@'",
-                       status=USAGE)
+        raise CliError(
+            "no command to run: add '-- qemu-system-x86_64 ... @VHOSTBLK@'", status=USAGE
+        )
     if not any(qemu.MARK in word for word in command):
         raise CliError(
             f"the command has no mark {qemu.MARK} where the disk's options belong", status=USAGE
@@ -64,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     steps, settings = options.tree_steps(written)
     name = options.chosen_name(args, settings)
     if args.image is None and not steps:
-        raise CliError("nothing to serve: give an IMAGE, or --blockdev and --export",
-                       status=USAGE)
+        raise CliError("nothing to serve: give an IMAGE, or --blockdev and --export", status=USAGE)
     if name is None and args.image is not None:
         name = places.name_of_image(args.image)
     # SIGINT from the terminal reaches QEMU too: what becomes of it is QEMU's choice.

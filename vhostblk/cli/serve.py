@@ -41,8 +41,11 @@ def configure(parser: Parser) -> None:
     options.configure_tree(parser)
     options.configure_process(parser)
     group = parser.add_argument_group("daemon")
-    group.add_argument("--daemonize", action="store_true",
-                       help="go to the background once ready; the status says whether it worked")
+    group.add_argument(
+        "--daemonize",
+        action="store_true",
+        help="go to the background once ready; the status says whether it worked",
+    )
     group.add_argument("--pidfile", metavar="FILE", help="write the process id to FILE when ready")
     configure_backend(parser)
 
@@ -54,8 +57,11 @@ def configure_backend(parser: Parser) -> None:
     where.add_argument("--socket-path", metavar="PATH", help="socket for QEMU to connect to")
     where.add_argument("--fd", metavar="FDNUM", help="the same, as a descriptor we were given")
     group.add_argument("--blk-file", metavar="PATH", help="the image; the same as IMAGE")
-    group.add_argument("--print-capabilities", action="store_true",
-                       help="print what this program can do, as JSON, and exit")
+    group.add_argument(
+        "--print-capabilities",
+        action="store_true",
+        help="print what this program can do, as JSON, and exit",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,12 +101,14 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, bool]:
     own_socket = args.socket_path is None and args.fd is None
     if image is None:
         if not own_socket:
-            raise CliError("--socket-path and --fd need an image: add --blk-file PATH",
-                           status=USAGE)
+            raise CliError(
+                "--socket-path and --fd need an image: add --blk-file PATH", status=USAGE
+            )
         if not steps:
             raise CliError(
                 "nothing to serve: give an IMAGE, or --blockdev and --export (see "
-                "'vhostblk serve --help')", status=USAGE,
+                "'vhostblk serve --help')",
+                status=USAGE,
             )
     elif name is None and own_socket:
         name = places.name_of_image(image)

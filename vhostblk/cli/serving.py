@@ -8,8 +8,10 @@ in what they do once the backend is ready.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.cli.errors import CliError
 from vhostblk.cli.places import Place
 from vhostblk.cli.process import Background, Pidfile
-from vhostblk.control.listen import listen, unlink
+from vhostblk.control.listen import inherited, listen, unlink
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -45,10 +47,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Control:
-    """A control socket to open."""
+    """A control socket to open: at a path, or on a listening descriptor we were given."""
 
-    path: str
+    where: str  # the option as written, for messages
     group: str | None = None
+    path: str | None = None
+    fd: int | None = None
+
+    def open(self) -> tuple[str | None, socket.socket]:
+        """The path to remove at the end, and the socket."""
+        try:
+            if self.fd is not None:
+                return None, inherited(self.fd)
+            assert self.path is not None
+            path = os.path.abspath(self.path)
+            return path, listen(path, self.group)
+        except VhostblkError as error:
+            raise _at(self.where, error) from None
 
 
 @dataclass
@@ -79,7 +94,16 @@ WhileReady = Callable[[Running], Awaitable[int]]
 def serve(plan: Plan, while_ready: WhileReady | None = None) -> int:
     """Run a backend until it is told to stop; the exit status."""
     background = Background() if plan.daemonize else None
+    _raise_file_limit()
     return asyncio.run(_Life(plan, background, while_ready or _wait).run())
+
+
+def _raise_file_limit() -> None:
+    """Every virtqueue takes descriptors; the usual soft limit is for select()'s sake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _wait(running: Running) -> int:
@@ -95,7 +119,7 @@ class _Life:
         self._stop = asyncio.Event()
         self._signals = 0
         self._pidfiles: list[Pidfile] = []
-        self._listeners: list[tuple[str, socket.socket]] = []
+        self._listeners: list[tuple[str | None, socket.socket]] = []
         self._servers: list[ControlServer] = []
 
     async def run(self) -> int:
@@ -108,7 +132,8 @@ class _Life:
         finally:
             for path, listener in self._listeners:
                 listener.close()
-                unlink(path)
+                if path is not None:
+                    unlink(path)
             for pidfile in self._pidfiles:
                 pidfile.remove()
             if self._plan.place is not None:
@@ -125,11 +150,7 @@ class _Life:
         # Bound now, so that a path that cannot be had is an error before anything
         # is served; answered when ready, so that nobody sees half a tree.
         for control in plan.controls:
-            path = os.path.abspath(control.path)
-            try:
-                self._listeners.append((path, listen(path, control.group)))
-            except VhostblkError as error:
-                raise _at("--control " + control.path, error) from None
+            self._listeners.append(control.open())
         backend = Backend(plugins=plan.plugins)
         try:
             await backend.start()
@@ -160,7 +181,9 @@ class _Life:
 
     def _announce(self, backend: Backend) -> None:
         exports = [str(export["id"]) for export in backend.query_block_exports()]
-        logger.info("ready: %s", f"exports {', '.join(exports)}" if exports else "no exports")
+        what = f"exports {', '.join(exports)}" if exports else "no exports"
+        # Not a log record: who started us waits for this line at any log level.
+        print(f"vhostblk: ready: {what}", file=sys.stderr, flush=True)
         if self._background is not None:
             self._background.ready(self._plan.log_file)
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 import json
 import platform
 
-from vhostblk.control.version import version_text
+from vhostblk import __version__
 
 
 def show(as_json: bool) -> None:
     """Print it."""
     if not as_json:
-        print(f"vhostblk {version_text()}")
+        print(f"vhostblk {__version__}")
         return
     from vhostblk import engine
 
-    print(json.dumps({
-        "vhostblk": version_text(),
-        "libvhost-user": engine.build_info(),
-        "python": platform.python_version(),
-    }))
+    print(
+        json.dumps(
+            {
+                "vhostblk": __version__,
+                "libvhost-user": engine.build_libvhost_user(),
+                "python": platform.python_version(),
+            }
+        )
+    )

@@ -24,7 +24,7 @@ from vhostblk.control.results import (
     VersionInfo,
 )
 from vhostblk.control.version import version_info
-from vhostblk.schema import Int, Model, OnOff, Size, VhostblkError, validate
+from vhostblk.schema import Model, OnOff, Size
 
 registry = Registry()
 command = registry.command
@@ -33,35 +33,35 @@ command = registry.command
 # ---- about the backend ------------------------------------------------------------------
 
 
-@command("query-version", oob=True)
-async def query_version(context: Context, arguments: NoArguments) -> VersionInfo:
+@command("query-version", oob=True, returns=VersionInfo)
+async def query_version(context: Context, arguments: NoArguments) -> Any:
     """Version of this backend, in the members where QMP clients look for QEMU's."""
-    return validate(VersionInfo, version_info())
+    return version_info()
 
 
-@command("query-commands", oob=True)
-async def query_commands(context: Context, arguments: NoArguments) -> list[CommandInfo]:
+@command("query-commands", oob=True, returns=list[CommandInfo])
+async def query_commands(context: Context, arguments: NoArguments) -> Any:
     """Names of all commands."""
     names = ["qmp_capabilities", *context.registry.commands]
-    return [CommandInfo(name=name) for name in names]
+    return [{"name": name} for name in names]
 
 
-@command("query-events", oob=True)
-async def query_events(context: Context, arguments: NoArguments) -> list[EventInfo]:
+@command("query-events", oob=True, returns=list[EventInfo])
+async def query_events(context: Context, arguments: NoArguments) -> Any:
     """Names of all events."""
-    return [EventInfo(name=name) for name in EVENTS]
+    return [{"name": name} for name in EVENTS]
 
 
-@command("query-qmp-schema", oob=True)
-async def query_qmp_schema(context: Context, arguments: NoArguments) -> list[Any]:
+@command("query-qmp-schema", oob=True, returns=list[Any])
+async def query_qmp_schema(context: Context, arguments: NoArguments) -> Any:
     """All commands, events and types in QAPI's introspection format."""
     return introspect.schema(context.backend, context.registry, EVENTS)
 
 
-@command("query-status", oob=True)
-async def query_status(context: Context, arguments: NoArguments) -> StatusInfo:
+@command("query-status", oob=True, returns=StatusInfo)
+async def query_status(context: Context, arguments: NoArguments) -> Any:
     """Whether the backend is running, and what it is made of."""
-    return StatusInfo.of(context.backend.query_status())
+    return context.backend.query_status()
 
 
 @command("quit", oob=True)
@@ -79,12 +79,10 @@ class QueryNamedBlockNodes(Model):
     flat: OnOff = False
 
 
-@command("query-named-block-nodes", oob=True)
-async def query_named_block_nodes(
-    context: Context, arguments: QueryNamedBlockNodes
-) -> list[BlockDeviceInfo]:
+@command("query-named-block-nodes", oob=True, returns=list[BlockDeviceInfo])
+async def query_named_block_nodes(context: Context, arguments: QueryNamedBlockNodes) -> Any:
     """All block nodes. With `flat` as with QEMU: no descriptions of children's images."""
-    return [BlockDeviceInfo.of(node) for node in context.backend.query_named_block_nodes()]
+    return context.backend.query_named_block_nodes()
 
 
 @command("blockdev-add", union=introspect.blockdev_options)
@@ -124,14 +122,12 @@ class QueryBlockstats(Model):
     query_nodes: OnOff = False
 
 
-@command("query-blockstats", oob=True)
-async def query_blockstats(
-    context: Context, arguments: QueryBlockstats
-) -> list[BlockStats]:
+@command("query-blockstats", oob=True, returns=list[BlockStats])
+async def query_blockstats(context: Context, arguments: QueryBlockstats) -> Any:
     """Counters and latencies: of the exports, or with `query-nodes` of the nodes."""
     wanted = "node" if arguments.query_nodes else "export"
     return [
-        BlockStats.of(entry)
+        entry
         for entry in context.backend.query_blockstats()
         if ("export" in entry) == (wanted == "export")
     ]
@@ -140,12 +136,10 @@ async def query_blockstats(
 # ---- exports ----------------------------------------------------------------------------
 
 
-@command("query-block-exports", oob=True)
-async def query_block_exports(
-    context: Context, arguments: NoArguments
-) -> list[BlockExportInfo]:
+@command("query-block-exports", oob=True, returns=list[BlockExportInfo])
+async def query_block_exports(context: Context, arguments: NoArguments) -> Any:
     """All exports."""
-    return [BlockExportInfo.of(export) for export in context.backend.query_block_exports()]
+    return context.backend.query_block_exports()
 
 
 @command("block-export-add", union=introspect.export_options)
@@ -170,10 +164,10 @@ async def block_export_del(context: Context, arguments: BlockExportDel) -> None:
 # ---- objects ----------------------------------------------------------------------------
 
 
-@command("query-iothreads", oob=True)
-async def query_iothreads(context: Context, arguments: NoArguments) -> list[IOThreadInfo]:
+@command("query-iothreads", oob=True, returns=list[IOThreadInfo])
+async def query_iothreads(context: Context, arguments: NoArguments) -> Any:
     """All I/O threads."""
-    return [IOThreadInfo.of(thread) for thread in context.backend.query_iothreads()]
+    return context.backend.query_iothreads()
 
 
 @command("object-add", union=introspect.object_options)
@@ -200,10 +194,10 @@ class QomList(Model):
     path: str
 
 
-@command("qom-list", oob=True)
-async def qom_list(context: Context, arguments: QomList) -> list[ObjectPropertyInfo]:
+@command("qom-list", oob=True, returns=list[ObjectPropertyInfo])
+async def qom_list(context: Context, arguments: QomList) -> Any:
     """The properties of an object, or the objects there are (path /objects)."""
-    return [ObjectPropertyInfo.of(entry) for entry in context.backend.qom_list(arguments.path)]
+    return context.backend.qom_list(arguments.path)
 
 
 class QomGet(Model):
@@ -213,7 +207,7 @@ class QomGet(Model):
     property: str
 
 
-@command("qom-get", oob=True)
+@command("qom-get", oob=True, returns=Any)
 async def qom_get(context: Context, arguments: QomGet) -> Any:
     """The value of a property of an object."""
     return context.backend.qom_get(arguments.path, arguments.property)

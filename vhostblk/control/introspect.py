@@ -22,10 +22,22 @@ from vhostblk.schema import BlockdevRef, Model, StrOrList
 if typing.TYPE_CHECKING:
     from vhostblk.backend import Backend
 
-_BUILTINS = {"str": "string", "int": "int", "bool": "boolean", "number": "number",
-             "null": "null", "any": "value"}
-_PYTHON: dict[Any, str] = {str: "str", int: "int", bool: "bool", float: "number",
-                           type(None): "null", Any: "any"}
+_BUILTINS = {
+    "str": "string",
+    "int": "int",
+    "bool": "boolean",
+    "number": "number",
+    "null": "null",
+    "any": "value",
+}
+_PYTHON: dict[Any, str] = {
+    str: "str",
+    int: "int",
+    bool: "bool",
+    float: "number",
+    type(None): "null",
+    Any: "any",
+}
 _REFERENCE = typing.get_args(BlockdevRef)[0]
 _STR_OR_LIST = typing.get_args(StrOrList)[0]
 
@@ -88,7 +100,8 @@ class _Builder:
         variants = union.variants(self._backend)
         every = {tag: self.members(model) for tag, model in sorted(variants.items())}
         common = [
-            member for member in next(iter(every.values()), [])
+            member
+            for member in next(iter(every.values()), [])
             if member["name"] != union.tag and all(member in members for members in every.values())
         ]
         tag_type = self._enum(sorted(variants), union.name + "Tag")
@@ -96,13 +109,18 @@ class _Builder:
         for tag, members in every.items():
             own = [m for m in members if m not in common and m["name"] != union.tag]
             cases.append({"case": tag, "type": self._object(f"{union.name}-{tag}", own)})
-        self._object(union.name, [{"name": union.tag, "type": tag_type}, *common],
-                     tag=union.tag, variants=cases)
+        self._object(
+            union.name,
+            [{"name": union.tag, "type": tag_type}, *common],
+            tag=union.tag,
+            variants=cases,
+        )
         return union.name
 
     def _member(self, name: str, field: FieldInfo) -> dict[str, Any]:
         member: dict[str, Any] = {
-            "name": field.alias or name, "type": self.type_name(field.annotation),
+            "name": field.alias or name,
+            "type": self.type_name(field.annotation),
         }
         if not field.is_required():
             default = field.get_default(call_default_factory=False)
@@ -118,7 +136,9 @@ class _Builder:
 
     def _enum(self, values: list[str], name: str | None = None) -> str:
         return self.add(
-            name or "|".join(values), "enum", values=values,
+            name or "|".join(values),
+            "enum",
+            values=values,
             members=[{"name": value} for value in values],
         )
 
@@ -136,8 +156,9 @@ class _Builder:
 
 
 blockdev_options = Union(
-    "BlockdevOptions", "driver",
-    lambda backend: {name: driver.options for name, driver in backend.drivers().items()},
+    "BlockdevOptions",
+    "driver",
+    lambda backend: {name: driver.Options for name, driver in backend.drivers().items()},
 )
 export_options = Union("BlockExportOptions", "type", lambda backend: backend.export_types())
 object_options = Union("ObjectOptions", "qom-type", lambda backend: backend.object_types())
@@ -151,9 +172,11 @@ def schema(
     for command in registry.commands.values():
         arguments = command.arguments
         builder.add(
-            command.name, "command",
+            command.name,
+            "command",
             **{
-                "arg-type": builder.union(arguments) if isinstance(arguments, Union)
+                "arg-type": builder.union(arguments)
+                if isinstance(arguments, Union)
                 else builder.model(arguments),
                 "ret-type": builder.type_name(command.returns),
                 "allow-oob": command.allow_oob,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import socket
@@ -60,6 +61,26 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     return listener
 
 
+def inherited(fd: int) -> socket.socket:
+    """A listening socket that whoever started us opened."""
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError as error:
+        raise VhostblkError(
+            f"Descriptor {fd} is not an open socket: {error.strerror}", data={"code": "bad-fd"}
+        ) from None
+    if listener.family != socket.AF_UNIX or not listener.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        listener.detach()
+        raise VhostblkError(
+            f"Descriptor {fd} is not a listening Unix socket", data={"code": "bad-fd"}
+        )
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    return listener
+
+
 def group_id(group: str) -> int:
     """The number of a group given by name or number."""
     if group.isdecimal():
@@ -89,8 +110,7 @@ def remove_stale(path: str) -> None:
         )
     if is_alive(path):
         raise VhostblkError(
-            f"Socket '{path}' is in use by a running program; stop that one or choose "
-            "another path",
+            f"Socket '{path}' is in use by a running program; stop that one or choose another path",
             data={"code": "socket-in-use", "path": path},
         )
     unlink(path)
@@ -114,7 +134,5 @@ def is_alive(path: str) -> bool:
 
 def unlink(path: str) -> None:
     """Remove a socket file that may be gone already."""
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass

@@ -2,13 +2,12 @@
 """The table of commands.
 
 A command is an `async` function with two parameters, the `Context` and a model
-of its arguments, and an annotated result:
+of its arguments:
 
     @command("block_resize")
     async def block_resize(context: Context, arguments: BlockResize) -> None: ...
 
-Everything else (checking arguments, introspection, completion) is derived from
-those annotations.
+Everything else (checking arguments, introspection) is derived from that.
 """
 
 from __future__ import annotations
@@ -84,19 +83,21 @@ class Registry:
         self.commands: dict[str, Command] = {}
 
     def command(
-        self, name: str, *, oob: bool = False, union: Union | None = None
+        self, name: str, *, oob: bool = False, union: Union | None = None, returns: Any = None
     ) -> Callable[[Handler], Handler]:
-        """Decorator: register a function as the command `name`."""
+        """Decorator: register a function as the command `name`.
+
+        `returns` is the type of its result for introspection; None for a
+        command that only succeeds or fails.
+        """
 
         def register(handler: Handler) -> Handler:
-            hints = typing.get_type_hints(handler, localns={"Backend": object})
-            returns = hints.pop("return", None)
-            arguments = list(hints.values())[1]
+            arguments = typing.get_type_hints(handler)["arguments"]
             self.commands[name] = Command(
                 name,
                 handler,
                 union or typing.cast(type[Model], arguments),
-                None if returns is type(None) else returns,
+                returns,
                 oob,
             )
             return handler

@@ -14,13 +14,13 @@ import json
 import logging
 import socket
 import struct
-import time
 from typing import Any
 
 from vhostblk.control.events import RateLimiter
 from vhostblk.control.jsonstream import BadMessage, JsonStream
 from vhostblk.control.registry import Command, Context, error_object
 from vhostblk.control.version import version_info
+from vhostblk.events import Event
 from vhostblk.schema import CommandNotFound, VhostblkError
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve the client until it goes away."""
-        self._send(
-            {"QMP": {"version": version_info(), "capabilities": list(_CAPABILITIES)}}
-        )
+        self._send({"QMP": {"version": version_info(), "capabilities": list(_CAPABILITIES)}})
         worker = asyncio.create_task(self._work())
         try:
             await self._read()
@@ -80,9 +78,7 @@ class Session:
         if not self._negotiated or self._writer.transport.is_closing():
             return
         if self._unread() + len(line) > MAX_UNREAD:
-            logger.warning(
-                "control client %s does not read its events: disconnected", self.peer
-            )
+            logger.warning("control client %s does not read its events: disconnected", self.peer)
             self._writer.transport.abort()
             return
         self._writer.write(line)
@@ -136,6 +132,7 @@ class Session:
             if command is None:
                 answer = {"return": self._negotiate(arguments)}
             else:
+                self._server.check_accepting()
                 logger.debug("control client %s: %s", self.peer, command.name)
                 answer = {"return": await command.run(self._server.context, arguments)}
         except VhostblkError as error:
@@ -143,12 +140,15 @@ class Session:
         except Exception as error:
             # A mistake of ours must not cost the operator the connection.
             logger.error(
-                "control command failed: %s: %s", type(error).__name__, error,
+                "control command failed: %s: %s",
+                type(error).__name__,
+                error,
                 exc_info=logger.isEnabledFor(logging.DEBUG),
             )
             text = f"Internal error: {type(error).__name__}: {error}"
-            answer = {"error": {"class": "GenericError", "desc": text,
-                                "data": {"code": "internal-error"}}}
+            answer = {
+                "error": {"class": "GenericError", "desc": text, "data": {"code": "internal-error"}}
+            }
         if isinstance(message, dict) and "id" in message:
             answer["id"] = message["id"]
         self._send(answer)
@@ -176,13 +176,9 @@ class Session:
         if not self._negotiated:
             if name == "qmp_capabilities":
                 return None, arguments
-            raise CommandNotFound(
-                "Expecting capabilities negotiation with 'qmp_capabilities'"
-            )
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
         if name == "qmp_capabilities":
-            raise CommandNotFound(
-                "Capabilities negotiation is already complete, command ignored"
-            )
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
         command = self._server.registry.find(name)
         if oob and not command.allow_oob:
             raise VhostblkError(f"The command {name} does not support OOB")
@@ -213,25 +209,38 @@ class ControlServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._limiter = RateLimiter(self._broadcast)
+        self._ignore_events = context.backend.events.listen(self._on_event)
+        self._refusing = False
 
     async def start(self, listener: socket.socket) -> None:
         """Begin to accept clients on a listening socket."""
         self._server = await asyncio.start_unix_server(self._accept, sock=listener)
 
-    def emit(self, name: str, data: dict[str, Any], timestamp: float | None = None) -> None:
-        """Send an event to every client."""
-        now = time.time() if timestamp is None else timestamp
-        seconds, fraction = divmod(now, 1)
+    def refuse_commands(self) -> None:
+        """The backend is ending: clients still get events, but ask in vain."""
+        self._refusing = True
+
+    def check_accepting(self) -> None:
+        """Raise if commands are refused."""
+        if self._refusing:
+            raise VhostblkError("The backend is shutting down", data={"code": "shutting-down"})
+
+    def _on_event(self, happened: Event) -> None:
+        microseconds = int(happened.timestamp * 1_000_000)
         event: dict[str, Any] = {
-            "timestamp": {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)},
-            "event": name,
+            "timestamp": {
+                "seconds": microseconds // 1_000_000,
+                "microseconds": microseconds % 1_000_000,
+            },
+            "event": happened.name,
         }
-        if data:
-            event["data"] = data
-        self._limiter.emit(name, data, event)
+        if happened.data:
+            event["data"] = happened.data
+        self._limiter.emit(happened.name, happened.data, event)
 
     async def close(self) -> None:
         """Stop listening and disconnect everyone, answers first."""
+        self._ignore_events()
         self._limiter.close()
         if self._server is not None:
             self._server.close()
@@ -248,9 +257,7 @@ class ControlServer:
         for session in list(self._sessions):
             session.send_event(line)
 
-    async def _accept(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         session = Session(self, reader, writer)
         if len(self._sessions) >= MAX_CLIENTS:
             logger.warning("control client %s refused: %d clients", session.peer, MAX_CLIENTS)

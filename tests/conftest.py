@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A backend as its users start it: a process, with its sockets in a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+START_SECONDS = 30
+STOP_SECONDS = 15
+
+
+class BackendProcess:
+    """`vhostblk serve` with these arguments; `{dir}` in one stands for the directory."""
+
+    def __init__(self, directory: Path, *arguments: str, command: str = "serve") -> None:
+        self.directory = directory
+        self.log: list[str] = []
+        self._ready = threading.Event()
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vhostblk",
+                command,
+                *(argument.replace("{dir}", str(directory)) for argument in arguments),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"XDG_RUNTIME_DIR": str(directory)},
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line.rstrip("\n"))
+            if line.startswith("vhostblk: ready"):
+                self._ready.set()
+        self._ready.set()
+
+    def wait_ready(self) -> None:
+        """Until every export listens."""
+        assert self._ready.wait(START_SECONDS), self.log
+        assert any(line.startswith("vhostblk: ready") for line in self.log), self.log
+
+    def wait(self) -> int:
+        """The exit status."""
+        status = self.process.wait(STOP_SECONDS)
+        self._reader.join()
+        return status
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def close(self) -> None:
+        """End it whatever its state."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory whose path leaves room for the name of a socket."""
+    directory = Path(tempfile.mkdtemp(prefix="vb-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def start_backend(short_dir: Path) -> Iterator[Callable[..., BackendProcess]]:
+    """Starts backends that are ready, and sees to it that none is left."""
+    started: list[BackendProcess] = []
+
+    def start(*arguments: str, wait: bool = True, command: str = "serve") -> BackendProcess:
+        process = BackendProcess(short_dir, *arguments, command=command)
+        started.append(process)
+        if wait:
+            process.wait_ready()
+        return process
+
+    yield start
+    for process in started:
+        process.close()

@@ -1,0 +1,757 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: what it says, how it ends, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BackendProcess
+
+from vhostblk.cli import COMMANDS, qemu
+from vhostblk.control.client import ControlClient
+
+Start = Callable[..., BackendProcess]
+NODE = "null-co,node-name=n0,size=1M"
+QEMU = "qemu-system-x86_64"
+needs_qemu = pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")
+
+
+def vhostblk(
+    *arguments: str, directory: Path | None = None, program: str = "vhostblk", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    runtime = {"XDG_RUNTIME_DIR": str(directory)} if directory else {}
+    start = (
+        ["-m", "vhostblk"]
+        if program == "vhostblk"
+        else ["-c", "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())"]
+    )
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | runtime | env,
+    )
+
+
+@pytest.fixture
+def image(short_dir: Path) -> Path:
+    path = short_dir / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(4 << 20)
+    return path
+
+
+# ---- help ------------------------------------------------------------------------------------
+
+
+def test_overview() -> None:
+    done = vhostblk("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert command in done.stdout
+    assert vhostblk().returncode == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command: str) -> None:
+    done = vhostblk(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: vhostblk " + command)
+    assert f"vhostblk {command}" in done.stdout or "a name" in done.stdout
+    assert vhostblk("help", command).stdout == done.stdout
+
+
+def test_help_is_fast() -> None:
+    start = time.monotonic()
+    vhostblk("--help")
+    assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--blockdev", "help"], ["null-co", "raw", "file"]),
+        (["--blockdev", "null-co,help"], ["size=<size>", "default: 1073741824", "latency-ns"]),
+        (["--blockdev", "driver=file,help"], ["filename=<text> (required)", "cache.direct"]),
+        (["--export", "help"], ["vhost-user-blk"]),
+        (["--export", "vhost-user-blk,help"], ["num-queues", "logical-block-size"]),
+        (["--object", "help"], ["iothread"]),
+        (["--object", "iothread,help"], ["poll-max-ns"]),
+    ],
+)
+def test_help_of_options(option: list[str], words: list[str]) -> None:
+    done = vhostblk("serve", *option)
+    assert done.returncode == 0, done.stderr
+    for word in words:
+        assert word in done.stdout
+
+
+def test_version() -> None:
+    assert vhostblk("--version").stdout.startswith("vhostblk ")
+    assert set(json.loads(vhostblk("--version", "--json").stdout)) >= {"vhostblk", "libvhost-user"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, tmp_path: Path) -> None:
+    done = vhostblk("completion", shell)
+    assert done.returncode == 0, done.stderr
+    for word in ("serve", "blockdev", "qemu-args"):
+        assert word in done.stdout
+    if shutil.which(shell):
+        script = tmp_path / "script"
+        script.write_text(done.stdout)
+        assert subprocess.run([shell, "-n", str(script)], check=False).returncode == 0
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["sevre"], 2, ["unknown command 'sevre'", "did you mean 'serve'"]),
+        (["--versoin"], 2, ["unknown option"]),
+        (["serve"], 2, ["nothing to serve"]),
+        (["serve", "--blokdev", "x"], 2, ["unknown option '--blokdev'", "'--blockdev'"]),
+        (["serve", "--blockdev"], 2, ["--blockdev"]),
+        (["serve", "--log-level", "loud", "x"], 2, ["--log-level", "loud"]),
+        (
+            ["serve", "--blockdev", "null-cx,node-name=a"],
+            1,
+            ["--blockdev null-cx,node-name=a:", "'null-cx'", "did you mean 'null-co'?"],
+        ),
+        (
+            ["serve", "--blockdev", "null-co,node-name=a,siez=1"],
+            1,
+            ["'siez' is unexpected", "did you mean 'size'?"],
+        ),
+        (["serve", "--blockdev", "null-co,node-name=a,size=big"], 1, ["'size'", "'big'"]),
+        (
+            ["serve", "--blockdev", "null-co,node-name=a,,b,c"],
+            2,
+            ["--blockdev", "Expected '='", "'c'"],
+        ),
+        (["serve", "--blockdev", '{"driver": null-co}'], 2, ["JSON parse error", "character"]),
+        (
+            ["serve", "--blockdev", "file,node-name=a,filename=/nonexistent/x"],
+            1,
+            ["/nonexistent/x", "No such file or directory"],
+        ),
+        (["serve", "/nonexistent/disk.img"], 1, ["/nonexistent/disk.img", "No such file"]),
+        (["serve", "--object", "iothread"], 1, ["--object iothread:", "'id' is missing"]),
+        (
+            ["serve", "--export", "vhost-user-blk,id=e,node-name=zz,addr.type=unix,addr.path=x"],
+            1,
+            ["--export", "zz"],
+        ),
+        (
+            ["serve", "--blockdev", NODE, "--control", "/nonexistent/q"],
+            1,
+            ["--control /nonexistent/q", "No such file or directory"],
+        ),
+        (["serve", "--blockdev", NODE, "--control", "/tmp/" + "x" * 120], 1, ["107"]),
+        (
+            ["serve", "--blockdev", NODE, "--control", "q", "--control-group", "nogroupp"],
+            1,
+            ["no group 'nogroupp'", "did you mean 'nogroup'?"],
+        ),
+        (["serve", "--name", "a/b", "x"], 2, ["Invalid name 'a/b'"]),
+        (["serve", "--fd", "x", "--blk-file", "y"], 2, ["--fd x"]),
+        (["serve", "--fd", "3", "--socket-path", "y"], 2, ["not allowed with"]),
+        (["serve", "--config", "/nonexistent.yaml"], 1, ["--config /nonexistent.yaml: No such"]),
+        (["run", "disk.img"], 2, ["no command to run"]),
+        (["run", "disk.img", "--", "qemu-system-x86_64"], 2, ["@VHOSTBLK@"]),
+        (["status", "nobody"], 3, ["No backend named 'nobody' is running"]),
+        (["status"], 3, ["No backend is running"]),
+        (["qmp", "query-version", "--socket", "/nonexistent"], 3, ["/nonexistent"]),
+        (["qmp"], 2, ["which command?"]),
+        (["qmp", "x", "a=1", "b"], 2, ["'b' is neither"]),
+        (["qemu-args", "--socket", "/dev/null"], 3, ["/dev/null"]),
+        (["completion", "csh"], 2, ["csh"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_errors(short_dir: Path, arguments: list[str], status: int, words: list[str]) -> None:
+    done = vhostblk(*arguments, directory=short_dir)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("vhostblk: ")
+    for word in words:
+        assert word in done.stderr
+    assert [p for p in short_dir.rglob("*") if p.is_socket()] == []
+
+
+def test_broken_pipe() -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m vhostblk --help | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+
+
+# ---- serve -----------------------------------------------------------------------------------
+
+
+def test_serve_an_image(start_backend: Start, short_dir: Path, image: Path) -> None:
+    process = start_backend(str(image))
+    place = short_dir / "vhostblk" / "disk"
+    assert sorted(p.name for p in place.iterdir()) == ["pid", "qmp.sock", "vhost.sock"]
+    with ControlClient(str(place / "qmp.sock")) as client:
+        [export] = client.execute("query-block-exports")
+        assert export["id"] == "disk" and export["writable"]
+        assert client.peer_pid == process.process.pid
+    assert process.stop() == 0
+    assert process.process.stdout is not None
+    shown = process.process.stdout.read()
+    assert "memory-backend-memfd" in shown and str(place / "vhost.sock") in shown
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_cleanly(
+    start_backend: Start, image: Path, number: signal.Signals, short_dir: Path
+) -> None:
+    process = start_backend(str(image), "--pidfile", "{dir}/pid")
+    assert (short_dir / "pid").read_text() == f"{process.process.pid}\n"
+    assert process.stop(number) == 0
+    assert not (short_dir / "pid").exists()
+    assert not any(path.is_socket() for path in short_dir.rglob("*"))
+
+
+def test_socket_is_ready_within_half_a_second(start_backend: Start, image: Path) -> None:
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        process = start_backend(str(image))
+        times.append(time.monotonic() - start)
+        assert process.stop() == 0
+    assert min(times) < 0.5, times
+
+
+def test_options_are_done_in_order(short_dir: Path) -> None:
+    done = vhostblk(
+        "serve",
+        "--export",
+        "vhost-user-blk,id=e,node-name=n0,addr.type=unix,addr.path=x",
+        "--blockdev",
+        NODE,
+        directory=short_dir,
+    )
+    assert done.returncode == 1 and "n0" in done.stderr
+
+
+def test_a_name_is_used_once(start_backend: Start, short_dir: Path, image: Path) -> None:
+    start_backend(str(image))
+    done = vhostblk("serve", str(image), directory=short_dir)
+    assert done.returncode == 1
+    assert "A backend named 'disk' is already running" in done.stderr
+    assert "--name" in done.stderr
+
+
+def test_what_a_killed_backend_left_is_replaced(
+    start_backend: Start, short_dir: Path, image: Path
+) -> None:
+    process = start_backend(str(image), "--pidfile", "{dir}/pid")
+    process.process.kill()
+    process.wait()
+    assert (short_dir / "vhostblk/disk/qmp.sock").exists()
+    again = start_backend(str(image), "--pidfile", "{dir}/pid")
+    assert again.stop() == 0
+
+
+def test_two_processes_and_one_pidfile(start_backend: Start, short_dir: Path) -> None:
+    process = start_backend("--blockdev", NODE, "--pidfile", "{dir}/pid")
+    done = vhostblk("serve", "--blockdev", NODE, "--pidfile", str(short_dir / "pid"))
+    assert done.returncode == 1
+    assert f"(pid {process.process.pid})" in done.stderr
+    assert (short_dir / "pid").read_text() == f"{process.process.pid}\n"
+
+
+def test_control_socket_in_use(start_backend: Start, short_dir: Path) -> None:
+    start_backend("--blockdev", NODE, "--control", "{dir}/q")
+    done = vhostblk("serve", "--blockdev", NODE, "--control", str(short_dir / "q"))
+    assert done.returncode == 1 and "is in use" in done.stderr
+    plain = short_dir / "file"
+    plain.write_text("precious")
+    done = vhostblk("serve", "--blockdev", NODE, "--control", str(plain))
+    assert done.returncode == 1 and "not a socket" in done.stderr
+    assert plain.read_text() == "precious"
+
+
+def test_daemonize(short_dir: Path, image: Path) -> None:
+    pidfile = short_dir / "pid"
+    start = time.monotonic()
+    done = vhostblk(
+        "serve", str(image), "--daemonize", "--pidfile", str(pidfile), directory=short_dir
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 10
+    pid = int(pidfile.read_text())
+    try:
+        # Ready means ready: no waiting for any socket here.
+        with ControlClient(str(short_dir / "vhostblk/disk/qmp.sock")) as client:
+            assert client.peer_pid == pid
+        assert os.getsid(pid) == pid
+        assert os.readlink(f"/proc/{pid}/fd/0") == os.devnull
+        assert os.readlink(f"/proc/{pid}/fd/2") == os.devnull
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 15
+    while pidfile.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not pidfile.exists()
+
+
+def test_daemonize_says_what_failed(short_dir: Path) -> None:
+    done = vhostblk(
+        "serve", "--daemonize", "--blockdev", "null-cx,node-name=a", directory=short_dir
+    )
+    assert done.returncode == 1
+    assert "null-co" in done.stderr
+
+
+def test_log_file(start_backend: Start, short_dir: Path, image: Path) -> None:
+    done = vhostblk(
+        "serve",
+        str(image),
+        "--daemonize",
+        "--log-file",
+        str(short_dir / "log"),
+        "--pidfile",
+        str(short_dir / "pid"),
+        directory=short_dir,
+    )
+    assert done.returncode == 0, done.stderr
+    os.kill(int((short_dir / "pid").read_text()), signal.SIGTERM)
+    deadline = time.monotonic() + 15
+    while (short_dir / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    log = (short_dir / "log").read_text()
+    assert "vhostblk: ready" in log and "SIGTERM" in log
+
+
+CONFIG = """\
+control: {dir}/q
+objects:
+  - {{qom-type: iothread, id: t0}}
+exports:            # before what they need: the file's order does not matter
+  - type: vhost-user-blk
+    id: e
+    node-name: n
+    addr: {{type: unix, path: {dir}/v}}
+    writable: on
+    iothread: t0
+blockdevs:
+  - driver: "null-co"
+    node-name: n
+    size: 1M
+    read-zeroes: true
+"""
+
+
+def test_config(start_backend: Start, short_dir: Path) -> None:
+    config = short_dir / "c.yaml"
+    config.write_text(CONFIG.format(dir=short_dir))
+    process = start_backend("--config", str(config))
+    with ControlClient(str(short_dir / "q")) as client:
+        [export] = client.execute("query-block-exports")
+        assert export["id"] == "e" and export["writable"]
+        [node] = client.execute("query-named-block-nodes")
+        assert node["image"]["virtual-size"] == 1 << 20
+        assert [t["id"] for t in client.execute("query-iothreads")] == ["t0"]
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("blockdev: []", [":1: unknown name 'blockdev'", "'blockdevs'"]),
+        ("blockdevs:\n  - {driver: null-cx}", [":2:", "null-co"]),
+        ("blockdevs:\n  - {driver: null-co}\n  - {driver: null-co, siez: 1}", [":3:", "'size'"]),
+        ("blockdevs: {driver: null-co}", [":1: 'blockdevs' must be a list"]),
+        ("blockdevs:\n - null-co", [":2: an entry of 'blockdevs'"]),
+        ("name: [a]", ["'name' must be text"]),
+        ("name: a\nname: b", [":2: 'name' is written twice"]),
+        ("blockdevs:\n  - {driver: null-co", [":2"]),
+        ("a: &a [*a]", []),
+        ("- x", ["names and values"]),
+        ("x: !!python/object/apply:os.system [true]", []),
+    ],
+)
+def test_config_errors(short_dir: Path, text: str, words: list[str]) -> None:
+    config = short_dir / "c.yaml"
+    config.write_text(text)
+    done = vhostblk("serve", "--config", str(config), directory=short_dir)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(f"vhostblk: --config {config}")
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_qemu_storage_daemon_line(start_backend: Start, short_dir: Path, image: Path) -> None:
+    """A command line as written for qemu-storage-daemon, monitor included."""
+    process = start_backend(
+        "--object",
+        "iothread,id=t0",
+        "--blockdev",
+        f"driver=file,node-name=f,filename={image},cache.direct=off",
+        "--blockdev",
+        '{"driver": "raw", "node-name": "d", "file": "f"}',
+        "--chardev",
+        "socket,id=c,path={dir}/q,server=on,wait=off",
+        "--monitor",
+        "chardev=c",
+        "--export",
+        "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={dir}/v,"
+        "writable=on,num-queues=2,logical-block-size=4096",
+    )
+    with ControlClient(str(short_dir / "q")) as client:
+        assert [e["id"] for e in client.execute("query-block-exports")] == ["e"]
+    assert process.stop() == 0
+
+
+# ---- conventions of vhost-user backends --------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["vhostblk", "vhostblk-backend"])
+def test_print_capabilities(program: str) -> None:
+    arguments = ["serve"] if program == "vhostblk" else []
+    done = vhostblk(*arguments, "--print-capabilities", "--socket-path=/x", program=program)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def test_backend_program(short_dir: Path, image: Path) -> None:
+    path = short_dir / "v"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())",
+            f"--socket-path={path}",
+            f"--blk-file={image}",
+            "--read-only",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        assert "ready" in process.stderr.readline()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        process.terminate()
+        assert process.wait(10) == 0
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()  # type: ignore[union-attr]
+
+
+def test_backend_program_with_a_descriptor(short_dir: Path, image: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(short_dir / "v"))
+        listener.listen()
+        fd = listener.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vhostblk", "serve", f"--fd={fd}", f"--blk-file={image}"],
+            pass_fds=(fd,),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stderr is not None
+            assert "ready" in process.stderr.readline()
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--socket-path=/x"],
+        ["--blk-file=/x"],
+        ["--fd=3", "--socket-path=/x"],
+        ["--blk-file=/nonexistent", "--socket-path=/tmp/never"],
+        ["--sockt-path=/x"],
+    ],
+)
+def test_backend_program_errors(arguments: list[str]) -> None:
+    done = vhostblk(*arguments, program="vhostblk-backend")
+    assert done.returncode != 0
+    assert done.stderr.startswith("vhostblk-backend: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- looking at a running one -----------------------------------------------------------------
+
+
+def test_ls_status_and_qmp(start_backend: Start, short_dir: Path, image: Path) -> None:
+    assert json.loads(vhostblk("ls", "--json", directory=short_dir).stdout) == []
+    process = start_backend(str(image), "--object", "iothread,id=t0")
+    [listed] = json.loads(vhostblk("ls", "--json", directory=short_dir).stdout)
+    assert listed["name"] == "disk" and listed["pid"] == process.process.pid
+    assert "disk" in vhostblk("ls", directory=short_dir).stdout
+
+    done = vhostblk("status", "--interval", "0.1", directory=short_dir)
+    assert done.returncode == 0, done.stderr
+    for word in ("disk", "disk-file", "waiting", "t0", "open files", str(image)):
+        assert word in done.stdout
+    [report] = json.loads(
+        vhostblk("status", "disk", "--json", "--interval", "0.1", directory=short_dir).stdout
+    )
+    assert report["pid"] == process.process.pid
+    assert report["process"]["memory-rss"] > 1 << 20
+    operations = report["exports"][0]["operations"]
+    assert operations["read"]["operations"] == 0
+    assert all("cpu-percent" in thread for thread in report["iothreads"])
+
+    done = vhostblk("qmp", "query-version", directory=short_dir)
+    assert json.loads(done.stdout)["package"].startswith("vhostblk")
+    done = vhostblk(
+        "qmp",
+        "blockdev-add",
+        "driver=null-co",
+        "node-name=x",
+        "size=4096",
+        "cache.direct=true",
+        directory=short_dir,
+    )
+    assert done.returncode == 0 and json.loads(done.stdout) == {}
+    done = vhostblk(
+        "qmp", "--name", "disk", "blockdev-del", '{"node-name": "x"}', directory=short_dir
+    )
+    assert done.returncode == 0
+    done = vhostblk("qmp", "blockdev-del", "node-name=x", directory=short_dir)
+    assert done.returncode == 4 and "'x'" in done.stderr
+    assert "query-status" in vhostblk("qmp", "--list", directory=short_dir).stdout.split()
+    done = vhostblk("status", "dsik", directory=short_dir)
+    assert done.returncode == 3 and "did you mean 'disk'?" in done.stderr
+    done = vhostblk("qmp", "quit", directory=short_dir)
+    assert done.returncode == 0
+    assert process.wait() == 0
+
+
+def test_doctor(start_backend: Start, short_dir: Path, image: Path) -> None:
+    start_backend(str(image))
+    done = vhostblk("doctor", "--json", str(image), directory=short_dir)
+    assert done.returncode in (0, 1), done.stderr
+    findings = json.loads(done.stdout)
+    assert {
+        "kernel",
+        "io_uring",
+        "memory locking",
+        "open files",
+        "sockets",
+        "QEMU",
+        "shared memory",
+        "KVM",
+        "disk use",
+    } <= {f["check"] for f in findings}
+    for finding in findings:
+        if finding["state"] == "problem":
+            assert finding["remedy"]
+    assert done.returncode == any(f["state"] == "problem" for f in findings)
+    assert any("disk/disk-file" in f["text"] for f in findings)
+
+
+def test_doctor_finds_problems(start_backend: Start, short_dir: Path, image: Path) -> None:
+    process = start_backend(str(image))
+    process.process.kill()
+    process.wait()
+    left = short_dir / "vhostblk" / "disk"
+    done = vhostblk("doctor", "--qemu", "no-such-qemu", "/nonexistent.img", directory=short_dir)
+    assert done.returncode == 1
+    for word in (
+        "'disk' ended without cleaning up",
+        f"rm {left}/pid",
+        "no-such-qemu",
+        "apt-get install",
+        "/nonexistent.img",
+    ):
+        assert word in done.stdout
+    # The remedy is exact.
+    [remedy] = [line for line in done.stdout.splitlines() if "rmdir" in line]
+    subprocess.run(remedy.split("'")[1], shell=True, check=True)
+    assert not left.exists()
+    start_backend(str(image))
+    os.chmod(left / "qmp.sock", 0o666)
+    done = vhostblk("doctor", directory=short_dir)
+    assert done.returncode == 1 and "anyone on this machine" in done.stdout
+    assert stat.S_IMODE(os.stat(left / "qmp.sock").st_mode) == 0o666
+
+
+# ---- QEMU --------------------------------------------------------------------------------------
+
+
+def test_memory_size() -> None:
+    assert qemu.memory_size("2G") == "2G"
+    assert qemu.memory_size("512") == "512M"
+    assert qemu.memory_size("slots=2,size=1G,maxmem=4G") == "1G"
+    assert qemu.memory_size("maxmem=4G") is None
+
+
+def test_command_line_is_understood() -> None:
+    read = qemu.CommandLine.read
+    assert read(["q", "-m", "2G", "@VHOSTBLK@"]).memory == "2G"
+    assert read(["q", "-m", "1G", "-m", "3G"]).memory == "3G"
+    assert read(["/usr/bin/qemu-system-x86_64", "-nographic"]).program.endswith("x86_64")
+    assert read(["sh", "-c", "exec qemu-kvm -m 512 @VHOSTBLK@"]).memory == "512M"
+    assert read(["q", "-M", "q35,memory-backend=m"]).shared_already
+    assert not read(["q", "-M", "q35"]).shared_already
+    assert qemu.substitute(["a", qemu.MARK, "x " + qemu.MARK], ["-o", "b c"]) == [
+        "a",
+        "-o",
+        "b c",
+        "x -o 'b c'",
+    ]
+
+
+def test_reconnect_is_written_for_the_version() -> None:
+    export = qemu.Export("e", "/a,b", 4)
+    assert "reconnect=1" in " ".join(qemu.arguments([export], qemu_version=(7, 2)))
+    words = qemu.arguments([export], qemu_version=(10, 0), queues=8)
+    assert "reconnect-ms=1000" in " ".join(words)
+    assert "path=/a,,b," in " ".join(words)
+    assert words[-1].endswith("num-queues=4")
+
+
+@needs_qemu
+def test_qemu_accepts_its_arguments(start_backend: Start, short_dir: Path, image: Path) -> None:
+    process = start_backend(str(image))
+    done = vhostblk("qemu-args", "disk", "--memory", "64M", "--json", directory=short_dir)
+    assert done.returncode == 0, done.stderr
+    words = json.loads(done.stdout)
+    line = vhostblk("qemu-args", "--memory", "64M", "--one-line", directory=short_dir).stdout
+    assert shlex.split(line) == words
+    answer = _ask_qemu(
+        [
+            QEMU,
+            "-S",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-smp",
+            "2",
+            "-m",
+            "64M",
+            "-qmp",
+            "stdio",
+            *words,
+        ],
+        {"execute": "query-block"},
+    )
+    assert "return" in answer
+    assert process.stop() == 0
+
+
+@needs_qemu
+def test_run(short_dir: Path, image: Path) -> None:
+    """QEMU runs with the options at the mark; its end is the end, its status the status."""
+    command = [QEMU, "-S", "-nodefaults", "-display", "none", "-m", "80", "-qmp", "stdio"]
+    answer = _ask_qemu(
+        [sys.executable, "-m", "vhostblk", "run", str(image), "--", *command, "@VHOSTBLK@"],
+        {"execute": "query-memory-size-summary"},
+        short_dir,
+    )
+    assert answer["return"]["base-memory"] == 80 << 20
+    assert not (short_dir / "vhostblk" / "disk").exists()
+
+
+def _ask_qemu(
+    command: list[str], request: dict[str, Any], directory: Path | None = None
+) -> dict[str, Any]:
+    runtime = {"XDG_RUNTIME_DIR": str(directory)} if directory else {}
+    text = "".join(
+        json.dumps(r) + "\n"
+        for r in ({"execute": "qmp_capabilities"}, request, {"execute": "quit"})
+    )
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | runtime,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    answers = [line for line in lines if "return" in line or "error" in line]
+    answer: dict[str, Any] = answers[1]
+    return answer
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 7", 7), ("kill -TERM $$", 143)])
+def test_run_ends_with_the_status_of_the_command(
+    short_dir: Path, image: Path, script: str, status: int
+) -> None:
+    done = vhostblk(
+        "run", str(image), "--", "sh", "-c", f": @VHOSTBLK@; {script}", directory=short_dir
+    )
+    assert done.returncode == status, done.stderr
+
+
+def test_run_replaces_the_mark(short_dir: Path, image: Path) -> None:
+    done = vhostblk(
+        "run",
+        "--name",
+        "vm",
+        str(image),
+        "--",
+        "printf",
+        "%s\n",
+        "a",
+        "@VHOSTBLK@",
+        "b",
+        directory=short_dir,
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("\n")
+    assert words[0] == "a" and words[-2] == "b"
+    assert f"socket,id=vhostblk-vm,path={short_dir}/vhostblk/vm/vhost.sock" in done.stdout
+
+
+def test_run_without_such_a_program(short_dir: Path, image: Path) -> None:
+    done = vhostblk("run", str(image), "--", "no-such-qemu", "@VHOSTBLK@", directory=short_dir)
+    assert done.returncode == 127
+    assert "cannot run 'no-such-qemu'" in done.stderr
+
+
+def test_sigterm_ends_run_and_its_command(
+    start_backend: Start, short_dir: Path, image: Path
+) -> None:
+    process = start_backend(
+        str(image), "--", "sh", "-c", ": @VHOSTBLK@; exec sleep 60", command="run"
+    )
+    assert process.stop() == 143
+    assert not any(path.is_socket() for path in short_dir.rglob("*"))
