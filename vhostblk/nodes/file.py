@@ -217,7 +217,7 @@ class File(NodeDriver):
 
     def _make_locks(self) -> ImageLocks | None:
         mode = self.options.locking
-        if mode == "off" or self.options.force_share or self._wants_block_device and mode == "auto":
+        if mode == "off" or self.options.force_share:
             return None
         if not ofd_locks_work(self._fd):
             if mode == "auto":

@@ -23,8 +23,6 @@ SHARED_BASE = 200
 _BITS = (Perm.CONSISTENT_READ, Perm.WRITE, Perm.WRITE_UNCHANGED, Perm.RESIZE)
 
 _FLOCK = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
-_OFD_GETLK = 36  # the fcntl module has these from Python 3.9 on, but not on every libc
-_OFD_SETLK = 37
 
 
 class LockConflict(OSError):
@@ -36,11 +34,11 @@ def _flock(kind: int, start: int) -> bytes:
 
 
 def _set(fd: int, kind: int, start: int) -> None:
-    fcntl.fcntl(fd, _OFD_SETLK, _flock(kind, start))
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, start))
 
 
 def _is_locked_by_others(fd: int, start: int) -> bool:
-    answer = fcntl.fcntl(fd, _OFD_GETLK, _flock(fcntl.F_WRLCK, start))
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

@@ -77,7 +77,7 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
     if kind == "literal_error":
         allowed = [entry.strip("'") for entry in _split_expected(str(context["expected"]))]
         if not isinstance(value, str):
-            return _type_error(parameter, "string")
+            return wrong_type_error(parameter, "string")
         return _error(
             "bad-value",
             parameter,
@@ -88,7 +88,7 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
         )
     if kind == "qapi_type" or kind in _TYPES:
         expected = str(context["expected"]) if kind == "qapi_type" else _TYPES[kind]
-        return _type_error(parameter, expected)
+        return wrong_type_error(parameter, expected)
     expected = str(context["expected"]) if kind == "qapi_value" else detail["msg"]
     if kind != "qapi_value" and expected.startswith("Value error, "):
         expected = expected.removeprefix("Value error, ")
@@ -101,7 +101,8 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
     )
 
 
-def _type_error(parameter: str, expected: str) -> VhostblkError:
+def wrong_type_error(parameter: str, expected: str) -> VhostblkError:
+    """A value of the wrong type, in QAPI's words."""
     return _error(
         "bad-type", parameter, f"Invalid parameter type for '{parameter}', expected: {expected}"
     )

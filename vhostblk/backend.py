@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The whole backend behind one façade: what the control socket and the command line call.
+
+Options come in as plain data with QAPI's names and are checked here; results go
+out as plain data that can be written as JSON. Everything runs on the event
+loop's thread. Changes are made one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vhostblk.engine import AIO_NAMES, Engine, IOThread, OpStats, Stats
+from vhostblk.events import EventBus
+from vhostblk.export import Export, export_type
+from vhostblk.export import export_types as known_export_types
+from vhostblk.graph import Graph
+from vhostblk.nodes import DriverRegistry
+from vhostblk.nodes.driver import NodeDriver
+from vhostblk.objects import IOThreadObject, ObjectStore, object_types
+from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
+
+logger = logging.getLogger(__name__)
+
+PERCENTILES = (("p50-ns", 50), ("p90-ns", 90), ("p99-ns", 99), ("p99.9-ns", 99.9))
+
+
+class Backend:
+    """One engine, its objects, its graph and its exports."""
+
+    def __init__(self, *, plugins: Sequence[Path] = ()) -> None:
+        self.events = EventBus()
+        self._registry = DriverRegistry()
+        self._plugins = plugins
+        self._exports: dict[str, Export] = {}
+        self._started: float | None = None
+        self._closing = False
+        # Made by start(), which has a running event loop.
+        self.engine: Engine
+        self.graph: Graph
+        self.objects: ObjectStore
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Load the plug-ins and start the engine."""
+        for plugin in self._plugins:
+            for driver in self._registry.load_plugin(plugin):
+                logger.info("driver '%s' loaded from '%s'", driver.driver, plugin)
+        self.engine = Engine()
+        self.graph = Graph(self.engine, self.events, self._registry)
+        self.objects = ObjectStore(self.engine)
+        self._started = time.time()
+
+    async def close(self) -> None:
+        """Disconnect all front-ends, let requests finish, free everything."""
+        if self._started is None:
+            return
+        self._closing = True
+        async with self.graph.lock:
+            for export in list(self._exports.values()):
+                await self._close_export(export)
+            await self.graph.close()
+            await self.objects.close()
+        self.engine.close()
+        self._started = None
+        self.events.close()
+
+    # ---- objects
+
+    async def object_add(self, options: dict[str, Any]) -> None:
+        """object-add."""
+        async with self.graph.lock:
+            await self.objects.add(options)
+
+    async def object_del(self, id: str) -> None:
+        """object-del."""
+        async with self.graph.lock:
+            await self.objects.delete(id)
+
+    def qom_list(self, path: str) -> list[dict[str, Any]]:
+        """qom-list."""
+        return self.objects.qom_list(path)
+
+    def qom_get(self, path: str, property: str) -> Any:
+        """qom-get."""
+        return self.objects.qom_get(path, property)
+
+    async def qom_set(self, path: str, property: str, value: Any) -> None:
+        """qom-set."""
+        async with self.graph.lock:
+            await self.objects.qom_set(path, property, value)
+
+    # ---- nodes
+
+    async def blockdev_add(self, options: dict[str, Any]) -> None:
+        """blockdev-add."""
+        async with self.graph.lock:
+            self._refuse_when_closing()
+            await self.graph.add(options)
+
+    async def blockdev_del(self, node_name: str) -> None:
+        """blockdev-del."""
+        async with self.graph.lock:
+            await self.graph.delete(node_name)
+
+    async def block_resize(self, node_name: str, size: int) -> None:
+        """block_resize."""
+        async with self.graph.lock:
+            await self.graph.resize(self.graph.node(node_name), size)
+
+    # ---- exports
+
+    async def block_export_add(self, options: dict[str, Any]) -> None:
+        """block-export-add."""
+        async with self.graph.lock:
+            self._refuse_when_closing()
+            kind = export_type(options)
+            checked: Model = validate(kind.Options, options)
+            export = kind(self.engine, self.graph, self.objects, self.events, checked)
+            if export.id in self._exports:
+                raise VhostblkError(
+                    f"Block export id '{export.id}' is already in use",
+                    data={"code": "duplicate-export", "export": export.id},
+                )
+            await export.open()
+            self._exports[export.id] = export
+
+    async def block_export_del(self, id: str, mode: Literal["safe", "hard"] = "safe") -> None:
+        """block-export-del; returns when the export has gone."""
+        export = self._export(id)
+        if mode == "safe" and export.in_use:
+            raise VhostblkError(
+                f"export '{id}' still in use: a front-end is connected",
+                data={
+                    "code": "export-in-use",
+                    "export": id,
+                    "hint": "Use mode='hard' to force client disconnect",
+                },
+            )
+        async with self.graph.lock:
+            if id in self._exports:
+                await self._close_export(export)
+
+    async def _close_export(self, export: Export) -> None:
+        await export.close()
+        del self._exports[export.id]
+        self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
+
+    def _export(self, id: str) -> Export:
+        export = self._exports.get(id)
+        if export is None:
+            text = f"Export '{id}' is not found"
+            data = {"code": "no-such-export", "export": id}
+            near = did_you_mean(id, self._exports)
+            if near is not None:
+                data["hint"] = f"did you mean '{near}'?"
+                text = f"{text}; {data['hint']}"
+            raise VhostblkError(text, data=data)
+        return export
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise VhostblkError("The backend is shutting down", data={"code": "closing"})
+
+    # ---- what there is to know
+
+    def drivers(self) -> dict[str, type[NodeDriver]]:
+        """All block drivers by name."""
+        return self._registry.all()
+
+    def object_types(self) -> dict[str, type[Model]]:
+        """Options of all object types by name."""
+        return {name: kind.Options for name, kind in object_types().items()}
+
+    def export_types(self) -> dict[str, type[Model]]:
+        """Options of all export types by name."""
+        return {name: kind.Options for name, kind in known_export_types().items()}
+
+    def query_status(self) -> dict[str, Any]:
+        """query-status."""
+        return {
+            "running": not self._closing,
+            "status": "shutdown" if self._closing else "running",
+            "started": self._started,
+            "nodes": len(self.graph.nodes),
+            "exports": len(self._exports),
+            "connected": sum(export.in_use for export in self._exports.values()),
+            "iothreads": len(self.engine.iothreads),
+        }
+
+    def query_named_block_nodes(self) -> list[dict[str, Any]]:
+        """query-named-block-nodes."""
+        return [self._describe_node(node) for node in self.graph.nodes.values()]
+
+    def query_block_exports(self) -> list[dict[str, Any]]:
+        """query-block-exports."""
+        return [export.describe() for export in self._exports.values()]
+
+    def query_blockstats(self) -> list[dict[str, Any]]:
+        """query-blockstats: exports first, then nodes."""
+        entries: list[dict[str, Any]] = []
+        for export in self._exports.values():
+            assert export.backend is not None
+            entries.append(
+                {
+                    "export": export.id,
+                    "node-name": export.backend.root.name,
+                    **_stats_entry(export.stats()),
+                }
+            )
+        for name, node in self.graph.nodes.items():
+            entries.append({"node-name": name, "driver": node.driver, **_stats_entry(node.stats())})
+        return entries
+
+    def query_iothreads(self) -> list[dict[str, Any]]:
+        """query-iothreads."""
+        options = {
+            entry.thread: entry.options
+            for entry in self.objects
+            if isinstance(entry, IOThreadObject)
+        }
+        return [_describe_iothread(t, options.get(t)) for t in self.engine.iothreads]
+
+    def _describe_node(self, node: NodeDriver) -> dict[str, Any]:
+        options = node.options
+        perm, shared = self.graph.permissions_of(node)
+        filename = node.filename()
+        return {
+            "node-name": node.name,
+            "drv": node.driver,
+            "file": filename,
+            "ro": node.read_only,
+            "active": True,
+            "encrypted": False,
+            "backing_file_depth": 0,
+            "detect_zeroes": options.detect_zeroes,
+            "cache": {
+                "writeback": True,
+                "direct": options.cache.direct,
+                "no-flush": options.cache.no_flush,
+            },
+            "write_threshold": 0,
+            **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
+            "image": {
+                "filename": filename,
+                "format": node.driver,
+                "virtual-size": node.size,
+            },
+            "filter": node.is_filter,
+            "passive": node.handle is None,
+            "children": [
+                {"child": role, "node-name": child.node.name}
+                for role, child in node.children.items()
+            ],
+            "parents": [
+                {"parent": edge.parent.name, "child": edge.role}
+                for edge in self.graph.parents_of(node)
+            ],
+            "permissions": {"used": int(perm), "shared": int(shared)},
+            **node.describe(),
+        }
+
+
+def _describe_iothread(thread: IOThread, options: Any) -> dict[str, Any]:
+    info = thread.info()
+    entry: dict[str, Any] = {
+        "id": thread.name,
+        "thread-id": info.thread_id,
+        "poll-max-ns": options.poll_max_ns if options is not None else 32768,
+        "poll-grow": options.poll_grow if options is not None else 0,
+        "poll-shrink": options.poll_shrink if options is not None else 0,
+        "aio-max-batch": options.aio_max_batch if options is not None else 0,
+        "aio": AIO_NAMES[info.aio],
+        "poll-ns": info.poll_ns,
+        "loops": info.loops,
+        "sleeps": info.sleeps,
+        "requests": info.requests,
+        "notifies": info.notifies,
+        "inline-ios": info.inline_ios,
+        "queued-ios": info.queued_ios,
+    }
+    if thread.fallback_reason:
+        entry["fallback-reason"] = thread.fallback_reason
+    return entry
+
+
+def _stats_entry(stats: Stats) -> dict[str, Any]:
+    # QEMU has no counters of zero writes: they are writes.
+    written = stats.write, stats.write_zeroes
+    qapi: dict[str, Any] = {
+        "rd_bytes": stats.read.bytes,
+        "wr_bytes": sum(op.bytes for op in written),
+        "zone_append_bytes": 0,
+        "unmap_bytes": stats.discard.bytes,
+        "rd_operations": stats.read.ops,
+        "wr_operations": sum(op.ops for op in written),
+        "zone_append_operations": 0,
+        "flush_operations": stats.flush.ops,
+        "unmap_operations": stats.discard.ops,
+        "rd_total_time_ns": stats.read.total_ns,
+        "wr_total_time_ns": sum(op.total_ns for op in written),
+        "zone_append_total_time_ns": 0,
+        "flush_total_time_ns": stats.flush.total_ns,
+        "unmap_total_time_ns": stats.discard.total_ns,
+        "wr_highest_offset": 0,
+        **dict.fromkeys(("rd_merged", "wr_merged", "zone_append_merged", "unmap_merged"), 0),
+        "failed_rd_operations": stats.read.errors,
+        "failed_wr_operations": sum(op.errors for op in written),
+        "failed_zone_append_operations": 0,
+        "failed_flush_operations": stats.flush.errors,
+        "failed_unmap_operations": stats.discard.errors,
+        **{f"invalid_{op}_operations": 0 for op in ("rd", "wr", "zone_append", "flush", "unmap")},
+        "account_invalid": False,
+        "account_failed": True,
+        "timed_stats": [],
+    }
+    latency = {
+        "read": _latency(stats.read),
+        "write": _latency(stats.write),
+        "flush": _latency(stats.flush),
+        "discard": _latency(stats.discard),
+        "write-zeroes": _latency(stats.write_zeroes),
+    }
+    return {"stats": qapi, "latency": latency}
+
+
+def _latency(op: OpStats) -> dict[str, Any]:
+    return {
+        "count": op.ops,
+        "mean-ns": op.mean_ns,
+        **{name: op.percentile(percent) for name, percent in PERCENTILES},
+        "histogram": [list(bucket) for bucket in op.buckets()],
+    }

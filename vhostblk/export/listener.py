@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A listening UNIX socket: at a path, or inherited as a file descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from typing import Literal
+
+from pydantic import Field
+
+from vhostblk.schema import Model, VhostblkError
+
+# struct sockaddr_un has 108 bytes for the path, the terminating zero included.
+MAX_PATH = 107
+
+
+class SocketAddress(Model):
+    """Where front-ends connect."""
+
+    type: Literal["unix", "fd"]
+    """unix: a path; fd: a listening socket that was inherited."""
+    path: str | None = None
+    """Path of the socket (type=unix)."""
+    number: str | None = Field(default=None, alias="str")
+    """Number of the file descriptor (type=fd)."""
+
+
+class Listener:
+    """A listening socket; at a path, the path is removed on close."""
+
+    def __init__(self, sock: socket.socket, path: str | None) -> None:
+        self.socket = sock
+        self.path = path
+        self._inode = _inode(path) if path is not None else None
+
+    def close(self) -> None:
+        """Stop listening. What others have put at the path since then stays."""
+        if self.path is not None and _inode(self.path) == self._inode:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        self.socket.close()
+
+
+def listen(address: SocketAddress) -> Listener:
+    """Begin to listen."""
+    if address.type == "unix":
+        if address.number is not None:
+            raise _error("Parameter 'addr.str' is unexpected with addr.type=unix", "addr.str")
+        if address.path is None:
+            raise _error("Parameter 'addr.path' is missing", "addr.path")
+        return _listen_at(address.path)
+    if address.path is not None:
+        raise _error("Parameter 'addr.path' is unexpected with addr.type=fd", "addr.path")
+    if address.number is None:
+        raise _error("Parameter 'addr.str' is missing", "addr.str")
+    return _inherit(address.number)
+
+
+def _listen_at(path: str) -> Listener:
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise _error(
+            f"Socket path '{path}' is too long: {len(os.fsencode(path))} bytes, "
+            f"and a UNIX socket's path has at most {MAX_PATH}; use a shorter directory",
+            "addr.path",
+        )
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(path)
+            sock.bind(path)
+        sock.listen(16)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        hint = ""
+        if error.errno == errno.ENOENT:
+            hint = f"; the directory '{os.path.dirname(path) or '.'}' does not exist"
+        elif error.errno == errno.EADDRINUSE:
+            hint = "; somebody else has just started to listen there"
+        raise _error(f"Failed to listen on '{path}': {error.strerror}{hint}", "addr.path") from None
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, path)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a dead process left; refuse if anything else is there."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise _error(
+            f"Failed to listen on '{path}': there is something that is not a socket", "addr.path"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass  # full backlog, no permission: somebody listens
+    raise _error(
+        f"Failed to listen on '{path}': another process listens there; stop it or choose "
+        "another path",
+        "addr.path",
+    )
+
+
+def _inherit(text: str) -> Listener:
+    if not text.isascii() or not text.isdecimal():
+        raise _error(
+            f"Parameter 'addr.str' expects the number of a file descriptor, not '{text}'",
+            "addr.str",
+        )
+    fd = int(text)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise _error(f"File descriptor {fd} (addr.str) is not a socket", "addr.str")
+        sock = socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        raise _error(
+            f"File descriptor {fd} (addr.str) cannot be used: {error.strerror}", "addr.str"
+        ) from None
+    os.set_inheritable(sock.fileno(), False)
+    if sock.family != socket.AF_UNIX or not sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        sock.close()
+        raise _error(f"File descriptor {fd} (addr.str) is not a listening UNIX socket", "addr.str")
+    sock.setblocking(False)
+    return Listener(sock, None)
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _error(text: str, parameter: str) -> VhostblkError:
+    return VhostblkError(text, data={"code": "bad-address", "parameter": parameter})

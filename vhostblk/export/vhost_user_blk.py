@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""vhost-user-blk: a virtio disk for a guest of QEMU, or of any other vhost-user front-end.
+
+The device itself is in the engine (cffi_build/engine/device.c). Here is what
+happens seldom: listening, accepting one front-end at a time, and accepting the
+next one when it has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from typing import Any, Literal
+
+from vhostblk.engine import SERIAL_SIZE, EngineError, ExportHandle, IOThread, NodeHandle, Stats
+from vhostblk.export import Export
+from vhostblk.export.listener import Listener, SocketAddress, listen
+from vhostblk.graph import BlockBackend
+from vhostblk.nodes.driver import Perm
+from vhostblk.objects import IOThreadObject
+from vhostblk.ratelimit import RateLimitedLog
+from vhostblk.schema import Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+SECTOR = 512
+# QEMU asks for one queue per vCPU, and fails to start if fewer are offered.
+DEFAULT_QUEUES = 64
+_ACCEPT_RETRY = 0.5
+
+
+class VhostUserBlkOptions(Model):
+    """Options of a vhost-user-blk export."""
+
+    type: Literal["vhost-user-blk"]
+    id: str
+    """Name of the export."""
+    node_name: str
+    """The node to export."""
+    addr: SocketAddress
+    """Where front-ends connect."""
+    writable: OnOff = False
+    """Whether the guest may write."""
+    writethrough: OnOff = False
+    """Make every write durable, until the guest turns its write cache on."""
+    logical_block_size: UInt32 = 512
+    """The guest's sector size: a power of two from 512 to 32768."""
+    num_queues: UInt16 = DEFAULT_QUEUES
+    """Virtqueues offered; a front-end uses as many of them as it likes."""
+    serial: str = ""
+    """Serial number that the guest sees; at most 20 bytes."""
+    iothread: StrOrList | None = None
+    """I/O thread, or several that share the virtqueues; the default one if absent."""
+    fixed_iothread: OnOff = False
+    """Accepted for QEMU's sake: an export always stays on its I/O threads."""
+    share_rw: OnOff = False
+    """Let others write to the node too; the guest must be prepared for that."""
+
+
+class VhostUserBlkExport(Export):
+    """One vhost-user-blk device: a socket, and whoever is connected to it."""
+
+    export_type = "vhost-user-blk"
+    Options = VhostUserBlkOptions
+    options: VhostUserBlkOptions
+
+    # ---- life
+
+    async def open(self) -> None:
+        self._log = RateLimitedLog(logger)
+        self._connected = False
+        self._gone: asyncio.Future[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._listener: Listener | None = None
+        self._check_options()
+        root = self.graph.node(self.options.node_name)
+        if self.options.writable and root.read_only:
+            raise VhostblkError(
+                f"Cannot export read-only node '{root.name}' as writable",
+                data={"code": "read-only", "node": root.name, "hint": "use writable=off"},
+            )
+        self._thread_objects = self._find_iothreads()
+        threads = [entry.thread for entry in self._thread_objects]
+        backend = BlockBackend(
+            self.graph, self.id, root, perm=self._perm(), shared=self._shared(), what="export"
+        )
+        self.graph.attach(backend)
+        try:
+            self._handle = self._new_device(backend, threads)
+            try:
+                backend.attach(self)
+                self._listener = listen(self.options.addr)
+            except BaseException:
+                self._handle.free()
+                raise
+        except BaseException:
+            self.graph.detach(backend)
+            raise
+        self.backend = backend
+        for entry in self._thread_objects:
+            entry.users.append(f"export '{self.id}'")
+        self._start_accepting()
+
+    async def close(self) -> None:
+        self.shutting_down = True
+        assert self._listener is not None and self.backend is not None
+        self._stop_accepting()
+        self._listener.close()
+        with self.graph.releasing([self.backend]):
+            if self._connected:
+                self._gone = self.engine.loop.create_future()
+                self._handle.disconnect()
+                await asyncio.shield(self._gone)
+        self.graph.detach(self.backend)
+        self._handle.free()
+        for entry in self._thread_objects:
+            entry.users.remove(f"export '{self.id}'")
+
+    def _check_options(self) -> None:
+        size = self.options.logical_block_size
+        if not SECTOR <= size <= 32768 or size & (size - 1):
+            raise _bad("logical-block-size", f"a power of two from {SECTOR} to 32768", size)
+        if not 1 <= self.options.num_queues <= 256:
+            raise _bad("num-queues", "a value from 1 to 256", self.options.num_queues)
+        serial = self.options.serial
+        if not serial.isascii() or not serial.isprintable() or len(serial) > SERIAL_SIZE:
+            raise _bad("serial", f"at most {SERIAL_SIZE} printable ASCII characters", serial)
+
+    def _find_iothreads(self) -> list[IOThreadObject]:
+        wanted = self.options.iothread
+        names = [] if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+        found: list[IOThreadObject] = []
+        for name in names:
+            entry = self.objects.get(name, "iothread")
+            if not isinstance(entry, IOThreadObject):
+                known = self.objects.ids("iothread")
+                near = did_you_mean(name, known)
+                hint = f"; did you mean '{near}'?" if near else ""
+                if not known:
+                    hint = f"; make it first, with object iothread,id={name}"
+                raise VhostblkError(
+                    f'iothread "{name}" not found{hint}',
+                    data={"code": "no-such-object", "id": name, "allowed": known},
+                )
+            if entry in found:
+                raise _bad("iothread", "each I/O thread once", name)
+            found.append(entry)
+        return found
+
+    def _new_device(self, backend: BlockBackend, threads: list[IOThread]) -> ExportHandle:
+        try:
+            handle = self.engine.new_export(
+                self.id,
+                capacity=_capacity(backend.root.size),
+                iothreads=threads or [self.engine.default_iothread],
+                logical_block_size=self.options.logical_block_size,
+                num_queues=self.options.num_queues,
+                writable=self.options.writable,
+                writethrough=self.options.writethrough,
+                serial=self.options.serial,
+            )
+        except EngineError as error:
+            raise VhostblkError(
+                f"Export '{self.id}' cannot be made: {error.strerror}",
+                data={"code": "export-failed", "export": self.id},
+            ) from None
+        handle.on_connected = self._on_connected
+        handle.on_disconnected = self._on_disconnected
+        handle.on_writeback = self._on_writeback
+        return handle
+
+    def _perm(self) -> Perm:
+        return Perm.CONSISTENT_READ | (Perm.WRITE if self.options.writable else Perm.NONE)
+
+    def _shared(self) -> Perm:
+        """As a disk of QEMU's own: others may look at it and resize it, but not write to it."""
+        shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.RESIZE
+        return shared | Perm.WRITE if self.options.share_rw else shared
+
+    # ---- connections
+
+    def _start_accepting(self) -> None:
+        assert self._listener is not None
+        self.engine.loop.add_reader(self._listener.socket.fileno(), self._accept)
+
+    def _stop_accepting(self) -> None:
+        assert self._listener is not None
+        self.engine.loop.remove_reader(self._listener.socket.fileno())
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _accept(self) -> None:
+        """Take one front-end; the next one waits in the backlog until that has gone."""
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.socket.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of descriptors, mostly: others will be closed.
+            self._log.log(logging.ERROR, "export '%s': cannot accept: %s", self.id, error.strerror)
+            self._stop_accepting()
+            self._retry = self.engine.loop.call_later(_ACCEPT_RETRY, self._start_accepting)
+            return
+        sock.setblocking(True)
+        self._stop_accepting()
+        self._connected = True
+        try:
+            self._handle.connect(sock.detach())
+        except EngineError as error:
+            self._connected = False
+            self._log.log(logging.ERROR, "export '%s': %s", self.id, error.strerror)
+            delay = _ACCEPT_RETRY if error.errno != errno.EBUSY else 0.05
+            self._retry = self.engine.loop.call_later(delay, self._start_accepting)
+
+    def _on_connected(self) -> None:
+        logger.debug("export '%s': front-end has started", self.id)
+        self.events.emit("VHOSTBLK_EXPORT_CONNECTED", {"id": self.id})
+
+    def _on_disconnected(self, ret: int, reason: str) -> None:
+        self._connected = False
+        data: dict[str, Any] = {"id": self.id}
+        if ret < 0:
+            data["reason"] = reason
+            self._log.log(logging.WARNING, "export '%s': connection dropped: %s", self.id, reason)
+        else:
+            logger.debug("export '%s': front-end has gone", self.id)
+        self.events.emit("VHOSTBLK_EXPORT_DISCONNECTED", data)
+        if self._gone is not None:
+            self._gone.set_result(None)
+        elif not self.shutting_down:
+            self._start_accepting()
+
+    def _on_writeback(self, writeback: bool) -> None:
+        logger.debug("export '%s': write cache %s", self.id, "on" if writeback else "off")
+
+    # ---- what the graph asks (graph.Device)
+
+    def pause(self) -> asyncio.Future[None]:
+        """Done when nothing is in flight."""
+        return self._handle.pause()
+
+    def resume(self) -> None:
+        """Undo one pause()."""
+        self._handle.resume()
+
+    def set_root(self, node: NodeHandle) -> None:
+        """Where requests enter."""
+        self._handle.set_root(node)
+
+    def set_capacity(self, size: int) -> None:
+        """The drive has another size now."""
+        self._handle.set_capacity(_capacity(size))
+
+    # ---- what clients ask
+
+    @property
+    def in_use(self) -> bool:
+        return self._connected
+
+    def stats(self) -> Stats:
+        return self._handle.stats()
+
+    def describe(self) -> dict[str, Any]:
+        info = self._handle.info()
+        assert self.backend is not None
+        return {
+            "id": self.id,
+            "type": self.export_type,
+            "node-name": self.backend.root.name,
+            "shutting-down": self.shutting_down,
+            "addr": self.options.addr.model_dump(by_alias=True, exclude_none=True),
+            "writable": self.options.writable,
+            "size": _capacity(self.backend.root.size),
+            "logical-block-size": self.options.logical_block_size,
+            "num-queues": self.options.num_queues,
+            "serial": self.options.serial,
+            "iothreads": [entry.id for entry in self._thread_objects] or ["default"],
+            "connected": self._connected,
+            "writeback": info.writeback,
+            "features": info.features,
+            "protocol-features": info.protocol_features,
+            "queues-started": info.queues_started,
+            "memory-regions": info.memory_regions,
+            "inflight": info.inflight,
+            "resubmitted": info.resubmitted,
+            "connections": info.connections,
+            "broken-connections": info.broken,
+        }
+
+
+def _capacity(size: int) -> int:
+    """A guest's disk consists of whole sectors."""
+    return size // SECTOR * SECTOR
+
+
+def _bad(parameter: str, expected: str, value: object) -> VhostblkError:
+    return VhostblkError(
+        f"Parameter '{parameter}' expects {expected}, not '{value}'",
+        data={"code": "bad-value", "parameter": parameter},
+    )

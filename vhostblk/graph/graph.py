@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nodes and edges, and the rules for changing them.
+
+Relations live here, not in the drivers: a driver asks for its children by
+role, and only the graph knows parents. Whatever requests may be travelling
+through is changed inside a drained section only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from vhostblk.engine import Engine
+from vhostblk.events import EventBus
+from vhostblk.graph.block_backend import BlockBackend
+from vhostblk.nodes import DriverRegistry
+from vhostblk.nodes.driver import INHERITED, Child, NodeDriver, Perm, perm_names
+from vhostblk.schema import VhostblkError, did_you_mean, validate
+from vhostblk.schema.validation import wrong_type_error
+
+logger = logging.getLogger(__name__)
+
+MAX_DEPTH = 64
+_NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
+
+
+@dataclass(eq=False)
+class Edge:
+    """One parent's use of a node."""
+
+    parent: NodeDriver | BlockBackend
+    child: Child
+
+    @property
+    def role(self) -> str:
+        """`file`, `children.0`, `root`, …"""
+        return self.child.role
+
+    def describe(self) -> str:
+        """The parent, for messages."""
+        if isinstance(self.parent, BlockBackend):
+            return f"{self.parent.what} '{self.parent.name}'"
+        return f"node '{self.parent.name}'"
+
+
+class Graph:
+    """All nodes of one backend. Everything here runs on the event loop's thread."""
+
+    def __init__(self, engine: Engine, events: EventBus, drivers: DriverRegistry) -> None:
+        self.engine = engine
+        self._events = events
+        self._drivers = drivers
+        self._nodes: dict[str, NodeDriver] = {}
+        self._names = itertools.count()
+        self._owned: set[NodeDriver] = set()  # by the operator; the rest by their parents
+        self._children: dict[NodeDriver, dict[str, Child]] = {}
+        self._parents: dict[NodeDriver, list[Edge]] = {}
+        self._backends: list[BlockBackend] = []
+        self._perms: dict[NodeDriver, tuple[Perm, Perm]] = {}
+        self._drains: dict[NodeDriver, int] = {}
+        self.lock = asyncio.Lock()
+        """Held by whoever changes the graph: one change at a time."""
+
+    # ---- looking
+
+    @property
+    def nodes(self) -> Mapping[str, NodeDriver]:
+        """All nodes by name, in order of creation."""
+        return MappingProxyType(self._nodes)
+
+    @property
+    def backends(self) -> list[BlockBackend]:
+        """All drives."""
+        return list(self._backends)
+
+    def node(self, name: str) -> NodeDriver:
+        """The node called `name`."""
+        node = self._nodes.get(name)
+        if node is None:
+            data: dict[str, Any] = {"code": "no-such-node", "node": name}
+            text = f"Failed to find node with node-name='{name}'"
+            near = did_you_mean(name, self._nodes)
+            if near is not None:
+                data["hint"] = f"did you mean '{near}'?"
+                text = f"{text}; {data['hint']}"
+            raise VhostblkError(text, data=data)
+        return node
+
+    def children_of(self, node: NodeDriver) -> Mapping[str, Child]:
+        """The children of a node, by role and index, in order."""
+        return self._children.get(node, _NO_CHILDREN)
+
+    def parents_of(self, node: NodeDriver) -> list[Edge]:
+        """Who uses a node, and as what."""
+        return list(self._parents[node])
+
+    def is_owned(self, node: NodeDriver) -> bool:
+        """Whether the operator made it; else it goes with its parent."""
+        return node in self._owned
+
+    def below(self, node: NodeDriver) -> list[NodeDriver]:
+        """A node and everything it reaches."""
+        found = [node]
+        for current in found:  # grows while it is walked
+            for child in self.children_of(current).values():
+                if child.node not in found:
+                    found.append(child.node)
+        return found
+
+    def above(self, nodes: Iterable[NodeDriver]) -> tuple[list[NodeDriver], list[BlockBackend]]:
+        """The nodes and everything that reaches them: nodes, drives."""
+        found = list(nodes)
+        backends: list[BlockBackend] = []
+        for current in found:  # grows while it is walked
+            for edge in self._parents[current]:
+                if isinstance(edge.parent, BlockBackend):
+                    if edge.parent not in backends:
+                        backends.append(edge.parent)
+                elif edge.parent not in found:
+                    found.append(edge.parent)
+        return found, backends
+
+    def permissions_of(self, node: NodeDriver) -> tuple[Perm, Perm]:
+        """What a node's parents do to it together, and what all of them let others do."""
+        return self._perms.get(node, (Perm.NONE, Perm.ALL))
+
+    # ---- what drivers ask for (nodes.driver.NodeHost)
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to the control clients."""
+        self._events.emit(name, data)
+
+    def passive_changed(self, node: NodeDriver) -> None:
+        """The engine half of `node` has appeared or gone."""
+        self.relink()
+
+    # ---- adding and removing nodes
+
+    async def add(self, options: dict[str, Any]) -> NodeDriver:
+        """Make a node, and those of its children that are defined inside its options."""
+        made: list[NodeDriver] = []
+        try:
+            node = await self._make(options, "", made)
+            if options.get("node-name") is None and options.get("node_name") is None:
+                raise VhostblkError(
+                    "'node-name' must be specified for the root node",
+                    data={"code": "missing-parameter", "parameter": "node-name"},
+                )
+        except BaseException:
+            for node in reversed(made):
+                await self._unmake(node)
+            raise
+        self._owned.add(node)
+        self.update_permissions()
+        return node
+
+    async def delete(self, name: str) -> None:
+        """Remove a node that nobody uses, and the children that were defined inside it."""
+        node = self.node(name)
+        users = self._parents[node]
+        if users:
+            raise VhostblkError(
+                f"Node '{name}' is in use: by {_enumerate(users)}",
+                data={
+                    "code": "node-in-use",
+                    "node": name,
+                    "users": [_parent_name(edge) for edge in users],
+                    "hint": "remove those first",
+                },
+            )
+        if node not in self._owned:
+            raise VhostblkError(
+                f"Node {name} is not owned by the monitor", data={"code": "not-owned", "node": name}
+            )
+        await self._unmake(node)
+        self.update_permissions()
+
+    async def close(self) -> None:
+        """Remove all nodes; no drive is left."""
+        self._owned.clear()
+        while self._nodes:
+            top = [node for node in self._nodes.values() if not self._parents[node]]
+            for node in reversed(top):
+                await self._unmake(node)
+
+    def _new_name(self, wanted: str | None) -> str:
+        if wanted is None:
+            while (name := f"#block{next(self._names)}") in self._nodes:
+                pass
+            return name
+        if wanted in self._nodes:
+            raise VhostblkError(
+                f"Duplicate nodes with node-name='{wanted}'",
+                data={"code": "duplicate-node", "node": wanted},
+            )
+        return wanted
+
+    async def _make(
+        self, options: dict[str, Any], where: str, made: list[NodeDriver]
+    ) -> NodeDriver:
+        """Make a node and its inner children; all that was made is in `made`, also on failure."""
+        if where.count(".") > MAX_DEPTH:
+            raise VhostblkError(f"Parameter '{where}': nodes are nested too deeply")
+        prefix = f"{where}." if where else ""
+        name = options.get("driver")
+        if name is None:
+            raise VhostblkError(
+                f"Parameter '{prefix}driver' is missing",
+                data={"code": "missing-parameter", "parameter": f"{prefix}driver"},
+            )
+        if not isinstance(name, str):
+            raise wrong_type_error(f"{prefix}driver", "string")
+        driver = self._drivers.get(name, f"{prefix}driver")
+        checked = validate(driver.Options, options, where)
+        node_name = self._new_name(checked.node_name)
+        children: dict[str, NodeDriver] = {}
+        for role, reference in _references(driver, checked):
+            children[role] = await self._child_node(options, reference, f"{prefix}{role}", made)
+        # Names may have been taken while the children were made.
+        node = driver(self, self._new_name(node_name if checked.node_name else None), checked)
+        self._nodes[node.name] = node
+        self._parents[node] = []
+        self._children[node] = {}
+        made.append(node)
+        for role, child_node in children.items():
+            child = node.child_class(self, role, child_node)
+            self._children[node][role] = child
+            self._parents[child_node].append(Edge(node, child))
+            child.refresh()
+        try:
+            await node.open()
+        except OSError as error:
+            raise VhostblkError(
+                f"Could not open node '{node.name}' ({driver.driver}): {error.strerror or error}",
+                data={"code": "open-failed", "node": node.name},
+            ) from error
+        node.relink()
+        return node
+
+    async def _child_node(
+        self,
+        parent: dict[str, Any],
+        reference: str | dict[str, Any],
+        where: str,
+        made: list[NodeDriver],
+    ) -> NodeDriver:
+        if isinstance(reference, str):
+            return self.node(reference)
+        options = dict(reference)
+        for key in INHERITED:
+            if key in parent:
+                options.setdefault(key, parent[key])
+        return await self._make(options, where, made)
+
+    async def _unmake(self, node: NodeDriver) -> None:
+        """Close a node without parents, then the children that belonged to it."""
+        if self._nodes.pop(node.name, None) is None:
+            return
+        children = self._children.pop(node)
+        self._owned.discard(node)
+        # The name is free and the node unreachable before anything is waited for.
+        try:
+            await self._close_node(node, children)
+        finally:
+            del self._parents[node]
+            self._perms.pop(node, None)
+        for child in children.values():
+            edges = self._parents.get(child.node)
+            if edges is None:
+                continue
+            self._parents[child.node] = edges = [e for e in edges if e.child is not child]
+            if not edges and child.node not in self._owned:
+                await self._unmake(child.node)
+
+    async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
+        self._children[node] = children  # a driver may need them to close
+        try:
+            await node.close()
+        except Exception:
+            logger.exception("closing node '%s' (%s) failed", node.name, node.driver)
+        finally:
+            del self._children[node]
+
+    # ---- drives
+
+    def attach(self, backend: BlockBackend) -> None:
+        """Put a drive on top of its root node; refused if others use that incompatibly."""
+        edge = Edge(backend, backend.root_child)
+        self._parents[backend.root].append(edge)
+        self._backends.append(backend)
+        backend.relink()
+        try:
+            self.update_permissions()
+        except BaseException:
+            self._parents[backend.root].remove(edge)
+            self._backends.remove(backend)
+            raise
+
+    def detach(self, backend: BlockBackend) -> None:
+        """Take a drive off; nothing is in flight."""
+        self._backends.remove(backend)
+        edges = self._parents[backend.root]
+        self._parents[backend.root] = [e for e in edges if e.child is not backend.root_child]
+        backend.device = None
+        self.update_permissions()
+
+    # ---- permissions
+
+    def update_permissions(self) -> None:
+        """Work out all permissions anew and put them in force; undone if there is a conflict."""
+        wanted: dict[NodeDriver, tuple[Perm, Perm]] = {}
+        prepared: list[NodeDriver] = []
+        try:
+            for node in self._top_down():
+                wanted[node] = self._combine(node, wanted)
+                node.prepare_permissions(*wanted[node])
+                prepared.append(node)
+        except BaseException:
+            for node in prepared:
+                node.abort_permissions()
+            raise
+        for node, (perm, shared) in wanted.items():
+            node.commit_permissions(perm, shared)
+        self._perms = wanted
+
+    def _combine(
+        self, node: NodeDriver, above: Mapping[NodeDriver, tuple[Perm, Perm]]
+    ) -> tuple[Perm, Perm]:
+        uses = [(edge, *self._edge_permissions(edge, above)) for edge in self._parents[node]]
+        for (one, perm, _), (other, _, shared) in itertools.permutations(uses, 2):
+            conflict = perm & ~shared
+            if conflict:
+                raise VhostblkError(
+                    f"Permission conflict on node '{node.name}': permissions "
+                    f"'{perm_names(conflict)}' are both required by {one.describe()} (uses node "
+                    f"'{node.name}' as '{one.role}' child) and unshared by {other.describe()} "
+                    f"(uses node '{node.name}' as '{other.role}' child).",
+                    data={"code": "permission-conflict", "node": node.name},
+                )
+        perm, shared = Perm.NONE, Perm.ALL
+        for _, used, allowed in uses:
+            perm |= used
+            shared &= allowed
+        if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE) and node.read_only:
+            raise VhostblkError(
+                f"Block node '{node.name}' is read-only",
+                data={
+                    "code": "read-only",
+                    "node": node.name,
+                    "users": [_parent_name(edge) for edge in self._parents[node]],
+                },
+            )
+        return perm, shared
+
+    def _edge_permissions(
+        self, edge: Edge, above: Mapping[NodeDriver, tuple[Perm, Perm]]
+    ) -> tuple[Perm, Perm]:
+        if isinstance(edge.parent, BlockBackend):
+            return edge.parent.perm, edge.parent.shared
+        role = edge.parent.child_roles[edge.role.split(".")[0]]
+        return edge.parent.child_permissions(role, *above[edge.parent])
+
+    def _top_down(self) -> Iterator[NodeDriver]:
+        """All nodes, parents before children."""
+        waiting = {
+            node: sum(not isinstance(edge.parent, BlockBackend) for edge in self._parents[node])
+            for node in self._nodes.values()
+        }
+        ready = [node for node, parents in waiting.items() if parents == 0]
+        for node in ready:  # grows while it is walked
+            yield node
+            for child in self._children[node].values():
+                waiting[child.node] -= 1
+                if waiting[child.node] == 0:
+                    ready.append(child.node)
+
+    # ---- changes under a running guest
+
+    @contextlib.asynccontextmanager
+    async def drained(self, nodes: Iterable[NodeDriver]) -> AsyncIterator[None]:
+        """Inside, no request is in flight in what reaches `nodes`, and none will start.
+
+        All drives above are paused at the same time, and resumed on the way out
+        whatever happens. Sections nest.
+        """
+        _, backends = self.above(nodes)
+        devices = [backend.device for backend in backends if backend.device is not None]
+        with self.releasing(backends):
+            pauses = asyncio.gather(*(_wait_for(device.pause()) for device in devices))
+            try:
+                try:
+                    await asyncio.shield(pauses)
+                except asyncio.CancelledError:
+                    await pauses  # a pause that has begun must have happened to be undone
+                    raise
+                yield
+            finally:
+                for device in devices:
+                    device.resume()
+
+    @contextlib.contextmanager
+    def releasing(self, backends: Iterable[BlockBackend]) -> Iterator[None]:
+        """Inside, no node under these drives holds requests back."""
+        reached = list(
+            dict.fromkeys(node for backend in backends for node in self.below(backend.root))
+        )
+        for node in reached:
+            self._drains[node] = self._drains.get(node, 0) + 1
+            if self._drains[node] == 1:
+                node.drain_begin()
+        try:
+            yield
+        finally:
+            for node in reached:
+                self._drains[node] -= 1
+                if self._drains[node] == 0:
+                    del self._drains[node]
+                    node.drain_end()
+
+    def relink(self) -> None:
+        """Make the engine's picture that of the graph. What has changed is drained."""
+        for node in reversed(list(self._top_down())):
+            node.relink()
+        for backend in self._backends:
+            backend.relink()
+
+    async def resize(self, node: NodeDriver, size: int) -> None:
+        """Change the size of a node, down to its storage, and tell everyone above."""
+        if node.read_only:
+            raise VhostblkError(
+                f"Block node '{node.name}' is read-only",
+                data={"code": "read-only", "node": node.name},
+            )
+        for edge in self._parents[node]:
+            _, shared = self._edge_permissions(edge, self._perms)
+            if not shared & Perm.RESIZE:
+                raise VhostblkError(
+                    f"Node '{node.name}' cannot be resized: {edge.describe()} does not allow it",
+                    data={"code": "permission-conflict", "node": node.name},
+                )
+        affected = self.below(node)
+        async with self.drained(affected):
+            try:
+                await node.truncate(size)
+            finally:
+                self.refresh_sizes()
+
+    def refresh_sizes(self) -> None:
+        """Sizes may have changed; the drives concerned are paused."""
+        for node in reversed(list(self._top_down())):
+            for child in self._children[node].values():
+                child.refresh()
+        for backend in self._backends:
+            backend.refresh_size()
+
+
+async def _wait_for(awaitable: Any) -> None:
+    await awaitable
+
+
+def _references(driver: type[NodeDriver], options: Any) -> Iterator[tuple[str, Any]]:
+    """The children that options name or define: role (and index), reference."""
+    for role, kind in driver.child_roles.items():
+        value = getattr(options, role.replace("-", "_"))
+        if value is None:
+            continue
+        if kind.many:
+            for index, entry in enumerate(value):
+                yield f"{role}.{index}", entry
+        else:
+            yield role, value
+
+
+def _parent_name(edge: Edge) -> str:
+    return edge.parent.name
+
+
+def _enumerate(edges: list[Edge]) -> str:
+    return ", ".join(f"{edge.describe()} as '{edge.role}'" for edge in edges)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Objects: what is neither node nor export. `object-add`, `qom-get`, `qom-set`.
+
+A type is a subclass of `BackendObject` with a `qom_type`; `register()` makes it
+known. Properties are the members of its options; those named in `settable` can
+be changed while it is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+from vhostblk.engine import AIO_NAMES, Aio, Engine, EngineError, IOThread
+from vhostblk.schema import Model, UInt32, UInt64, VhostblkError, did_you_mean, validate
+
+
+class ObjectOptions(Model):
+    """Options of every object."""
+
+    qom_type: str
+    """The object's type."""
+    id: str
+    """The object's name."""
+
+
+class BackendObject:
+    """One object."""
+
+    qom_type: ClassVar[str]
+    Options: ClassVar[type[ObjectOptions]]
+    settable: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, engine: Engine, options: Any) -> None:
+        self.engine = engine
+        self.options = options
+        self.users: list[str] = []
+        """Who uses it, for messages; an object in use cannot be deleted."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return str(self.options.id)
+
+    async def open(self) -> None:
+        """Make it work."""
+
+    async def close(self) -> None:
+        """Free what it has."""
+
+    async def apply(self, options: Any) -> None:
+        """Properties are about to change to `options`; raise to refuse."""
+
+    def properties(self) -> dict[str, Any]:
+        """All properties, with QAPI's names."""
+        values: dict[str, Any] = self.options.model_dump(
+            mode="json", by_alias=True, exclude={"qom_type", "id"}
+        )
+        return values
+
+
+T = TypeVar("T", bound=type[BackendObject])
+_types: dict[str, type[BackendObject]] = {}
+
+
+def register(kind: T) -> T:
+    """Class decorator: make an object type known."""
+    _types[kind.qom_type] = kind
+    return kind
+
+
+def object_types() -> Mapping[str, type[BackendObject]]:
+    """All types by name."""
+    return _types
+
+
+class IOThreadOptions(ObjectOptions):
+    """Options of iothread."""
+
+    poll_max_ns: UInt64 = 32768
+    """Longest busy wait for new requests before sleeping, in nanoseconds; 0: none."""
+    poll_grow: UInt64 = 0
+    """Factor by which the busy wait grows; 0 means 2."""
+    poll_shrink: UInt64 = 0
+    """Divisor by which the busy wait shrinks; 0: straight to none."""
+    aio: Literal["auto", "io_uring", "threads"] = "auto"
+    """How files are read and written; auto takes io_uring where the kernel allows it."""
+    thread_pool_max: UInt32 = 0
+    """Largest number of threads with aio=threads; 0 means 16."""
+    thread_pool_min: UInt32 = 0
+    """Accepted for QEMU's sake."""
+    aio_max_batch: UInt32 = 0
+    """Accepted for QEMU's sake."""
+
+
+@register
+class IOThreadObject(BackendObject):
+    """A thread that serves virtqueues and does I/O."""
+
+    qom_type = "iothread"
+    Options = IOThreadOptions
+    settable = frozenset({"poll-max-ns", "poll-grow", "poll-shrink"})
+    options: IOThreadOptions
+
+    async def open(self) -> None:
+        options = self.options
+        try:
+            self.thread: IOThread = self.engine.new_iothread(
+                options.id,
+                poll_max_ns=options.poll_max_ns,
+                poll_grow=options.poll_grow,
+                poll_shrink=options.poll_shrink,
+                aio=next(aio for aio, name in AIO_NAMES.items() if name == options.aio),
+                threads_max=options.thread_pool_max,
+            )
+        except EngineError as error:
+            hint = ""
+            if options.aio == "io_uring":
+                hint = "; aio=auto or aio=threads does without io_uring"
+            raise VhostblkError(
+                f"I/O thread '{options.id}' cannot be started: {error.strerror}{hint}",
+                data={"code": "iothread-failed", "id": options.id},
+            ) from None
+
+    async def close(self) -> None:
+        self.thread.free()
+
+    async def apply(self, options: IOThreadOptions) -> None:
+        self.thread.set_poll(options.poll_max_ns, options.poll_grow, options.poll_shrink)
+
+    def properties(self) -> dict[str, Any]:
+        info = self.thread.info()
+        return {
+            **super().properties(),
+            "thread-id": info.thread_id,
+            "aio-used": AIO_NAMES[Aio(info.aio)],
+        }
+
+
+class ObjectStore:
+    """The objects of one backend."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._objects: dict[str, BackendObject] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._objects.values())
+
+    async def add(self, options: dict[str, Any]) -> BackendObject:
+        """object-add."""
+        kind = _types.get(_string(options, "qom-type"))
+        if kind is None:
+            name = options["qom-type"]
+            allowed = sorted(_types)
+            text = (
+                f"Parameter 'qom-type' does not accept value '{name}'; "
+                f"allowed: {', '.join(allowed)}"
+            )
+            near = did_you_mean(name, allowed)
+            data: dict[str, Any] = {"code": "bad-value", "parameter": "qom-type"}
+            if near is not None:
+                data["hint"] = f"did you mean '{near}'?"
+                text = f"{text}; {data['hint']}"
+            raise VhostblkError(text, data=data)
+        checked = validate(kind.Options, options)
+        if checked.id in self._objects:
+            raise VhostblkError(
+                f"attempt to add duplicate property '{checked.id}' to object (type 'container')",
+                data={"code": "duplicate-object", "id": checked.id},
+            )
+        made = kind(self._engine, checked)
+        self._objects[checked.id] = made
+        try:
+            await made.open()
+        except BaseException:
+            del self._objects[checked.id]
+            raise
+        return made
+
+    async def delete(self, id: str) -> None:
+        """object-del."""
+        found = self._objects.get(id)
+        if found is None:
+            raise self._not_found(id, f"object '{id}' not found")
+        if found.users:
+            raise VhostblkError(
+                f"object '{id}' is in use, can not be deleted: by {', '.join(found.users)}",
+                data={"code": "object-in-use", "id": id, "users": list(found.users)},
+            )
+        del self._objects[id]
+        await found.close()
+
+    async def close(self) -> None:
+        """Delete all."""
+        while self._objects:
+            _, found = self._objects.popitem()
+            await found.close()
+
+    def get(self, id: str, kind: str) -> BackendObject | None:
+        """The object with this id if it is of this type."""
+        found = self._objects.get(id)
+        return found if found is not None and found.qom_type == kind else None
+
+    def ids(self, kind: str) -> list[str]:
+        """Names of all objects of a type."""
+        return [entry.id for entry in self._objects.values() if entry.qom_type == kind]
+
+    # ---- qom
+
+    def qom_list(self, path: str) -> list[dict[str, Any]]:
+        """Objects, or the properties of one."""
+        if path.rstrip("/") in ("", "/objects"):
+            if not path.rstrip("/"):
+                return [{"name": "objects", "type": "child<container>"}]
+            return [
+                {"name": entry.id, "type": f"child<{entry.qom_type}>"}
+                for entry in self._objects.values()
+            ]
+        found = self._at(path)
+        listed = [{"name": "type", "type": "string"}]
+        for name, value in found.properties().items():
+            listed.append({"name": name, "type": _qom_type_name(value)})
+        return listed
+
+    def qom_get(self, path: str, property: str) -> Any:
+        """The value of a property."""
+        found = self._at(path)
+        if property == "type":
+            return found.qom_type
+        values = found.properties()
+        if property not in values:
+            raise self._no_property(found, property)
+        return values[property]
+
+    async def qom_set(self, path: str, property: str, value: Any) -> None:
+        """Change a property."""
+        found = self._at(path)
+        known = found.properties()
+        if property not in known and property != "type":
+            raise self._no_property(found, property)
+        if property not in found.settable:
+            settable = ", ".join(sorted(found.settable)) or "none"
+            raise VhostblkError(
+                f"Property '{found.qom_type}.{property}' is not writable; writable: {settable}",
+                data={"code": "read-only-property", "property": property},
+            )
+        given = found.options.model_dump(by_alias=True)
+        given[property] = value
+        options = validate(type(found.options), given)
+        await found.apply(options)
+        found.options = options
+
+    def _at(self, path: str) -> BackendObject:
+        id = path.removeprefix("/objects/")
+        found = self._objects.get(id)
+        if found is None:
+            from vhostblk.schema import DeviceNotFound
+
+            known = [f"/objects/{name}" for name in self._objects]
+            near = did_you_mean(path, [*known, *self._objects])
+            hint = f"; did you mean '{near}'?" if near else ""
+            raise DeviceNotFound(
+                f"Device '{path}' not found{hint}", data={"code": "no-such-object", "path": path}
+            )
+        return found
+
+    def _not_found(self, id: str, text: str) -> VhostblkError:
+        near = did_you_mean(id, self._objects)
+        data = {"code": "no-such-object", "id": id}
+        if near is not None:
+            data["hint"] = f"did you mean '{near}'?"
+            text = f"{text}; {data['hint']}"
+        return VhostblkError(text, data=data)
+
+    def _no_property(self, found: BackendObject, property: str) -> VhostblkError:
+        text = f"Property '{found.qom_type}.{property}' not found"
+        near = did_you_mean(property, found.properties())
+        data = {"code": "no-such-property", "property": property}
+        if near is not None:
+            data["hint"] = f"did you mean '{near}'?"
+            text = f"{text}; {data['hint']}"
+        return VhostblkError(text, data=data)
+
+
+def _string(options: dict[str, Any], name: str) -> str:
+    value = options.get(name)
+    if value is None:
+        raise VhostblkError(
+            f"Parameter '{name}' is missing", data={"code": "missing-parameter", "parameter": name}
+        )
+    if not isinstance(value, str):
+        raise VhostblkError(f"Invalid parameter type for '{name}', expected: string")
+    return value
+
+
+def _qom_type_name(value: Any) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    return "int" if isinstance(value, int) else "string"
