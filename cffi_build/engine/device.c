@@ -384,7 +384,7 @@ static void on_remove_watch(VuDev *vu, int fd)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
 
-    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+    for (uint16_t i = 0; i < device->num_queues; i++) {
         struct vb_queue *queue = &device->queues[i];
 
         if (queue->kick_fd == fd) {
@@ -412,7 +412,7 @@ static void refresh(struct vb_device *device)
 {
     uint32_t running = 0;
 
-    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+    for (uint16_t i = 0; i < device->num_queues; i++) {
         refresh_queue(device, &device->queues[i]);
         running += device->queues[i].running;
     }
@@ -477,7 +477,7 @@ static int set_writeback(struct vb_device *device, const VhostUserMsg *message)
 {
     bool wanted = message->payload.config.region[0];
 
-    for (uint16_t i = 0; i < device->export_->num_queues; i++) {
+    for (uint16_t i = 0; i < device->num_queues; i++) {
         vb_queue_note_writeback(&device->queues[i], wanted);
     }
     if (atomic_exchange(&device->export_->writeback_wanted, wanted) != wanted) {
@@ -684,9 +684,10 @@ void vb_device_resume(struct vb_device *device)
     send_to_lanes(device, run_resume, NULL);
 }
 
+/* On the last lane's thread: the export may be gone by then. */
 static void device_free(struct vb_device *device)
 {
-    for (uint16_t i = 0; device->queues && i < device->export_->num_queues; i++) {
+    for (uint16_t i = 0; device->queues && i < device->num_queues; i++) {
         free_requests(&device->queues[i]);
     }
     if (device->wake_fd >= 0) {
@@ -733,6 +734,7 @@ static int device_prepare(struct vb_device *device, int sock)
 {
     struct vb_export *export_ = device->export_;
 
+    device->num_queues = export_->num_queues;
     device->num_lanes = export_->num_iothreads < export_->num_queues ? export_->num_iothreads
                                                                      : export_->num_queues;
     device->lanes = calloc(device->num_lanes, sizeof(device->lanes[0]));

@@ -114,8 +114,9 @@ struct vb_device {
     int ret;                /* 0, or why the connection was dropped */
     char reason[VB_EVENT_TEXT];
     uint32_t num_lanes;
-    struct vb_lane *lanes;  /* [num_lanes] */
-    struct vb_queue *queues; /* [export->num_queues] */
+    uint16_t num_queues;
+    struct vb_lane *lanes;   /* [num_lanes] */
+    struct vb_queue *queues; /* [num_queues] */
     struct vb_message gone;
 };
 
