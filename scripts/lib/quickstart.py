@@ -131,13 +131,12 @@ def serve(disk: Path) -> Iterator[str]:
             say(f"warning: vhostblk ended with status {status}")
 
 
-def qemu_command(accel: str, name: str, *, quiet: bool) -> list[str]:
+def qemu_command(accel: str, name: str) -> list[str]:
     """QEMU with the served disk as its root, cloud-init's data beside it, and a network card."""
     ask = [str(VHOSTBLK), "qemu-args", name, "--memory", MEMORY]
     say(shlex.join(ask))
     answer = subprocess.run([*ask, "--json"], stdout=subprocess.PIPE, text=True, check=True)
-    kernel = "root=LABEL=root rw console=ttyS0 net.ifnames=0 panic=-1 "
-    kernel += "quiet" if quiet else "systemd.show_status=1 loglevel=4"
+    kernel = "root=LABEL=root rw console=ttyS0 net.ifnames=0 panic=-1 quiet systemd.show_status=1"
     if accel.startswith("tcg"):
         kernel += " mitigations=off no_timer_check tsc=reliable cryptomgr.notests"
         kernel += " random.trust_cpu=on"
@@ -227,12 +226,12 @@ def main(arguments: list[str]) -> int:
     if not checking:
         with serve(disk_to_keep(fresh="--fresh" in arguments)) as name:
             say(f"in another terminal, try: {VHOSTBLK} status {name}")
-            return interactive(qemu_command(accel, name, quiet=False))
+            return interactive(qemu_command(accel, name))
     # A first boot needs a disk that has never booted.
     disk = copy_of_disk(GUEST / f"check-{os.getpid()}.raw")
     try:
         with serve(disk) as name, tempfile.TemporaryDirectory(prefix="vhostblk-") as directory:
-            return check(qemu_command(accel, name, quiet=True), Path(directory, "qemu.sock"))
+            return check(qemu_command(accel, name), Path(directory, "qemu.sock"))
     finally:
         disk.unlink()
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What scripts/bench measures: one `Row` for each thing that vhostblk says about its speed.
+
+A row is data. A new one needs a name, the nodes of both programs, what to do, and a target; how to
+run and judge it follows from its kind (see bench.py). In node options `{file}` stands for a file
+whose pages are in the page cache and `{here}` for this directory. The node that is exported is
+called `disk`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+GIB = 1 << 30
+FILE_SIZE = 256 << 20
+
+NULL = f"driver=null-co,node-name=disk,size={GIB}"
+FILE = "driver=file,node-name=disk,filename={file}"
+
+
+class Kind(Enum):
+    """How a row is measured."""
+
+    LOAD = "load"  # requests per second and their latency
+    MEMORY = "memory"  # MiB of a backend that a client has used and left idle
+    START = "start"  # seconds from exec to the first accepted connection
+    IDLE_CPU = "idle-cpu"  # per cent of a CPU while a connected client does nothing
+
+
+class Compare(Enum):
+    """What a target means."""
+
+    IOPS = "iops"  # at least TARGET times qemu-storage-daemon's requests per second
+    LATENCY = "latency"  # qemu-storage-daemon's mean latency is at least TARGET times ours
+    AT_MOST = "at-most"  # the value itself is at most TARGET
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the client does."""
+
+    what: str = "randread"
+    depth: int = 32
+    block: int = 4096
+    queues: int = 1
+
+    def __str__(self) -> str:
+        many = f", {self.queues} queues" if self.queues > 1 else ""
+        return f"{self.what} {self.block // 1024} KiB, depth {self.depth}{many}"
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """One way to run qemu-storage-daemon. A row takes the better of its daemons, run by run."""
+
+    label: str
+    nodes: tuple[str, ...]
+    iothread: bool = True  # its own I/O thread, which polls; else the main loop
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    title: str
+    nodes: tuple[str, ...]
+    compare: Compare
+    target: float
+    kind: Kind = Kind.LOAD
+    job: Job = field(default_factory=Job)
+    daemons: tuple[Daemon, ...] = ()
+    limit: bool = False  # the same job by io_uring on the file itself, too
+    plugins: tuple[str, ...] = ()
+    unit: str = ""
+
+
+NULL_DAEMONS = (
+    Daemon("iothread", (NULL,)),
+    Daemon("main loop", (NULL,), iothread=False),
+)
+FILE_DAEMONS = (
+    Daemon("aio=io_uring", (FILE + ",aio=io_uring",)),
+    Daemon("aio=threads", (FILE + ",aio=threads",)),
+)
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        name="null-randread",
+        title="null",
+        nodes=(NULL,),
+        compare=Compare.IOPS,
+        target=3.0,
+        daemons=NULL_DAEMONS,
+    ),
+    Row(
+        name="file-randread",
+        title="file in the page cache",
+        nodes=(FILE,),
+        compare=Compare.IOPS,
+        target=2.0,
+        daemons=FILE_DAEMONS,
+        limit=True,
+    ),
+    Row(
+        name="file-randwrite",
+        title="file in the page cache",
+        nodes=(FILE,),
+        compare=Compare.IOPS,
+        target=2.0,
+        job=Job("randwrite"),
+        daemons=FILE_DAEMONS,
+        limit=True,
+    ),
+    Row(
+        name="file-randread-depth1",
+        title="file in the page cache",
+        nodes=(FILE,),
+        compare=Compare.LATENCY,
+        target=2.0,
+        job=Job(depth=1),
+        daemons=FILE_DAEMONS,
+        limit=True,
+    ),
+    # 100 000 requests per second where qemu-storage-daemon's null does 500 000.
+    Row(
+        name="python-filter",
+        title="pass-through Python filter on null",
+        nodes=(
+            NULL.replace("node-name=disk", "node-name=null"),
+            "driver=pass-through,node-name=disk,file=null",
+        ),
+        compare=Compare.IOPS,
+        target=0.2,
+        daemons=NULL_DAEMONS,
+        plugins=("{here}/pass_through.py",),
+    ),
+    Row(
+        name="idle-memory",
+        title="memory of an idle backend with one disk",
+        kind=Kind.MEMORY,
+        nodes=(FILE,),
+        compare=Compare.AT_MOST,
+        target=64.0,
+        daemons=FILE_DAEMONS[:1],
+        unit="MiB RSS",
+    ),
+    Row(
+        name="start",
+        title="start to socket ready",
+        kind=Kind.START,
+        nodes=(FILE,),
+        compare=Compare.AT_MOST,
+        target=0.5,
+        daemons=FILE_DAEMONS[:1],
+        unit="s",
+    ),
+    Row(
+        name="idle-cpu",
+        title="CPU of a backend whose connected client is idle",
+        kind=Kind.IDLE_CPU,
+        nodes=(FILE,),
+        compare=Compare.AT_MOST,
+        target=0.1,  # the resolution of the measurement; what is meant is 0
+        daemons=FILE_DAEMONS[:1],
+        unit="% of a CPU",
+    ),
+)
