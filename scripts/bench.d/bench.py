@@ -233,13 +233,13 @@ def _microseconds(value: float) -> str:
     return f"{value / 1000:.1f}"
 
 
-def table(results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
+def table(results: Sequence[dict[str, Any]], rows: Sequence[Row], *, verdicts: bool) -> str:
     """All results: one block of lines for each row, the verdict on its first."""
     lines = []
     head = ("", "1/s", "mean µs", "p50", "p99", "CPU ns/req", "client busy")
     layout = "  {:<28}{:>12}{:>10}{:>9}{:>9}{:>12}{:>13}"
     for row, result in zip(rows, results, strict=True):
-        verdict = "pass" if result["met"] else "FAIL"
+        verdict = ("pass" if result["met"] else "FAIL") if verdicts else "----"
         medians = result["medians"]
         if row.kind is not Kind.LOAD:
             lines.append(
@@ -464,7 +464,7 @@ def main(arguments: Sequence[str]) -> int:
         f"{setting.runs} runs of "
         + (f"{setting.count} requests" if setting.count else f"{setting.seconds:g} s")
     )
-    print(table(results, rows))
+    print(table(results, rows, verdicts=not options.smoke))
     met = all(result["met"] for result in results)
     if options.json:
         document = {"host": about, "rows": results, "met": met}
