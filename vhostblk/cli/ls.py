@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from vhostblk.cli import places
 from vhostblk.cli.parser import Parser
@@ -26,7 +27,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    found = []
+    found: list[dict[str, Any]] = []
     for place in places.running_places():
         try:
             with ControlClient(place.control_socket, timeout=5) as client:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     rows = [
-        [f"{e['name']}", f"{e['pid']}", ",".join(e["exports"]) or "-", f"{e['control']}"]
+        [e["name"], str(e["pid"]), ",".join(e["exports"]) or "-", e["control"]]
         for e in found
     ]
     print(table(["NAME", "PID", "EXPORTS", "CONTROL SOCKET"], rows), end="")

@@ -29,13 +29,9 @@ Latencies are those of the device as the backend sees it: from taking a request
 out of the guest's queue to giving it back.
 """
 
-_OPERATIONS = {
-    "read": "rd",
-    "write": "wr",
-    "flush": "flush",
-    "discard": "unmap",
-    "write-zeroes": "zone_append",
-}
+# QEMU's counters: what it calls an operation, and which of them move bytes.
+_SHORT = {"read": "rd", "write": "wr", "flush": "flush", "discard": "unmap"}
+_WITH_BYTES = ("read", "write", "discard")
 
 
 def configure(parser: Parser) -> None:
@@ -147,25 +143,22 @@ def _operations(
     stats: dict[str, Any], old: dict[str, Any] | None, elapsed: float
 ) -> dict[str, Any]:
     result = {}
-    latency = stats.get("latency", {})
-    for name, short in _OPERATIONS.items():
-        counted = stats["stats"].get(f"{short}_operations")
-        if counted is None:
-            continue
-        entry = {
-            "operations": counted,
-            "failed": stats["stats"].get(f"failed_{short}_operations", 0),
-            "bytes": stats["stats"].get(f"{short}_bytes"),
-            "latency": {k: v for k, v in latency.get(name, {}).items() if k != "histogram"},
+    for name, counted in stats["latency"].items():
+        entry: dict[str, Any] = {
+            "operations": counted["count"],
+            "latency": {key: value for key, value in counted.items() if key != "histogram"},
         }
+        short = _SHORT.get(name)
+        if short is not None:
+            entry["failed"] = stats["stats"][f"failed_{short}_operations"]
+        if name in _WITH_BYTES:
+            entry["bytes"] = stats["stats"][f"{short}_bytes"]
         if old is not None and elapsed > 0.01:
-
-            def rate(member: str, was: dict[str, Any] = old) -> float:
-                now = stats["stats"].get(member, 0)
-                return round((now - was["stats"].get(member, 0)) / elapsed, 1)
-
-            entry["per-second"] = rate(f"{short}_operations")
-            entry["bytes-per-second"] = rate(f"{short}_bytes")
+            before = old["latency"][name]["count"]
+            entry["per-second"] = round((counted["count"] - before) / elapsed, 1)
+            if "bytes" in entry:
+                moved = entry["bytes"] - old["stats"][f"{short}_bytes"]
+                entry["bytes-per-second"] = round(moved / elapsed, 1)
         result[name] = entry
     return result
 
@@ -194,7 +187,7 @@ def _text(report: dict[str, Any]) -> str:
                     count(entry.get("per-second", 0)),
                     "-" if rate is None else size(rate) + "/s",
                     count(entry["operations"]),
-                    count(entry["failed"]),
+                    count(entry["failed"]) if "failed" in entry else "-",
                     *(
                         duration(latency.get(f"{point}-ns") if entry["operations"] else None)
                         for point in ("p50", "p99", "p99.9")

@@ -83,11 +83,11 @@ class ControlClient:
             if "event" in answer:
                 self.events.append(answer)
             elif "error" in answer:
-                error = answer["error"]
+                refusal = answer["error"]
                 raise Refused(
-                    str(error.get("desc")),
-                    error_class=str(error.get("class", "GenericError")),
-                    data=error.get("data"),
+                    str(refusal.get("desc")),
+                    error_class=str(refusal.get("class", "GenericError")),
+                    data=refusal.get("data"),
                 )
             elif "return" in answer:
                 return answer["return"]

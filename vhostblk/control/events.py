@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Events a guest can cause at will reach clients at most once a second each.
+"""Events: what they carry, and how often they are sent.
 
-The first one is sent at once. Of those that follow within a second only the
+Events a guest can cause at will reach clients at most once a second for each
+source. The first one is sent at once. Of those that follow within a second only the
 last is kept, and sent when the second is over; so the latest state is always
 seen, and a guest cannot fill anybody's memory or log.
 """
@@ -10,16 +11,53 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from vhostblk.schema import Model
 
 PERIOD = 1.0
 
-# Event name -> members of its data that tell the sources apart: each source
-# has a limit of its own.
-LIMITED: dict[str, tuple[str, ...]] = {
-    "BLOCK_IO_ERROR": ("node-name", "operation"),
-    "QUORUM_FAILURE": ("reference",),
-    "QUORUM_REPORT_BAD": ("node-name", "type"),
+
+class BlockExportDeleted(Model):
+    """An export has gone."""
+
+    id: str
+
+
+class ExportConnected(Model):
+    """A front-end has started to use an export."""
+
+    id: str
+
+
+class ExportDisconnected(Model):
+    """A front-end has gone; `reason` if we dropped it."""
+
+    id: str
+    reason: str | None = None
+
+
+EVENTS: dict[str, type[Model]] = {
+    "BLOCK_EXPORT_DELETED": BlockExportDeleted,
+    "VHOSTBLK_EXPORT_CONNECTED": ExportConnected,
+    "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Events of one group share a limit; each value of `members` has its own."""
+
+    group: str
+    members: tuple[str, ...]
+
+
+# Coming and going share a limit, so that the last event told is the last thing that happened.
+_CONNECTION = Limit("VHOSTBLK_EXPORT", ("id",))
+LIMITED: dict[str, Limit] = {
+    "VHOSTBLK_EXPORT_CONNECTED": _CONNECTION,
+    "VHOSTBLK_EXPORT_DISCONNECTED": _CONNECTION,
 }
 
 _Key = tuple[str, ...]
@@ -35,11 +73,11 @@ class RateLimiter:
 
     def emit(self, name: str, data: dict[str, Any], event: dict[str, Any]) -> None:
         """Send `event` now, or when its turn comes."""
-        members = LIMITED.get(name)
-        if members is None:
+        limit = LIMITED.get(name)
+        if limit is None:
             self._send(event)
             return
-        key = (name, *(str(data.get(member, "")) for member in members))
+        key = (limit.group, *(str(data.get(member, "")) for member in limit.members))
         if key in self._timers:
             self._waiting[key] = event
             return

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from vhostblk.schema import Model
 
 
@@ -45,3 +47,204 @@ class ObjectPropertyInfo(Model):
     type: str
     description: str | None = None
     default_value: Any = None
+
+
+class StatusInfo(Model):
+    """Result of query-status."""
+
+    running: bool
+    status: str
+    started: float
+    nodes: int
+    exports: int
+    connected: int
+    iothreads: int
+
+
+class CacheInfo(Model):
+    """How a node uses the host's page cache."""
+
+    writeback: bool
+    direct: bool
+    no_flush: bool
+
+
+class ImageInfo(Model):
+    """What a node's image is."""
+
+    filename: str
+    format: str
+    virtual_size: int = Field(alias="virtual-size")
+    actual_size: int | None = None
+
+
+class NodeChild(Model):
+    """A child of a node (ours)."""
+
+    child: str
+    node_name: str
+
+
+class NodeParent(Model):
+    """What uses a node: another node, an export or a job (ours)."""
+
+    parent: str
+    child: str
+
+
+class NodePermissions(Model):
+    """What is done to a node and what others may do, as the bytes of QEMU's image locks (ours)."""
+
+    used: int
+    shared: int
+
+
+class BlockDeviceInfo(Model):
+    """One entry of query-named-block-nodes; drivers may add members of their own."""
+
+    node_name: str
+    drv: str
+    file: str
+    ro: bool
+    active: bool
+    encrypted: bool
+    backing_file_depth: int = Field(alias="backing_file_depth")
+    detect_zeroes: str = Field(alias="detect_zeroes")
+    cache: CacheInfo
+    write_threshold: int = Field(alias="write_threshold")
+    bps: int
+    bps_rd: int = Field(alias="bps_rd")
+    bps_wr: int = Field(alias="bps_wr")
+    iops: int
+    iops_rd: int = Field(alias="iops_rd")
+    iops_wr: int = Field(alias="iops_wr")
+    image: ImageInfo
+    filter: bool
+    passive: bool
+    children: list[NodeChild]
+    parents: list[NodeParent]
+    permissions: NodePermissions
+    aio: str | None = None
+
+
+class BlockDeviceStats(Model):
+    """QEMU's counters of one node or export."""
+
+    rd_bytes: int = Field(alias="rd_bytes")
+    wr_bytes: int = Field(alias="wr_bytes")
+    zone_append_bytes: int = Field(alias="zone_append_bytes")
+    unmap_bytes: int = Field(alias="unmap_bytes")
+    rd_operations: int = Field(alias="rd_operations")
+    wr_operations: int = Field(alias="wr_operations")
+    zone_append_operations: int = Field(alias="zone_append_operations")
+    flush_operations: int = Field(alias="flush_operations")
+    unmap_operations: int = Field(alias="unmap_operations")
+    rd_total_time_ns: int = Field(alias="rd_total_time_ns")
+    wr_total_time_ns: int = Field(alias="wr_total_time_ns")
+    zone_append_total_time_ns: int = Field(alias="zone_append_total_time_ns")
+    flush_total_time_ns: int = Field(alias="flush_total_time_ns")
+    unmap_total_time_ns: int = Field(alias="unmap_total_time_ns")
+    wr_highest_offset: int = Field(alias="wr_highest_offset")
+    rd_merged: int = Field(alias="rd_merged")
+    wr_merged: int = Field(alias="wr_merged")
+    zone_append_merged: int = Field(alias="zone_append_merged")
+    unmap_merged: int = Field(alias="unmap_merged")
+    failed_rd_operations: int = Field(alias="failed_rd_operations")
+    failed_wr_operations: int = Field(alias="failed_wr_operations")
+    failed_zone_append_operations: int = Field(alias="failed_zone_append_operations")
+    failed_flush_operations: int = Field(alias="failed_flush_operations")
+    failed_unmap_operations: int = Field(alias="failed_unmap_operations")
+    invalid_rd_operations: int = Field(alias="invalid_rd_operations")
+    invalid_wr_operations: int = Field(alias="invalid_wr_operations")
+    invalid_zone_append_operations: int = Field(alias="invalid_zone_append_operations")
+    invalid_flush_operations: int = Field(alias="invalid_flush_operations")
+    invalid_unmap_operations: int = Field(alias="invalid_unmap_operations")
+    account_invalid: bool = Field(alias="account_invalid")
+    account_failed: bool = Field(alias="account_failed")
+    timed_stats: list[Any] = Field(alias="timed_stats")
+
+
+class Latency(Model):
+    """Latencies of one operation since the start (ours)."""
+
+    count: int
+    mean_ns: int
+    p50_ns: int
+    p90_ns: int
+    p99_ns: int
+    p99_9_ns: int = Field(alias="p99.9-ns")
+    histogram: list[list[int]]
+
+
+class Latencies(Model):
+    """Latencies of every operation (ours)."""
+
+    read: Latency
+    write: Latency
+    flush: Latency
+    discard: Latency
+    write_zeroes: Latency
+
+
+class BlockStats(Model):
+    """One entry of query-blockstats: of a node, or of an export and then with its name."""
+
+    node_name: str
+    export: str | None = None
+    driver: str | None = None
+    stats: BlockDeviceStats
+    latency: Latencies
+
+
+class ExportAddress(Model):
+    """Where front-ends connect."""
+
+    type: str
+    path: str | None = None
+    number: str | None = Field(default=None, alias="str")
+
+
+class BlockExportInfo(Model):
+    """One entry of query-block-exports; from `addr` on the members are ours."""
+
+    id: str
+    type: str
+    node_name: str
+    shutting_down: bool
+    addr: ExportAddress
+    writable: bool
+    size: int
+    logical_block_size: int
+    num_queues: int
+    serial: str
+    iothreads: list[str]
+    connected: bool
+    writeback: bool
+    features: int
+    protocol_features: int
+    queues_started: int
+    memory_regions: int
+    inflight: int
+    resubmitted: int
+    connections: int
+    broken_connections: int
+
+
+class IOThreadInfo(Model):
+    """One entry of query-iothreads; from `aio` on the members are ours."""
+
+    id: str
+    thread_id: int
+    poll_max_ns: int
+    poll_grow: int
+    poll_shrink: int
+    aio_max_batch: int
+    aio: str
+    poll_ns: int
+    loops: int
+    sleeps: int
+    requests: int
+    notifies: int
+    inline_ios: int
+    queued_ios: int
+    fallback_reason: str | None = None
