@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 from vhostblk._engine import ffi, lib
 
@@ -214,6 +214,13 @@ class ExportInfo:
 # ---- requests of Python's own -------------------------------------------------------
 
 
+class IOOwner(Protocol):
+    """Who keeps count of its requests."""
+
+    def io_done(self) -> None:
+        """One has completed."""
+
+
 class IO:
     """An I/O request that Python started: await it for the result.
 
@@ -233,6 +240,7 @@ class IO:
         "_value",
         "finished",
         "node",
+        "owner",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, node: int, value: Any, keep: Any) -> None:
@@ -244,12 +252,16 @@ class IO:
         self._callbacks: list[tuple[Callable[[Any], object], Context | None]] | None = None
         # Called at once, before anything else is; set by who drives a coroutine by hand.
         self.finished: Callable[[], None] | None = None
+        # Who must not be let go before this has completed.
+        self.owner: IOOwner | None = None
         self.node = node
 
     def complete(self, ret: int) -> None:
         """Called by the engine."""
         self._ret = ret
         self._keep = None
+        if self.owner is not None:
+            self.owner.io_done()
         callbacks, self._callbacks = self._callbacks, None
         if callbacks:
             for callback, context in callbacks:

@@ -235,7 +235,7 @@ class Graph:
             self._parents[child_node].append(Edge(node, child))
             child.refresh()
         try:
-            await node.open()
+            await node.activate()
         except OSError as error:
             raise VhostblkError(
                 f"Could not open node '{node.name}' ({driver.driver}): {error.strerror or error}",
@@ -282,7 +282,7 @@ class Graph:
     async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
         self._children[node] = children  # a driver may need them to close
         try:
-            await node.close()
+            await node.deactivate()
         except Exception:
             logger.exception("closing node '%s' (%s) failed", node.name, node.driver)
         finally:

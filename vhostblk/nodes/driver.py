@@ -214,6 +214,14 @@ class NodeDriver:
 
     # ---- life
 
+    async def activate(self) -> None:
+        """Called by the graph: open the node."""
+        await self.open()
+
+    async def deactivate(self) -> None:
+        """Called by the graph: close the node."""
+        await self.close()
+
     async def open(self) -> None:
         """Acquire what the node needs and make its engine half."""
 
