@@ -389,7 +389,10 @@ def test_config(start_backend: Start, short_dir: Path) -> None:
     [
         ("blockdev: []", [":1: unknown name 'blockdev'", "'blockdevs'"]),
         ("blockdevs:\n  - {driver: null-cx}", [":2:", "null-co"]),
-        ("blockdevs:\n  - {driver: null-co}\n  - {driver: null-co, siez: 1}", [":3:", "'size'"]),
+        (
+            "blockdevs:\n  - {driver: null-co, node-name: a}\n  - {driver: null-co, siez: 1}",
+            [":3:", "'size'"],
+        ),
         ("blockdevs: {driver: null-co}", [":1: 'blockdevs' must be a list"]),
         ("blockdevs:\n - null-co", [":2: an entry of 'blockdevs'"]),
         ("name: [a]", ["'name' must be text"]),

@@ -106,7 +106,7 @@ class CommandLine:
     def read(cls, words: Sequence[str]) -> CommandLine:
         """Look through a command line, also one inside a word for a shell."""
         for word in words:
-            if MARK in word and word != MARK:
+            if MARK in word and any(map(str.isspace, word)):
                 try:
                     return cls.read(shlex.split(word))
                 except ValueError:

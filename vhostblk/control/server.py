@@ -158,7 +158,7 @@ class Session:
         if not isinstance(message, dict):
             raise VhostblkError("QMP input must be a JSON object")
         for member in message:
-            if member not in _MEMBERS:
+            if member not in _MEMBERS or (member == "exec-oob" and not self._oob):
                 raise VhostblkError(f"QMP input member '{member}' is unexpected")
         if "execute" in message and "exec-oob" in message:
             raise VhostblkError("QMP input member 'execute' clashes with 'exec-oob'")
@@ -171,8 +171,6 @@ class Session:
             raise VhostblkError(f"QMP input member '{member}' must be a string")
         if not isinstance(arguments, dict):
             raise VhostblkError("QMP input member 'arguments' must be an object")
-        if oob and not self._oob:
-            raise VhostblkError("QMP input member 'exec-oob' is unexpected")
         if not self._negotiated:
             if name == "qmp_capabilities":
                 return None, arguments
