@@ -90,7 +90,6 @@ class Request:
         "_memory",
         "_niov",
         "_ret",
-        "_ret",
         "_views",
         "finished",
         "flags",
@@ -99,6 +98,7 @@ class Request:
         "offset",
         "op",
     )
+    _ret: int  # of a hook that has ended before its I/O
 
     def __init__(
         self,
