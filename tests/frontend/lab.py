@@ -89,8 +89,8 @@ class Lab:
     def open_files(self) -> int:
         """Once the number stays the same for a while: hanging up takes its time."""
         seen: list[int] = []
-        while len(seen) < 5 or len(set(seen[-5:])) > 1:
-            time.sleep(0.02)
+        while len(seen) < 4 or len(set(seen[-4:])) > 1:
+            time.sleep(0.01)
             seen.append(len(os.listdir(f"/proc/{self.daemon.pid}/fd")))
         return seen[-1]
 
