@@ -363,7 +363,7 @@ def test_refuses_what_is_not_a_disk(engine: BareEngine, tmp_path: Path) -> None:
         engine.file(tmp_path / "image", memory_align=3)
 
 
-# ---- a block device ---------------------------------------------------------------------------------
+# ---- a block device ----------------------------------------------------------------------------
 
 
 @pytest.fixture
