@@ -51,13 +51,16 @@ static bool overflows(uint64_t start, uint64_t length)
     return start + length < start;
 }
 
-/* Touching a mapping behind the end of its file is SIGBUS, for all devices of the process. */
+#define PAGE 4096
+
+/* Can it be mapped, all of it? Touching a mapping behind the end of its file is SIGBUS. */
 static bool file_covers(int fd, uint64_t offset, uint64_t length)
 {
     struct stat status;
 
-    return fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && !overflows(offset, length) &&
-           offset + length <= (uint64_t)status.st_size;
+    return fstat(fd, &status) == 0 && S_ISREG(status.st_mode) &&
+           (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR && offset % PAGE == 0 &&
+           !overflows(offset, length) && offset + length <= (uint64_t)status.st_size;
 }
 
 static bool check_region(struct vb_device *device, const VhostUserMemoryRegion *region, int fd)
@@ -70,7 +73,7 @@ static bool check_region(struct vb_device *device, const VhostUserMemoryRegion *
     }
     if (!file_covers(fd, region->mmap_offset, region->memory_size)) {
         return vb_device_drop(device, "memory region at 0x%" PRIx64 " of 0x%" PRIx64
-                              " bytes does not lie within the file that was sent for it",
+                              " bytes cannot be mapped from the file that was sent for it",
                               region->guest_phys_addr, region->memory_size);
     }
     return true;
@@ -268,7 +271,7 @@ static bool check_log_base(struct vb_device *device, const VhostUserMsg *message
     VhostUserLog log = message->payload.log;
 
     if (log.mmap_size == 0 || !file_covers(message->fds[0], log.mmap_offset, log.mmap_size)) {
-        return vb_device_drop(device, "dirty log of 0x%" PRIx64 " bytes does not lie within its file",
+        return vb_device_drop(device, "dirty log of 0x%" PRIx64 " bytes cannot be mapped from its file",
                               (uint64_t)log.mmap_size);
     }
     return true;
@@ -301,10 +304,10 @@ static bool check_set_inflight(struct vb_device *device, const VhostUserMsg *mes
     if (!check_inflight_counts(device, &inflight)) {
         return false;
     }
-    if (inflight.mmap_size < queue * inflight.num_queues || inflight.mmap_offset % 4096 ||
+    if (inflight.mmap_size < queue * inflight.num_queues ||
         !file_covers(message->fds[0], inflight.mmap_offset, inflight.mmap_size)) {
-        return vb_device_drop(device, "in-flight area of 0x%" PRIx64 " bytes is too small or does not "
-                              "lie within its file", inflight.mmap_size);
+        return vb_device_drop(device, "in-flight area of 0x%" PRIx64 " bytes is too small or cannot be "
+                              "mapped from its file", inflight.mmap_size);
     }
     return true;
 }
