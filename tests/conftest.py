@@ -37,7 +37,7 @@ class BackendProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"XDG_RUNTIME_DIR": str(directory)},
+            env=os.environ | {"VHOSTBLK_RUNTIME_DIR": str(directory)},
             text=True,
         )
         self._reader = threading.Thread(target=self._read)

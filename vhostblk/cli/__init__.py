@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -72,6 +71,8 @@ def _dispatch(arguments: list[str]) -> int:
         version.show("--json" in arguments[1:])
         return 0
     if name not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "'vhostblk --help' lists the commands"
         kind = "option" if name.startswith("-") else "command"

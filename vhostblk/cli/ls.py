@@ -41,9 +41,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    rows = [
-        [e["name"], str(e["pid"]), ",".join(e["exports"]) or "-", e["control"]]
-        for e in found
-    ]
+    rows = [[e["name"], str(e["pid"]), ",".join(e["exports"]) or "-", e["control"]] for e in found]
     print(table(["NAME", "PID", "EXPORTS", "CONTROL SOCKET"], rows), end="")
     return 0

@@ -7,13 +7,13 @@ A backend with a name has the directory RUNTIME/vhostblk/NAME:
     qmp.sock     the control socket
     pid          locked as long as the backend lives
 
-RUNTIME is $XDG_RUNTIME_DIR, or /run for root, or /tmp/vhostblk-UID.
+RUNTIME is $XDG_RUNTIME_DIR, or /run for root, or /tmp/vhostblk-UID; backends are
+looked for in all of these. $VHOSTBLK_RUNTIME_DIR takes the place of all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import stat
@@ -23,17 +23,20 @@ from pathlib import Path
 
 from vhostblk.cli.errors import NOT_RUNNING, CliError
 from vhostblk.control.listen import is_alive
+from vhostblk.schema import did_you_mean
 
 VHOST_SOCKET = "vhost.sock"
 CONTROL_SOCKET = "qmp.sock"
 PIDFILE = "pid"
+_OVERRIDE = "VHOSTBLK_RUNTIME_DIR"
 
 
 def runtime_dir() -> Path:
     """The directory for sockets of this user."""
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    if given and os.path.isabs(given):
-        return Path(given)
+    for variable in (_OVERRIDE, "XDG_RUNTIME_DIR"):
+        given = os.environ.get(variable)
+        if given and os.path.isabs(given):
+            return Path(given)
     if os.geteuid() == 0:
         return Path("/run")
     return Path(f"/tmp/vhostblk-{os.geteuid()}")
@@ -41,6 +44,8 @@ def runtime_dir() -> Path:
 
 def search_dirs() -> list[Path]:
     """Where backends this user may talk to can be."""
+    if os.environ.get(_OVERRIDE):
+        return [runtime_dir() / "vhostblk"]
     dirs = [runtime_dir(), Path("/run"), Path(f"/tmp/vhostblk-{os.geteuid()}")]
     return [base / "vhostblk" for base in dict.fromkeys(dirs)]
 
@@ -155,8 +160,8 @@ def find_socket(name: str | None, socket_path: str | None) -> str:
         for found in running:
             if found.name == name:
                 return found.control_socket
-        near = difflib.get_close_matches(name, [found.name for found in running], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else _running_hint(running)
+        near = did_you_mean(name, [found.name for found in running])
+        hint = f"; did you mean '{near}'?" if near else _running_hint(running)
         raise CliError(f"No backend named '{name}' is running{hint}", status=NOT_RUNNING)
     if len(running) == 1:
         return running[0].control_socket

@@ -142,8 +142,11 @@ class _OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            text += f": {type(error).__name__}: {error}"
+            if os.environ.get("VHOSTBLK_TRACEBACK"):
+                text += "\n" + self.formatException(record.exc_info)
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         line = f"{self._program}: {level}" + text.replace("\n", "\\n")
         return f"<{_PRIORITIES.get(record.levelno, 6)}>{line}" if self._journal else line

@@ -12,17 +12,6 @@ from typing import Any, Literal
 from vhostblk.control import introspect
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
-from vhostblk.control.results import (
-    BlockDeviceInfo,
-    BlockExportInfo,
-    BlockStats,
-    CommandInfo,
-    EventInfo,
-    IOThreadInfo,
-    ObjectPropertyInfo,
-    StatusInfo,
-    VersionInfo,
-)
 from vhostblk.control.version import version_info
 from vhostblk.schema import Model, OnOff, Size
 
@@ -33,32 +22,32 @@ command = registry.command
 # ---- about the backend ------------------------------------------------------------------
 
 
-@command("query-version", oob=True, returns=VersionInfo)
+@command("query-version", oob=True)
 async def query_version(context: Context, arguments: NoArguments) -> Any:
     """Version of this backend, in the members where QMP clients look for QEMU's."""
     return version_info()
 
 
-@command("query-commands", oob=True, returns=list[CommandInfo])
+@command("query-commands", oob=True)
 async def query_commands(context: Context, arguments: NoArguments) -> Any:
     """Names of all commands."""
     names = ["qmp_capabilities", *context.registry.commands]
     return [{"name": name} for name in names]
 
 
-@command("query-events", oob=True, returns=list[EventInfo])
+@command("query-events", oob=True)
 async def query_events(context: Context, arguments: NoArguments) -> Any:
     """Names of all events."""
     return [{"name": name} for name in EVENTS]
 
 
-@command("query-qmp-schema", oob=True, returns=list[Any])
+@command("query-qmp-schema", oob=True)
 async def query_qmp_schema(context: Context, arguments: NoArguments) -> Any:
     """All commands, events and types in QAPI's introspection format."""
     return introspect.schema(context.backend, context.registry, EVENTS)
 
 
-@command("query-status", oob=True, returns=StatusInfo)
+@command("query-status", oob=True)
 async def query_status(context: Context, arguments: NoArguments) -> Any:
     """Whether the backend is running, and what it is made of."""
     return context.backend.query_status()
@@ -79,7 +68,7 @@ class QueryNamedBlockNodes(Model):
     flat: OnOff = False
 
 
-@command("query-named-block-nodes", oob=True, returns=list[BlockDeviceInfo])
+@command("query-named-block-nodes", oob=True)
 async def query_named_block_nodes(context: Context, arguments: QueryNamedBlockNodes) -> Any:
     """All block nodes. With `flat` as with QEMU: no descriptions of children's images."""
     return context.backend.query_named_block_nodes()
@@ -122,7 +111,7 @@ class QueryBlockstats(Model):
     query_nodes: OnOff = False
 
 
-@command("query-blockstats", oob=True, returns=list[BlockStats])
+@command("query-blockstats", oob=True)
 async def query_blockstats(context: Context, arguments: QueryBlockstats) -> Any:
     """Counters and latencies: of the exports, or with `query-nodes` of the nodes."""
     wanted = "node" if arguments.query_nodes else "export"
@@ -136,7 +125,7 @@ async def query_blockstats(context: Context, arguments: QueryBlockstats) -> Any:
 # ---- exports ----------------------------------------------------------------------------
 
 
-@command("query-block-exports", oob=True, returns=list[BlockExportInfo])
+@command("query-block-exports", oob=True)
 async def query_block_exports(context: Context, arguments: NoArguments) -> Any:
     """All exports."""
     return context.backend.query_block_exports()
@@ -164,7 +153,7 @@ async def block_export_del(context: Context, arguments: BlockExportDel) -> None:
 # ---- objects ----------------------------------------------------------------------------
 
 
-@command("query-iothreads", oob=True, returns=list[IOThreadInfo])
+@command("query-iothreads", oob=True)
 async def query_iothreads(context: Context, arguments: NoArguments) -> Any:
     """All I/O threads."""
     return context.backend.query_iothreads()
@@ -194,7 +183,7 @@ class QomList(Model):
     path: str
 
 
-@command("qom-list", oob=True, returns=list[ObjectPropertyInfo])
+@command("qom-list", oob=True)
 async def qom_list(context: Context, arguments: QomList) -> Any:
     """The properties of an object, or the objects there are (path /objects)."""
     return context.backend.qom_list(arguments.path)
@@ -207,7 +196,7 @@ class QomGet(Model):
     property: str
 
 
-@command("qom-get", oob=True, returns=Any)
+@command("qom-get", oob=True)
 async def qom_get(context: Context, arguments: QomGet) -> Any:
     """The value of a property of an object."""
     return context.backend.qom_get(arguments.path, arguments.property)

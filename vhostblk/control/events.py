@@ -38,10 +38,23 @@ class ExportDisconnected(Model):
     reason: str | None = None
 
 
+class FilterError(Model):
+    """A filter written in Python failed a request; `error` says how, and where in the filter."""
+
+    node_name: str
+    driver: str
+    operation: str
+    offset: int
+    length: int
+    error: str
+    errno: int | None = None
+
+
 EVENTS: dict[str, type[Model]] = {
     "BLOCK_EXPORT_DELETED": BlockExportDeleted,
     "VHOSTBLK_EXPORT_CONNECTED": ExportConnected,
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
+    "VHOSTBLK_FILTER_ERROR": FilterError,
 }
 
 
@@ -58,6 +71,7 @@ _CONNECTION = Limit("VHOSTBLK_EXPORT", ("id",))
 LIMITED: dict[str, Limit] = {
     "VHOSTBLK_EXPORT_CONNECTED": _CONNECTION,
     "VHOSTBLK_EXPORT_DISCONNECTED": _CONNECTION,
+    "VHOSTBLK_FILTER_ERROR": Limit("VHOSTBLK_FILTER_ERROR", ("node-name", "operation")),
 }
 
 _Key = tuple[str, ...]

@@ -168,6 +168,8 @@ def schema(
     backend: Backend, registry: Registry, events: dict[str, type[Model]]
 ) -> list[dict[str, Any]]:
     """Every command, event and type."""
+    from vhostblk.control.results import RESULTS  # seldom needed, so not at start-up
+
     builder = _Builder(backend, registry)
     for command in registry.commands.values():
         arguments = command.arguments
@@ -178,7 +180,7 @@ def schema(
                 "arg-type": builder.union(arguments)
                 if isinstance(arguments, Union)
                 else builder.model(arguments),
-                "ret-type": builder.type_name(command.returns),
+                "ret-type": builder.type_name(RESULTS.get(command.name)),
                 "allow-oob": command.allow_oob,
             },
         )

@@ -59,7 +59,6 @@ class Command:
     name: str
     handler: Handler
     arguments: type[Model] | Union
-    returns: Any
     allow_oob: bool
 
     @property
@@ -83,13 +82,9 @@ class Registry:
         self.commands: dict[str, Command] = {}
 
     def command(
-        self, name: str, *, oob: bool = False, union: Union | None = None, returns: Any = None
+        self, name: str, *, oob: bool = False, union: Union | None = None
     ) -> Callable[[Handler], Handler]:
-        """Decorator: register a function as the command `name`.
-
-        `returns` is the type of its result for introspection; None for a
-        command that only succeeds or fails.
-        """
+        """Decorator: register a function as the command `name`."""
 
         def register(handler: Handler) -> Handler:
             arguments = typing.get_type_hints(handler)["arguments"]
@@ -97,7 +92,6 @@ class Registry:
                 name,
                 handler,
                 union or typing.cast(type[Model], arguments),
-                returns,
                 oob,
             )
             return handler

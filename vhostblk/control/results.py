@@ -248,3 +248,19 @@ class IOThreadInfo(Model):
     inline_ios: int
     queued_ios: int
     fallback_reason: str | None = None
+
+
+# Commands that are not here give an empty object.
+RESULTS: dict[str, Any] = {
+    "query-version": VersionInfo,
+    "query-commands": list[CommandInfo],
+    "query-events": list[EventInfo],
+    "query-qmp-schema": list[Any],
+    "query-status": StatusInfo,
+    "query-named-block-nodes": list[BlockDeviceInfo],
+    "query-blockstats": list[BlockStats],
+    "query-block-exports": list[BlockExportInfo],
+    "query-iothreads": list[IOThreadInfo],
+    "qom-list": list[ObjectPropertyInfo],
+    "qom-get": Any,
+}
