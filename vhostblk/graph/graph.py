@@ -219,12 +219,13 @@ class Graph:
             raise wrong_type_error(f"{prefix}driver", "string")
         driver = self._drivers.get(name, f"{prefix}driver")
         checked = validate(driver.Options, options, where)
-        node_name = self._new_name(checked.node_name)
+        if checked.node_name is not None:
+            self._new_name(checked.node_name)  # refused before anything is opened
         children: dict[str, NodeDriver] = {}
         for role, reference in _references(driver, checked):
             children[role] = await self._child_node(options, reference, f"{prefix}{role}", made)
         # Names may have been taken while the children were made.
-        node = driver(self, self._new_name(node_name if checked.node_name else None), checked)
+        node = driver(self, self._new_name(checked.node_name), checked)
         self._nodes[node.name] = node
         self._parents[node] = []
         self._children[node] = {}
@@ -333,7 +334,9 @@ class Graph:
     def _combine(
         self, node: NodeDriver, above: Mapping[NodeDriver, tuple[Perm, Perm]]
     ) -> tuple[Perm, Perm]:
-        uses = [(edge, *self._edge_permissions(edge, above)) for edge in self._parents[node]]
+        # The newest first: it is the one that gets told that it cannot have what it wants.
+        edges = reversed(self._parents[node])
+        uses = [(edge, *self._edge_permissions(edge, above)) for edge in edges]
         for (one, perm, _), (other, _, shared) in itertools.permutations(uses, 2):
             conflict = perm & ~shared
             if conflict:
