@@ -214,6 +214,11 @@ static bool fill_sqes(struct uring_state *state)
     return false;
 }
 
+static bool unsubmitted(const struct uring_state *state)
+{
+    return state->first || io_uring_sq_ready(&state->ring) > 0;
+}
+
 /* False if the kernel wants to be asked again later: it has no memory, or too many completions. */
 static bool pass_on(struct uring_state *state)
 {
@@ -297,7 +302,7 @@ static bool uring_poll(struct vb_iothread *thread)
     struct uring_state *state = thread->aio_state;
     bool completed;
 
-    if (state->first || io_uring_sq_ready(&state->ring) > 0) {
+    if (unsubmitted(state)) {
         pass_on(state);
     }
     if (kernel_holds_back(state)) {
@@ -339,7 +344,7 @@ static bool uring_wait(struct vb_iothread *thread, uint64_t timeout_ns)
     struct uring_state *state = thread->aio_state;
     bool fired;
 
-    if (state->first && !pass_on(state)) {
+    if (unsubmitted(state) && !pass_on(state)) {
         nanosleep(&retry_after, NULL);
     } else if (!state->poll_fired) {
         arm_poll(thread, state);

@@ -13,7 +13,7 @@
  *  - Where RWF_NOWAIT works (most file systems' reads, few ones' writes) the kernel
  *    says -EAGAIN instead of waiting.
  *  - On tmpfs and its like nothing waits for a disk.
- *  - Else we try and measure. See "lanes".
+ *  - Else we try and measure: see struct inline_history.
  * Never inline: O_DIRECT, synchronisation, allocation, and large requests, during
  * which other queues of this thread would starve.
  */
@@ -36,7 +36,7 @@
 #define ZERO_COUNT 16u
 
 /* An inline call that took longer than this, plus 1 ns per byte, did not find memory ready. */
-#define SLOW_NS 100000u
+#define SLOW_NS 50000u
 #define WATCH_NS 1000000000u
 #define AVOID_NS 100000000u
 #define AVOID_FACTOR 16u
@@ -46,16 +46,16 @@
 #define METHOD_ZERO_RANGE 2u
 
 /*
- * What has been learnt about inline calls without RWF_NOWAIT, for each direction.
- * A slow call is first only a suspicion, since a busy host may have
- * preempted us: for WATCH_NS it is seen whether a slow call really slept. If one did, the
- * lane is avoided for AVOID_NS and a multiple of what it took, then tried again.
- * So a slow disk stops this thread for one call in a tenth of a second at most, and
- * for a sixteenth of the time at most.
+ * What has been learnt about inline calls without RWF_NOWAIT, for one direction. A
+ * slow call is at first only a suspicion, since a busy host may have preempted us: for
+ * WATCH_NS we look whether a slow call really slept. When one did, inline calls are
+ * avoided for AVOID_NS and for a multiple of the time it took, then tried again. So,
+ * after the first two, slow storage stops this thread for one call in a tenth of a second at
+ * most, and for a sixteenth of the time at most.
  * Shared by all threads that use the node, relaxed: at worst one more call is slow.
  */
-struct lane {
-    _Atomic bool no_nowait;        /* RWF_NOWAIT is not supported here */
+struct inline_history {
+    _Atomic bool no_nowait; /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t watch_until;
     _Atomic uint64_t avoid_until;
 };
@@ -70,7 +70,7 @@ struct file_node {
     uint32_t memory_align, request_align;
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
     _Atomic int flush_error;      /* see flushed() */
-    struct lane lanes[2];         /* read, write */
+    struct inline_history history[2]; /* read, write */
 };
 
 /* A request's work, in its scratch. */
@@ -86,7 +86,7 @@ struct file_io {
     bool bounced;            /* the piece uses `bounce` */
     bool sync;               /* fdatasync before completing */
     uint32_t methods;        /* METHOD_*: still worth trying; the lowest bit is next */
-    struct iovec *rest;      /* owned: request->iov from index and skip on, after a short transfer */
+    struct iovec *rest;      /* owned: what remains of request->iov after a short transfer */
     void *bounce;            /* owned: aligned memory */
     struct iovec one;        /* for `bounce` or a last bit of zeroes */
 };
@@ -280,7 +280,7 @@ static int use_bounce(struct file_io *io)
     return 0;
 }
 
-/* The guest's own memory; the array is copied only if the piece starts inside one of its entries. */
+/* The guest's own memory; the array is copied only if the piece starts inside an entry. */
 static int use_request_iov(struct file_io *io)
 {
     uint32_t count = io->request->niov - io->index;
@@ -391,18 +391,19 @@ static uint64_t relaxed(_Atomic uint64_t *value)
     return atomic_load_explicit(value, memory_order_relaxed);
 }
 
-static void learn_from_slow_call(struct lane *lane, uint64_t now, uint64_t took, bool slept)
+static void learn_from_slow_call(struct inline_history *history, uint64_t now, uint64_t took,
+                                 bool slept)
 {
-    uint64_t avoid = slept ? now + AVOID_NS + took * AVOID_FACTOR : 0;
+    uint64_t again = now;
 
     if (slept) {
-        atomic_store_explicit(&lane->avoid_until, avoid, memory_order_relaxed);
+        again += AVOID_NS + took * AVOID_FACTOR;
+        atomic_store_explicit(&history->avoid_until, again, memory_order_relaxed);
     }
-    atomic_store_explicit(&lane->watch_until, (slept ? avoid : now) + WATCH_NS,
-                          memory_order_relaxed);
+    atomic_store_explicit(&history->watch_until, again + WATCH_NS, memory_order_relaxed);
 }
 
-static ssize_t measured_call(struct file_io *io, struct lane *lane)
+static ssize_t measured_call(struct file_io *io, struct inline_history *history)
 {
     struct vb_iothread *thread = io->request->thread;
     bool watched;
@@ -412,17 +413,17 @@ static ssize_t measured_call(struct file_io *io, struct lane *lane)
 
     vb_refresh_now(thread);
     start = thread->now_ns;
-    if (start < relaxed(&lane->avoid_until)) {
+    if (start < relaxed(&history->avoid_until)) {
         return -EAGAIN;
     }
-    watched = start < relaxed(&lane->watch_until);
+    watched = start < relaxed(&history->watch_until);
     if (watched) {
         switches = voluntary_switches();
     }
     ret = call(io, 0);
     took = thread->now_ns - start;
     if (took > SLOW_NS + io->left) {
-        learn_from_slow_call(lane, thread->now_ns, took,
+        learn_from_slow_call(history, thread->now_ns, took,
                              watched && voluntary_switches() != switches);
     }
     return ret;
@@ -431,18 +432,18 @@ static ssize_t measured_call(struct file_io *io, struct lane *lane)
 /* The piece's result, or -EAGAIN: it has to be queued. */
 static ssize_t try_inline(struct file_io *io)
 {
-    struct lane *lane = &io->file->lanes[is_write(io)];
+    struct inline_history *history = &io->file->history[is_write(io)];
 
-    if (!atomic_load_explicit(&lane->no_nowait, memory_order_relaxed)) {
+    if (!atomic_load_explicit(&history->no_nowait, memory_order_relaxed)) {
         ssize_t ret = call(io, RWF_NOWAIT);
 
         if (ret != -EOPNOTSUPP) {
             /* Linux 5.9 and 5.10 may return 0 where there is no end of file: ask again. */
             return ret ? ret : -EAGAIN;
         }
-        atomic_store_explicit(&lane->no_nowait, true, memory_order_relaxed);
+        atomic_store_explicit(&history->no_nowait, true, memory_order_relaxed);
     }
-    return io->file->in_memory ? call(io, 0) : measured_call(io, lane);
+    return io->file->in_memory ? call(io, 0) : measured_call(io, history);
 }
 
 /* ---- read and write ---------------------------------------------------------------------- */
@@ -644,7 +645,7 @@ static void write_data(struct file_io *io)
     }
 }
 
-/* ---- discard and flush ------------------------------------------------------------------------ */
+/* ---- discard and flush --------------------------------------------------------------- */
 
 /* Advice: not to be able to follow it is no failure. */
 static void discarded(struct vb_aio *aio)
@@ -683,7 +684,7 @@ static void flush(struct file_io *io)
     }
 }
 
-/* ---- the node ------------------------------------------------------------------------------------ */
+/* ---- the node ------------------------------------------------------------------------ */
 
 static void file_submit(struct vb_node *node, struct vb_request *request)
 {
@@ -778,7 +779,7 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     file->detect_zeroes = options->detect_zeroes;
     file->memory_align = options->memory_align;
     if (file->memory_align < sizeof(void *)) {
-        file->memory_align = sizeof(void *); /* posix_memalign() wants that much; only O_DIRECT looks */
+        file->memory_align = sizeof(void *); /* posix_memalign() wants that much */
     }
     file->request_align = options->request_align;
     file->regular = S_ISREG(status.st_mode);
