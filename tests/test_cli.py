@@ -80,9 +80,12 @@ def test_help_has_examples(command: str) -> None:
 
 
 def test_help_is_fast() -> None:
-    start = time.monotonic()
-    vhostblk("--help")
-    assert time.monotonic() - start < 0.5
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        vhostblk("--help")
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,7 @@ def test_completion(shell: str, tmp_path: Path) -> None:
         (["serve", "--blokdev", "x"], 2, ["unknown option '--blokdev'", "'--blockdev'"]),
         (["serve", "--blockdev"], 2, ["--blockdev"]),
         (["serve", "--log-level", "loud", "x"], 2, ["--log-level", "loud"]),
+        (["serve", "--log-level", "debugg", "x"], 2, ["did you mean 'debug'?"]),
         (
             ["serve", "--blockdev", "null-cx,node-name=a"],
             1,
@@ -439,6 +443,24 @@ def test_qemu_storage_daemon_line(start_backend: Start, short_dir: Path, image: 
     with ControlClient(str(short_dir / "q")) as client:
         assert [e["id"] for e in client.execute("query-block-exports")] == ["e"]
     assert process.stop() == 0
+
+
+def test_nobody_reads_what_we_print(short_dir: Path, image: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vhostblk", "serve", str(image)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"VHOSTBLK_RUNTIME_DIR": str(short_dir)},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"ready" in process.stderr.readline()
+        process.stderr.close()
+        control = str(short_dir / "vhostblk/disk/qmp.sock")
+        with ControlClient(control) as client:
+            assert client.execute("query-status")["running"]
+        process.terminate()
+        assert process.wait(15) == 0
 
 
 # ---- conventions of vhost-user backends --------------------------------------------------------

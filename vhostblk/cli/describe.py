@@ -83,7 +83,7 @@ def _summary(documented: type) -> str:
 def _options(model: type[BaseModel], prefix: str) -> list[str]:
     texts = attribute_texts(model)
     lines = []
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: _rank(model, item[0])):
         full = prefix + (field.alias or name)
         below = _model_of(field.annotation)
         if below is not None:
@@ -101,6 +101,13 @@ def _options(model: type[BaseModel], prefix: str) -> list[str]:
         if name in texts:
             lines.append(textwrap.indent(textwrap.fill(texts[name], 88), "        "))
     return lines
+
+
+def _rank(model: type[BaseModel], name: str) -> int:
+    """What must be said first, then what is special, then what all of the kind have."""
+    if model.model_fields[name].is_required():
+        return 0
+    return 1 if name in model.__annotations__ else 2
 
 
 def type_text(field: FieldInfo) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def image_steps(
     path = os.path.abspath(image)
     read_only = args.read_only
     file: dict[str, Any] = {
-        "driver": "file",
+        "driver": "host_device" if _is_block_device(path) else "file",
         "node-name": f"{name}-file",
         "filename": path,
         "read-only": read_only,
@@ -168,6 +169,13 @@ def image_steps(
         Step(image, "blockdev", raw),
         Step(image, "export", export),
     ]
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False  # opening it will say what is wrong
 
 
 def _number(option: str, text: str) -> int:

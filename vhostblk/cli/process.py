@@ -163,6 +163,7 @@ def set_up_logging(program: str, level: str, log_file: str | None) -> None:
         os.close(fd)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine(program, _stderr_is_journal()))
+    logging.raiseExceptions = False  # a log nobody reads any more is no reason to complain
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import os
 import sys
 
@@ -83,8 +85,12 @@ def run(args: argparse.Namespace) -> int:
         from vhostblk.cli import qemu
 
         exports = qemu.exports(running.backend.query_block_exports())
-        print("QEMU options for this disk (adjust the size of memory):\n", flush=True)
-        print(qemu.as_shell(qemu.arguments(exports)) + "\n", flush=True)
+        installed = await asyncio.to_thread(qemu.version, qemu.DEFAULT_QEMU)
+        text = qemu.as_shell(qemu.arguments(exports, qemu_version=installed))
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(
+                f"QEMU options for this disk (adjust the size of memory):\n\n{text}\n", flush=True
+            )
         await running.stop.wait()
         return 0
 

@@ -183,7 +183,8 @@ class _Life:
         exports = [str(export["id"]) for export in backend.query_block_exports()]
         what = f"exports {', '.join(exports)}" if exports else "no exports"
         # Not a log record: who started us waits for this line at any log level.
-        print(f"vhostblk: ready: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"vhostblk: ready: {what}", file=sys.stderr, flush=True)
         if self._background is not None:
             self._background.ready(self._plan.log_file)
 
@@ -201,7 +202,7 @@ class _Life:
             self._stop.set()
             return
         # Whoever asks again does not want to wait for whatever we wait for.
-        print(f"vhostblk: {number.name} again: giving up at once", file=sys.stderr, flush=True)
+        logger.warning("%s again: giving up at once", number.name)
         os._exit(1)
 
 
