@@ -153,8 +153,10 @@ class Queue:
         return finished
 
     def submit(self) -> None:
-        """Make the backend see what was started, wait for nothing."""
-        self.wait(0)
+        """Make the backend see what was started; completions stay for `wait()`."""
+        got = library().blkioq_do_io(self._queue, ffi.NULL, 0, 0, ffi.NULL)
+        if got < 0:
+            raise DiskError(-got, os.strerror(-got))
 
     def drain(self, *, seconds: float = PATIENCE) -> list[Request]:
         """Wait for everything in flight."""

@@ -37,7 +37,7 @@ class Server:
         *,
         queues: int = 1,
         objects: Sequence[str] = (),
-        iothread: str | Sequence[str] = (),
+        iothread: str | Sequence[str] = "",
         plugins: Sequence[Path] = (),
         writable: bool = True,
     ) -> None:
@@ -57,13 +57,14 @@ class Server:
         export = f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.path}"
         export += f",writable={'on' if writable else 'off'},num-queues={queues}"
         if isinstance(iothread, str):
-            export += f",iothread={iothread}"
+            export += f",iothread={iothread}" if iothread else ""
         else:
             export += "".join(f",iothread.{i}={name}" for i, name in enumerate(iothread))
         self.command = [*command, "--export", export]
 
     def start(self) -> Server:
         """Start and wait until the socket accepts."""
+        assert self.process is None or self.process.poll() is not None, "it runs already"
         self.path.unlink(missing_ok=True)  # QEMU's program leaves it behind if it is killed
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
