@@ -565,10 +565,17 @@ static bool handle_message(struct vb_device *device)
     return device->ret == 0;
 }
 
+/*
+ * Not vu_config_change_msg(), which waits for a front-end that does not read. The message
+ * says nothing but "read the configuration again": if the socket is full of them, one
+ * more adds nothing.
+ */
 static void tell_config_changed(struct vb_device *device)
 {
+    const uint32_t header[3] = {VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, 1 /* version */, 0 /* size */};
+
     if (device->vu.backend_fd >= 0) { /* else nobody asked to be told */
-        vu_config_change_msg(&device->vu);
+        send(device->vu.backend_fd, header, sizeof(header), MSG_DONTWAIT | MSG_NOSIGNAL);
     }
 }
 
