@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import BackendProcess
+from backend_process import BackendProcess
 
 from vhostblk.cli import COMMANDS, qemu
 from vhostblk.control.client import ControlClient
@@ -560,7 +560,7 @@ def test_ls_status_and_qmp(start_backend: Start, short_dir: Path, image: Path) -
         vhostblk("status", "disk", "--json", "--interval", "0.1", directory=short_dir).stdout
     )
     assert report["pid"] == process.process.pid
-    assert report["process"]["memory-rss"] > 1 << 20
+    assert report["process"]["memory-private"] > 1 << 20
     operations = report["exports"][0]["operations"]
     assert operations["read"]["operations"] == 0
     assert all("cpu-percent" in thread for thread in report["iothreads"])

@@ -12,12 +12,14 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from backend_process import BackendProcess
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,10 +75,6 @@ class Raw:
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One backend for all tests that leave it as they found it."""
-    import tempfile
-
-    from conftest import BackendProcess
-
     directory = Path(tempfile.mkdtemp(prefix="vb-"))
     process = BackendProcess(
         directory, "--control", "{dir}/qmp", "--blockdev", NODE, "--object", "iothread,id=t0"
@@ -98,8 +96,6 @@ def path(backend: Any) -> str:
 @pytest.fixture(scope="module")
 def reference() -> Iterator[str]:
     """The control socket of a real qemu-storage-daemon with the same node."""
-    import tempfile
-
     program = shutil.which("qemu-storage-daemon")
     if program is None:
         pytest.skip("qemu-storage-daemon is not installed")
@@ -322,7 +318,7 @@ def test_half_closed(path: str) -> None:
             client.line()
 
 
-REQUESTS = [
+REQUESTS: list[dict[str, Any]] = [
     {"execute": "query-version", "id": 1},
     {"execute": "nope", "id": "ä'\"{"},
     {"execute": "qom-get", "arguments": {"path": "/objects/t0", "property": "x"}, "id": None},

@@ -78,8 +78,8 @@ class Place:
         try:
             if base.parent == Path(f"/tmp/vhostblk-{os.geteuid()}"):
                 _private_dir(base.parent)
-            base.mkdir(exist_ok=True)
-            self.path.mkdir(exist_ok=True)
+            base.mkdir(mode=0o755, exist_ok=True)
+            self.path.mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise CliError(
                 f"Cannot create '{self.path}': {error.strerror}; set XDG_RUNTIME_DIR to a "

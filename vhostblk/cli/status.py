@@ -94,8 +94,10 @@ class _Sample:
             self.cpu = {
                 thread.id: thread.user_time + thread.system_time for thread in process.threads()
             }
-            memory = process.memory_info()
+            # What is resident includes the guest's memory, which is not ours.
+            memory = process.memory_full_info()
             self.process = {
+                "memory-private": memory.uss,
                 "memory-rss": memory.rss,
                 "open-files": process.num_fds(),
                 "started": process.create_time(),
@@ -169,7 +171,7 @@ def _text(report: dict[str, Any]) -> str:
     if process:
         up = duration(max(0.0, time.time() - process["started"]) * 1e9)
         used = (
-            f", up {up}, {size(process['memory-rss'])} of memory, "
+            f", up {up}, {size(process['memory-private'])} of memory, "
             f"{process['open-files']} open files"
         )
     lines = [f"{report['version']}, pid {report['pid']}{used}\n  control: {report['control']}\n\n"]
