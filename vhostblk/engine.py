@@ -20,7 +20,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from enum import IntEnum
@@ -271,8 +271,8 @@ class IO:
 
     # An iterator, as await wants it; cheaper than a generator.
 
-    def __await__(self) -> IO:
-        return self
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self  # type: ignore[return-value]
 
     def __iter__(self) -> IO:
         return self
@@ -522,6 +522,7 @@ class Engine:
         self._command_bytes = ffi.buffer(self._commands)
         self._command_count = 0
         self._flush_is_due = False
+        self._closed = False
         self._cookies = itertools.count(1)
         self._ios: dict[int, IO] = {}
         self._upcalls: dict[int, UpcallSink] = {}
@@ -533,6 +534,8 @@ class Engine:
 
     def close(self) -> None:
         """Free it; everything made from it has been freed, except the default I/O thread."""
+        self.flush()
+        self._closed = True
         if self._default_iothread is not None:
             self._default_iothread.free()
         self.loop.remove_reader(self._fd)
@@ -561,6 +564,8 @@ class Engine:
         threads_max: int = 0,
     ) -> IOThread:
         """Start an I/O thread."""
+        if self._closed:
+            raise EngineError(errno.ESHUTDOWN, "the engine has been closed")
         options = ffi.new("struct vb_iothread_options *")
         options.poll_max_ns = poll_max_ns
         options.poll_grow = poll_grow
@@ -704,10 +709,10 @@ class Engine:
                 length = len(keep) - buffer_offset
             if not 0 <= length <= len(keep) - buffer_offset:
                 raise ValueError(f"{length} bytes do not fit into a buffer of {len(keep)}")
-        elif length is None:
-            length = 0
         elif op <= OP_WRITE and not request:
             raise ValueError("a read or write needs a buffer")
+        elif length is None:
+            length = 0
         io = IO(self.loop, node.address, buffer, keep)
         cookie = next(self._cookies)
         self._ios[cookie] = io
@@ -770,7 +775,7 @@ class Engine:
     def flush(self) -> None:
         """Send the commands gathered so far."""
         count, self._command_count = self._command_count, 0
-        if count:
+        if count and not self._closed:
             lib.vb_engine_submit(self._engine, self._commands, count)
 
     def _flush_later(self) -> None:

@@ -64,9 +64,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The request whose hook is running now: by hand, or as a task.
-_stepping: Request | None = None
-_in_task: ContextVar[Request | None] = ContextVar("vhostblk_request", default=None)
+# The request whose hook is running now. Tasks that a hook starts inherit it.
+_current: ContextVar[Request | None] = ContextVar("vhostblk_request", default=None)
 
 
 class _Nothing:
@@ -231,7 +230,7 @@ class FilterChild(Child):
             length = 0 if buffer is None else memoryview(buffer).nbytes
         self.check_range(offset, length)
         assert self._target is not None
-        request = _stepping or _in_task.get()
+        request = _current.get()
         if request is None or request.finished:
             # Work of the filter's own, that no request waits for.
             return self._host.engine.submit(self._target, op, offset, buffer, length, flags=flags)
@@ -344,23 +343,22 @@ class Filter(NodeDriver):
         self, handle: int, op: int, flags: int, offset: int, length: int, iov: int, niov: int
     ) -> None:
         """A request has arrived (engine.UpcallSink)."""
-        global _stepping
         request = Request(self, handle, op, flags, offset, length, iov, niov)
-        _stepping = request
+        _current.set(request)
         try:
             coroutine = self._hooks[op](request)
             if coroutine is None:  # a plain function
                 ret = 0
             else:
                 waiting = coroutine.send(None)
-                _stepping = None
+                _current.set(None)
                 self._wait(request, coroutine, waiting)
                 return
         except StopIteration:
             ret = 0
         except BaseException as error:
             ret = self._failed(request, error)
-        _stepping = None
+        _current.set(None)
         if request._views is None and request._inflight == 0:
             # By far the most frequent way out.
             request.finished = True
@@ -373,8 +371,7 @@ class Filter(NodeDriver):
 
     def _step(self, request: Request, coroutine: Coroutine[Any, None, None]) -> None:
         """What the hook waited for is there."""
-        global _stepping
-        _stepping = request
+        _current.set(request)
         try:
             waiting = coroutine.send(None)
         except StopIteration:
@@ -382,10 +379,10 @@ class Filter(NodeDriver):
         except BaseException as error:
             ret = self._failed(request, error)
         else:
-            _stepping = None
+            _current.set(None)
             self._wait(request, coroutine, waiting)
             return
-        _stepping = None
+        _current.set(None)
         self._finish(request, ret)
 
     def _wait(self, request: Request, coroutine: Coroutine[Any, None, None], waiting: Any) -> None:
@@ -431,7 +428,7 @@ class Filter(NodeDriver):
         task.add_done_callback(self._tasks.discard)
 
     async def _run_task(self, request: Request) -> None:
-        _in_task.set(request)
+        _current.set(request)
         try:
             result = self._hooks[request.op](request)
             if result is not None:
@@ -493,6 +490,8 @@ class Filter(NodeDriver):
             code = error.errno
             level, where = logging.WARNING, ""
             text = f"{errno.errorcode.get(code, code)}: {error.strerror}"
+        elif isinstance(error, RuntimeError) and "task" in str(error) and not self.uses_tasks:
+            text += "; what asks for the current task needs 'uses_tasks = True' in the class"
         self._report(level, request, text + where, {"errno": code}, error)
         return -code
 

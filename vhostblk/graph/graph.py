@@ -283,11 +283,20 @@ class Graph:
     async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
         self._children[node] = children  # a driver may need them to close
         try:
+            await self._settle([node])
             await node.deactivate()
         except Exception:
             logger.exception("closing node '%s' (%s) failed", node.name, node.driver)
         finally:
+            for child in children.values():
+                child.detach()
             del self._children[node]
+
+    async def _settle(self, nodes: Iterable[NodeDriver]) -> None:
+        """Wait for Python's own requests on these nodes (guests' are paused or gone)."""
+        addresses = {node.handle.address for node in nodes if node.handle is not None}
+        while pending := self.engine.pending(addresses):
+            await asyncio.gather(*pending, return_exceptions=True)
 
     # ---- drives
 
@@ -403,6 +412,8 @@ class Graph:
                 except asyncio.CancelledError:
                     await pauses  # a pause that has begun must have happened to be undone
                     raise
+                for backend in backends:
+                    await self._settle(self.below(backend.root))
                 yield
             finally:
                 for device in devices:

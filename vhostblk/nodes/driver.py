@@ -140,6 +140,11 @@ class Child:
         self._target = self.node.effective
         self.size = self.node.size
 
+    def detach(self) -> None:
+        """Called by the graph when the parent has been closed: no I/O from here on."""
+        self._target = None
+        self.size = 0
+
     def read(self, offset: int, into: int | bytearray | memoryview) -> IO:
         """Read into a buffer, or that many bytes into a new one; awaiting gives the buffer."""
         buffer = bytearray(into) if isinstance(into, int) else into
@@ -181,6 +186,8 @@ class Child:
 
     def check_range(self, offset: int, length: int) -> None:
         """The engine's nodes trust their callers to stay inside."""
+        if self._target is None:
+            raise OSError(errno.ESHUTDOWN, f"the parent of node '{self.node.name}' is closed")
         if offset < 0 or length < 0 or offset + length > self.size:
             raise OSError(
                 errno.EIO,
