@@ -6,9 +6,9 @@ from __future__ import annotations
 import struct
 
 import pytest
-from frontend import Feature, Message, ProtocolFeature
+from frontend import Device, Feature, Message, ProtocolFeature, Qmp, vhostblk
 from frontend.device import CONFIG_WCE_OFFSET
-from frontend.lab import DISK_SIZE, MIB, NULL_SIZE, Lab
+from frontend.lab import DISK_SIZE, MIB, NULL_SIZE, Lab, export_options, node_options
 from frontend.protocol import config_space, u64
 
 pytest_plugins = ["frontend.fixtures"]
@@ -211,3 +211,12 @@ def test_a_front_end_that_never_reads_its_resizes_stops_nobody(lab: Lab) -> None
                 qmp.command("block_resize", **{"node-name": "disk", "size": size})
         assert device.config().capacity == DISK_SIZE // 512
         device.read(0, 4096)
+
+
+def test_sigterm_with_a_front_end_that_never_reads_its_resizes() -> None:
+    arguments = [*node_options("null"), *export_options("null"), "--control", "{dir}/qmp.sock"]
+    with vhostblk(*arguments) as daemon, Device(daemon.socket("null")):
+        with Qmp(daemon.socket("qmp")) as qmp:
+            for size in range(512, 512 * 1000, 512):
+                qmp.command("block_resize", **{"node-name": "null", "size": size})
+        assert daemon.terminate() == 0

@@ -31,28 +31,56 @@ NODES = {
     "bystander": f"driver=null-co,size={NULL_SIZE},read-zeroes=on",
 }
 
-EXPORTS = {
-    "disk": f"writable=on,num-queues=4,serial={SERIAL}",
-    "null": "writable=on,num-queues=4",
-    "slow": "writable=on,num-queues=2",
-    "ro": "num-queues=1",
-    "many": "writable=on,num-queues=8,iothread.0=io1,iothread.1=io2",
-    "plain": "",
-    "sectors": "writable=on,num-queues=1,logical-block-size=4096,writethrough=on",
-    "bystander": "writable=on,num-queues=1",
+EXPORTS: dict[str, dict[str, Any]] = {
+    "disk": {"writable": True, "num-queues": 4, "serial": SERIAL},
+    "null": {"writable": True, "num-queues": 4},
+    "slow": {"writable": True, "num-queues": 2},
+    "ro": {"num-queues": 1},
+    "many": {"writable": True, "num-queues": 8, "iothread": ["io1", "io2"]},
+    "plain": {},
+    "sectors": {
+        "writable": True,
+        "num-queues": 1,
+        "logical-block-size": 4096,
+        "writethrough": True,
+    },
+    "bystander": {"writable": True, "num-queues": 1},
 }
+
+# Of lines that a hostile front-end can cause, an export says 100 and then few.
+LINES_MAX = 90
 
 
 def node_options(name: str) -> list[str]:
     return ["--blockdev", f"node-name={name},{NODES[name]}"]
 
 
+def export_description(name: str, directory: str) -> dict[str, Any]:
+    return {
+        "type": "vhost-user-blk",
+        "id": name,
+        "node-name": name,
+        "addr": {"type": "unix", "path": f"{directory}/{name}.sock"},
+        **EXPORTS[name],
+    }
+
+
+def key_values(value: object, key: str = "") -> Iterator[str]:
+    """As on a command line: dotted keys, on and off."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from key_values(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from key_values(inner, f"{key}.{number}")
+    elif isinstance(value, bool):
+        yield f"{key}={'on' if value else 'off'}"
+    else:
+        yield f"{key}={value}"
+
+
 def export_options(name: str) -> list[str]:
-    options = f"type=vhost-user-blk,id={name},node-name={name},addr.type=unix"
-    options += f",addr.path={{dir}}/{name}.sock"
-    if EXPORTS[name]:
-        options += f",{EXPORTS[name]}"
-    return ["--export", options]
+    return ["--export", ",".join(key_values(export_description(name, "{dir}")))]
 
 
 class Lab:
@@ -69,6 +97,7 @@ class Lab:
         self.daemon: Daemon = vhostblk(*arguments, files=files)
         self.bystander = Device(self.path("bystander"))
         self.bystander.__enter__()
+        self._said: dict[str, int] = {}
 
     def close(self) -> None:
         self.bystander.close()
@@ -102,6 +131,16 @@ class Lab:
         self.bystander.read(1 << 30, 4096)
         assert self.daemon.alive
 
+    def renew(self, export: str) -> None:
+        """Delete the export and add it again: it has said too much."""
+        with self.qmp() as qmp:
+            qmp.command("block-export-del", id=export, mode="hard")
+            while export in {entry["id"] for entry in qmp.command("query-block-exports")}:
+                time.sleep(0.01)
+            description = export_description(export, str(self.daemon.directory))
+            qmp.command("block-export-add", **description)
+        self._said[export] = 0
+
     @contextmanager
     def attack(
         self, export: str = "disk", *, dropped: bool = True, **options: Any
@@ -111,6 +150,8 @@ class Lab:
         `dropped`: the back-end must have hung up, for a reason it gave in one line.
         Otherwise it may: then too there is one line, else none.
         """
+        if self._said.get(export, 0) >= LINES_MAX:
+            self.renew(export)
         mark = self.daemon.mark()
         device = self.device(export, **options)
         try:
@@ -123,6 +164,7 @@ class Lab:
         finally:
             device.close()
         if hung_up:
+            self._said[export] = self._said.get(export, 0) + 1
             self.daemon.wait_line(export, since=mark)
         self.works(export)
         said = self.daemon.lines(mark)
