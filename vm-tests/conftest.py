@@ -64,6 +64,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         workspace.remove()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make the guest images first: that may take minutes, which no test's limit must pay for."""
+    if session.config.option.collectonly:
+        return
+    names = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    for tier, fixture in (("tiny", "images"), ("debian", "debian_images")):
+        if fixture in names:
+            GuestImages.build(tier)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
@@ -96,7 +106,12 @@ def vm_session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture(scope="session")
 def images() -> GuestImages:
-    return GuestImages.build("tiny")
+    return GuestImages.existing()
+
+
+@pytest.fixture(scope="session")
+def debian_images() -> GuestImages:
+    return GuestImages.existing()
 
 
 @pytest.fixture(scope="session")

@@ -130,8 +130,10 @@ runcmd:
 
 class TestRootDisk:
     @pytest.mark.timeout(420)
-    def test_debian_boots_and_cloud_init_runs(self, workspace: Workspace, accel: str) -> None:
-        images = GuestImages.build("debian")
+    def test_debian_boots_and_cloud_init_runs(
+        self, workspace: Workspace, debian_images: GuestImages, accel: str
+    ) -> None:
+        images = debian_images
         image = workspace.path / "root.raw"
         subprocess.run(
             ["cp", "--sparse=always", "--reflink=auto", images.debian_disk, image],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from .process import Process, wait_until
 from .qmp import QmpClient, QmpError
 from .workspace import Workspace
 
-QEMU = "qemu-system-x86_64"
+# Another QEMU than the installed one may be judged with the same tests.
+QEMU = os.environ.get("VHOSTBLK_QEMU") or "qemu-system-x86_64"
 BOOT_SECONDS = 60
 COMMAND_SECONDS = 60
 # Under TCG a guest has no use for what these do, and they take seconds of its boot.
@@ -111,6 +113,21 @@ class Job:
                 f"`{self.command}` ended with {result.status}:\n{result.output[-3000:]}"
             )
         return result.output
+
+
+class Load:
+    """A command that the guest repeats in the background until told otherwise."""
+
+    def __init__(self, guest: Guest, number: int, command: str) -> None:
+        self._guest = guest
+        self._flag = f"/tmp/load-{number}"
+        guest.check(f"touch {self._flag}")
+        self._job = guest.spawn(f"while [ -e {self._flag} ]; do {command} || exit 1; done")
+
+    def finish(self, timeout: float = 60) -> None:
+        """Let the last round end; every round must have been a success."""
+        self._guest.check(f"rm {self._flag}")
+        self._job.check(timeout)
 
 
 class Guest:
@@ -235,6 +252,10 @@ class Guest:
     def spawn(self, command: str) -> Job:
         """Run a command in the guest's background."""
         return Job(self, next(self._jobs), command)
+
+    def load(self, command: str) -> Load:
+        """Repeat a command in the guest's background."""
+        return Load(self, next(self._jobs), command)
 
     def kernel_errors(self) -> list[str]:
         """What the guest's kernel has complained about since the last call."""
