@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Random hostile sessions against the message reader and the virtqueue parser.
+
+A few seconds of it in every run of the tests; see README.md here for more.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import pytest
+from frontend.lab import Lab
+
+from fuzz.sessions import Session
+
+pytest_plugins = ["frontend.fixtures"]
+
+SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "4"))
+SEED = os.environ.get("VHOSTBLK_FUZZ_SEED", "1")
+
+
+@pytest.mark.timeout(SECONDS + 120)
+def test_random_hostile_sessions(lab: Lab) -> None:
+    seed = random.randrange(1 << 32) if SEED == "random" else int(SEED)
+    end = time.monotonic() + SECONDS
+    sessions = 0
+    recent: list[int] = []
+    while time.monotonic() < end:
+        rng = random.Random(seed)
+        export = rng.choice(("null", "disk", "many"))
+        recent = [*recent[-4:], seed]
+        Session(rng, lab.path(export)).run()
+        sessions += 1
+        if sessions % 20 == 0 or not lab.daemon.alive:
+            try:
+                for export in ("null", "disk", "many"):
+                    lab.works(export)
+            except Exception as error:
+                said = "\n".join(lab.daemon.lines()[-60:])
+                raise AssertionError(
+                    f"session {sessions}, one of the seeds {recent} or up to 20 before: {error}; "
+                    f"the back-end said:\n{said}"
+                ) from error
+        seed += 1
+    print(f"{sessions} sessions up to seed {seed - 1}")
+    assert sessions
