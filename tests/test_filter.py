@@ -580,3 +580,39 @@ def test_filters_share_the_schema_of_all_nodes() -> None:
         assert entry["filter"] and entry["children"] == [{"child": "file", "node-name": "inner"}]
 
     with_host(test, Idle)
+
+
+class BadOpen(Filter):
+    driver = "bad-open"
+
+    async def open(self) -> None:
+        raise KeyError("no such thing")
+
+
+class BadDrain(Filter):
+    driver = "bad-drain"
+
+    async def close(self) -> None:
+        raise ValueError("cannot close")
+
+    def drain_begin(self) -> None:
+        raise ValueError("cannot drain")
+
+
+def test_mistakes_outside_of_requests(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(host: Host) -> None:
+        node = await host.null("n")
+        with refused("Could not open node 'x' (bad-open): KeyError", "(test_filter.py line"):
+            await host.add("bad-open", "x", file="n")
+        assert list(host.backend.graph.nodes) == ["n"]
+        await host.add("bad-drain", "x", file="n")
+        await host.export("x")
+        async with host.backend.graph.drained([node]):
+            pass
+        await host.backend.block_export_del("e")
+        await host.backend.blockdev_del("x")
+        assert any("cannot drain (test_filter.py line" in line for line in caplog.messages)
+        assert any("cannot close (test_filter.py line" in line for line in caplog.messages)
+        assert not any(record.exc_info for record in caplog.records)
+
+    with_host(test, BadOpen, BadDrain)

@@ -8,6 +8,7 @@ loop's thread. Changes are made one at a time.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -62,8 +63,8 @@ class Backend:
             return
         self._closing = True
         async with self.graph.lock:
-            for export in list(self._exports.values()):
-                await self._close_export(export)
+            closing = [self._close_export(export) for export in self._exports.values()]
+            await asyncio.gather(*closing)
             await self.graph.close()
             await self.objects.close()
         self.engine.close()

@@ -744,6 +744,44 @@ class Engine:
             self.loop.call_soon(self._flush_later)
         return io
 
+    def submit_upcall(
+        self, node: int, op: int, offset: int, length: int, flags: int, request: int, owner: IOOwner
+    ) -> IO:
+        """The same for all of the upcall `request`'s memory, on the node at address `node`.
+
+        What submit() does without its choices: filters live on it.
+        """
+        io = IO(self.loop, node, None, None)
+        io.owner = owner
+        cookie = next(self._cookies)
+        self._ios[cookie] = io
+        count = self._command_count
+        if count == COMMAND_BATCH:
+            self.flush()
+            count = 0
+        _COMMAND.pack_into(
+            self._command_bytes,
+            count * _COMMAND_SIZE,
+            _COMMAND_SUBMIT,
+            0,
+            request,
+            cookie,
+            node,
+            0,
+            offset,
+            length,
+            0,
+            0,
+            op,
+            flags,
+            0,
+        )
+        self._command_count = count + 1
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self.loop.call_soon(self._flush_later)
+        return io
+
     def complete(self, request: int, ret: int) -> None:
         """Finish an upcall with 0 or a negative errno."""
         count = self._command_count
@@ -797,9 +835,14 @@ class Engine:
             try:
                 self._dispatch(events)
                 break
-            except Exception:
+            except Exception as error:
                 # A mistake in one handler must not lose the other events.
-                logger.exception("an event of the engine was not handled")
+                logger.error(
+                    "an event of the engine was not handled: %s: %s",
+                    type(error).__name__,
+                    error,
+                    exc_info=logger.isEnabledFor(logging.DEBUG),
+                )
         self._flush_is_due = due
         self.flush()
 

@@ -44,6 +44,7 @@ from vhostblk.engine import (
     guest_buffers,
 )
 from vhostblk.nodes.driver import Child, ChildRole, NodeDriver, NodeOptions
+from vhostblk.origin import origin
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef
 
@@ -202,20 +203,13 @@ class FilterChild(Child):
         if request.finished:
             raise ValueError("the request has completed")
         at = request.offset if offset is None else offset
-        self.check_range(at, request.length if request.op != OP_FLUSH else 0)
+        self.check_range(at, request.length)
         assert self._target is not None
-        io = self._host.engine.submit(
-            self._target,
-            request.op,
-            at,
-            None,
-            request.length,
-            flags=request.flags,
-            request=request.handle,
-        )
         request._inflight += 1
-        io.owner = request
-        return io
+        return self._host.engine.submit_upcall(
+            self._target.address, request.op, at, request.length, request.flags,
+            request.handle, request,
+        )  # fmt: skip
 
     def _submit(
         self,
@@ -323,7 +317,17 @@ class Filter(NodeDriver):
         self._tasks: set[asyncio.Task[None]] = set()
         self._collected = 0.0
         await self.open()
+        try:
+            self._make_half()
+        except BaseException:
+            await self.close()
+            raise
+
+    def _make_half(self) -> None:
         operations = self.hooked_operations()
+        unknown = operations.difference(OP_NAMES)
+        if unknown:
+            raise ValueError(f"hooked_operations() gave {unknown}, which are not in {OP_NAMES}")
         self._hooks: list[Any] = [
             getattr(self, method) if name in operations else None
             for name, method in zip(OP_NAMES, _METHODS, strict=True)
@@ -485,7 +489,7 @@ class Filter(NodeDriver):
     def _failed(self, request: Request, error: BaseException) -> int:
         """The hook has raised: say so; the errno for the request."""
         code = errno.EIO
-        level, text, where = logging.ERROR, f"{type(error).__name__}: {error}", _origin(error)
+        level, text, where = logging.ERROR, f"{type(error).__name__}: {error}", origin(error)
         if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
             code = error.errno
             level, where = logging.WARNING, ""
@@ -538,12 +542,3 @@ def _is_shared(parts: list[Any]) -> bool:
     """Whether anybody but the list refers to one of its entries."""
     # The list's own reference, that of the loop variable, and that of the argument.
     return any(sys.getrefcount(part) > 3 for part in parts)
-
-
-def _origin(error: BaseException) -> str:
-    """The line of the filter where it happened."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if frame.filename != __file__:
-            return f" ({frame.filename.rpartition('/')[2]} line {frame.lineno})"
-    return ""

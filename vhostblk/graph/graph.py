@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from vhostblk.events import EventBus
 from vhostblk.graph.block_backend import BlockBackend
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import INHERITED, Child, NodeDriver, Perm, perm_names
+from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, validate
 from vhostblk.schema.validation import wrong_type_error
 
@@ -60,6 +61,7 @@ class Graph:
         self._nodes: dict[str, NodeDriver] = {}
         self._names = itertools.count()
         self._owned: set[NodeDriver] = set()  # by the operator; the rest by their parents
+        self._active: set[NodeDriver] = set()  # opened with success
         self._children: dict[NodeDriver, dict[str, Child]] = {}
         self._parents: dict[NodeDriver, list[Edge]] = {}
         self._backends: list[BlockBackend] = []
@@ -235,15 +237,28 @@ class Graph:
             self._children[node][role] = child
             self._parents[child_node].append(Edge(node, child))
             child.refresh()
-        try:
-            await node.activate()
-        except OSError as error:
-            raise VhostblkError(
-                f"Could not open node '{node.name}' ({driver.driver}): {error.strerror or error}",
-                data={"code": "open-failed", "node": node.name},
-            ) from error
+        await self._activate(node)
         node.relink()
         return node
+
+    async def _activate(self, node: NodeDriver) -> None:
+        try:
+            await node.activate()
+        except VhostblkError:
+            raise
+        except Exception as error:
+            # From somebody's plug-in, mostly: still a sentence, not a traceback.
+            logger.debug("opening node '%s' failed", node.name, exc_info=True)
+            text = str(error)
+            if not isinstance(error, OSError):
+                text = f"{type(error).__name__}: {error}{origin(error)}"
+            elif error.strerror:
+                text = error.strerror
+            raise VhostblkError(
+                f"Could not open node '{node.name}' ({node.driver}): {text}",
+                data={"code": "open-failed", "node": node.name},
+            ) from error
+        self._active.add(node)
 
     async def _child_node(
         self,
@@ -283,10 +298,12 @@ class Graph:
     async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
         self._children[node] = children  # a driver may need them to close
         try:
-            await self._settle([node])
-            await node.deactivate()
-        except Exception:
-            logger.exception("closing node '%s' (%s) failed", node.name, node.driver)
+            if node in self._active:
+                self._active.discard(node)
+                await self._settle([node])
+                await node.deactivate()
+        except Exception as error:
+            _log_failure(f"closing node '{node.name}' ({node.driver})", error)
         finally:
             for child in children.values():
                 child.detach()
@@ -428,7 +445,7 @@ class Graph:
         for node in reached:
             self._drains[node] = self._drains.get(node, 0) + 1
             if self._drains[node] == 1:
-                node.drain_begin()
+                _call(node.drain_begin, f"drain_begin() of node '{node.name}'")
         try:
             yield
         finally:
@@ -436,7 +453,7 @@ class Graph:
                 self._drains[node] -= 1
                 if self._drains[node] == 0:
                     del self._drains[node]
-                    node.drain_end()
+                    _call(node.drain_end, f"drain_end() of node '{node.name}'")
 
     def relink(self) -> None:
         """Make the engine's picture that of the graph. What has changed is drained."""
@@ -473,6 +490,20 @@ class Graph:
                 child.refresh()
         for backend in self._backends:
             backend.refresh_size()
+
+
+def _log_failure(what: str, error: Exception) -> None:
+    """One line for the operator; the traceback for who wants it."""
+    text = f"{type(error).__name__}: {error}{origin(error)}"
+    logger.error("%s failed: %s", what, text, exc_info=logger.isEnabledFor(logging.DEBUG))
+
+
+def _call(method: Callable[[], None], what: str) -> None:
+    """Call what may be somebody else's code; its mistakes must not stop ours."""
+    try:
+        method()
+    except Exception as error:
+        _log_failure(what, error)
 
 
 async def _wait_for(awaitable: Any) -> None:

@@ -9,7 +9,6 @@ duplicate of it stays here for the image locks and for resizing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -90,10 +89,7 @@ class File(NodeDriver):
 
     async def close(self) -> None:
         await super().close()
-        with contextlib.suppress(AttributeError):  # it may never have been opened
-            fd = self._fd
-            del self._fd
-            os.close(fd)  # the locks go with it
+        os.close(self._fd)  # the locks go with it
 
     @property
     def size(self) -> int:
