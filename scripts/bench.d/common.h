@@ -35,8 +35,8 @@ struct job {
     int cpu; /* first CPU to pin the threads to; -1 pins nothing */
 };
 
-/* Buckets of a width of 1/32 of their value: a percentile is off by 3 % at most. */
-#define SUB_BITS 5
+/* Buckets of a width of 1/128 of their value: a percentile is off by less than 1 %. */
+#define SUB_BITS 7
 #define SUB (1u << SUB_BITS)
 #define BUCKETS (64 * SUB)
 

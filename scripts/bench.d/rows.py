@@ -32,7 +32,7 @@ class Compare(Enum):
     """What a target means."""
 
     IOPS = "iops"  # at least TARGET times qemu-storage-daemon's requests per second
-    LATENCY = "latency"  # qemu-storage-daemon's mean latency is at least TARGET times ours
+    LATENCY = "latency"  # qemu-storage-daemon's median latency is at least TARGET times ours
     AT_MOST = "at-most"  # the value itself is at most TARGET
 
 
@@ -44,10 +44,12 @@ class Job:
     depth: int = 32
     block: int = 4096
     queues: int = 1
+    poll: bool = False  # the client spins on the used ring, so that its waking up is not measured
 
     def __str__(self) -> str:
         many = f", {self.queues} queues" if self.queues > 1 else ""
-        return f"{self.what} {self.block // 1024} KiB, depth {self.depth}{many}"
+        how = ", client polls" if self.poll else ""
+        return f"{self.what} {self.block // 1024} KiB, depth {self.depth}{many}{how}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Row:
     title: str
     nodes: tuple[str, ...]
     compare: Compare
-    target: float
+    target: float | None  # None: for information
     kind: Kind = Kind.LOAD
     job: Job = field(default_factory=Job)
     daemons: tuple[Daemon, ...] = ()
@@ -119,6 +121,17 @@ ROWS: tuple[Row, ...] = (
         nodes=(FILE,),
         compare=Compare.LATENCY,
         target=2.0,
+        job=Job(depth=1, poll=True),
+        daemons=FILE_DAEMONS,
+        limit=True,
+    ),
+    # What a client that sleeps adds, its own waking up, is the same for everyone.
+    Row(
+        name="file-randread-depth1-sleeping",
+        title="file in the page cache",
+        nodes=(FILE,),
+        compare=Compare.LATENCY,
+        target=None,
         job=Job(depth=1),
         daemons=FILE_DAEMONS,
         limit=True,
