@@ -81,7 +81,7 @@ def test_many_at_once_and_in_every_asyncio_way() -> None:
         )
         buffers = [bytearray(512) for _ in range(count)]
         ios = [submit(file.handle, OP_READ, i * 512, buffer) for i, buffer in enumerate(buffers)]
-        done, pending = await asyncio.wait(ios, timeout=10)
+        done, pending = await asyncio.wait(ios, timeout=10)  # type: ignore[type-var]
         assert len(done) == count and not pending
         assert all(buffer == i.to_bytes(2) * 256 for i, buffer in enumerate(buffers))
         assert not host.backend.engine.pending()

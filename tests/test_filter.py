@@ -505,6 +505,7 @@ def test_error_inject() -> None:
 # ---- plug-ins
 
 PLUGIN = """
+from __future__ import annotations
 from vhostblk.filter import Filter, FilterOptions, Request
 from vhostblk.schema import UInt32
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 from in_process import MIB, Host, refused, with_host
@@ -240,5 +241,63 @@ def test_error_data_is_for_programs() -> None:
         assert caught.value.data is not None
         assert caught.value.data["filename"] == host.path("none")
         assert caught.value.error_class == "GenericError"
+
+    with_host(test)
+
+
+def test_resize_through_filters() -> None:
+    async def test(host: Host) -> None:
+        path = host.file("a", MIB)
+        await host.add("file", "f", filename=path)
+        await host.add("delay", "d", file="f", **{"read-ns": 1})
+        await host.add("error-inject", "x", file="d", operations="flush")
+        await host.backend.block_resize("x", 4096)
+        assert os.path.getsize(path) == host.backend.graph.node("x").size == 4096
+        assert await host.read("x", 3584, 512) == bytes(512)
+
+    with_host(test)
+
+
+def test_a_file_that_can_only_be_read() -> None:
+    async def test(host: Host) -> None:
+        path = host.file("a")
+        if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+            pytest.skip("needs root and a file system with immutable files")
+        try:
+            with refused("Could not open", "read-only=on or auto-read-only=on"):
+                await host.add("file", "f", filename=path)
+            node = await host.add("file", "f", filename=path, auto_read_only=True)
+            assert node.read_only
+        finally:
+            subprocess.run(["chattr", "-i", path], check=True)
+
+    with_host(test)
+
+
+def test_a_block_device() -> None:
+    async def test(host: Host) -> None:
+        made = subprocess.run(
+            ["losetup", "--find", "--show", host.file("a", MIB)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if made.returncode:
+            pytest.skip("needs root and loop devices")
+        device = made.stdout.strip()
+        try:
+            with refused("to be a regular file", "use driver 'host_device'"):
+                await host.add("file", "d", filename=device)
+            for name, direct in (("d", True), ("c", False)):
+                node = await host.add(
+                    "host_device", name, filename=device, cache={"direct": direct}
+                )
+                assert node.size == MIB
+                await host.write(name, 512, b"x" * 512)
+                assert await host.read(name, 0, 1024) == bytes(512) + b"x" * 512
+            with refused("Cannot grow device files"):
+                await host.backend.block_resize("d", 2 * MIB)
+            for name in ("c", "d"):
+                await host.backend.blockdev_del(name)
+        finally:
+            subprocess.run(["losetup", "--detach", device], check=True)
 
     with_host(test)

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import socket
+from typing import Any
 
 import pytest
 from frontend import Status
@@ -163,7 +164,7 @@ def test_a_guest_is_told_of_a_resize() -> None:
         await host.export("f")
         async with host.device() as guest:
             assert (await guest.config()).capacity * 512 == MIB
-            waiting = asyncio.create_task(guest.backend_message(10))
+            waiting = asyncio.ensure_future(guest.backend_message(10))
             await host.backend.block_resize("f", 4 * MIB)
             assert await waiting == 2  # VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
             assert (await guest.config()).capacity * 512 == 4 * MIB
@@ -255,7 +256,7 @@ def test_an_inherited_socket() -> None:
         ({"writeable": True}, "did you mean 'writable'?"),
     ],
 )
-def test_options_that_do_not_work(options: dict[str, object], text: str) -> None:
+def test_options_that_do_not_work(options: dict[str, Any], text: str) -> None:
     async def test(host: Host) -> None:
         await host.null()
         with refused(text):

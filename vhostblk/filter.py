@@ -299,6 +299,10 @@ class Filter(NodeDriver):
             if getattr(type(self), method) is not getattr(Filter, method)
         }
 
+    async def truncate(self, size: int) -> None:
+        """Change the size (`block_resize`); by default that of the child."""
+        await self.file.node.truncate(size)
+
     # ---- the framework's: not to be overridden
 
     child_index: Mapping[str, int]

@@ -49,10 +49,12 @@ class DriverRegistry:
             if info.name not in _NOT_DRIVERS and not info.name.startswith("_")
         ]
         self._entry_points_scanned = False
+        self._plugins = 0
 
     def load_plugin(self, path: Path) -> list[type[NodeDriver]]:
         """Run a Python file and register the drivers it defines."""
-        name = f"vhostblk_plugin_{path.stem.replace('-', '_')}"
+        self._plugins += 1
+        name = f"vhostblk_plugin_{self._plugins}_{path.stem.replace('-', '_')}"
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
             raise _plugin_error(path, "it is not a Python file (.py)")
