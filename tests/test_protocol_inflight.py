@@ -22,6 +22,7 @@ from frontend import (
     Type,
     vhostblk,
 )
+from frontend.device import CONFIG_WCE_OFFSET
 from frontend.inflight import Entry, QueueRegion
 from frontend.lab import DISK_SIZE, NULL_SIZE, Lab, export_options, node_options
 
@@ -362,3 +363,27 @@ def test_without_the_feature_there_is_no_area(lab: Lab) -> None:
     wanted = ~(1 << ProtocolFeature.INFLIGHT_SHMFD)
     with lab.device("null", protocol_features=wanted & 0xFFFF) as device:
         device.read(0, 512)
+
+
+def test_the_write_cache_setting_survives_a_kill() -> None:
+    """The guest switched it off and flushes no more; QEMU does not tell the next back-end."""
+    arguments = [*node_options("null"), *export_options("null")]
+    with vhostblk(*arguments) as daemon:
+        with Device(daemon.socket("null")) as device:
+            device.set_config(CONFIG_WCE_OFFSET, b"\0")
+            device.write(0, bytes(512))
+            daemon.kill()
+            daemon.restart()
+            device.reconnect()
+            assert not device.writeback
+            device.write(0, bytes(512))
+            device.set_config(CONFIG_WCE_OFFSET, b"\1")
+            daemon.kill()
+            daemon.restart()
+            device.reconnect()
+            assert device.writeback
+            device.set_config(CONFIG_WCE_OFFSET, b"\0")
+        daemon.kill()
+        daemon.restart()
+        with Device(daemon.socket("null")) as device:  # another guest
+            assert device.writeback
