@@ -55,7 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = Session()
     config.addinivalue_line("markers", "vm: boots a virtual machine")
     config.addinivalue_line("markers", "timeout(seconds): a limit for the test (pytest-timeout)")
-    shutil.rmtree(KEPT_LOGS, ignore_errors=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -68,6 +67,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Make the guest images first: that may take minutes, which no test's limit must pay for."""
     if session.config.option.collectonly:
         return
+    shutil.rmtree(KEPT_LOGS, ignore_errors=True)
     names = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     for tier, fixture in (("tiny", "images"), ("debian", "debian_images")):
         if fixture in names:

@@ -7,61 +7,60 @@ import hashlib
 import re
 import subprocess
 from collections.abc import Iterator
-from typing import ClassVar
 
 import pytest
 from guest import Backend, Disk, Guest, GuestImages, Workspace
 from guest.disks import MIB, check_ext4, read_ext4
 from guest.fio import fio
 
+DISKS = ["vda", "vdb"]
 QUEUES = 8
+
+
+@pytest.fixture(scope="class")
+def backends(own_workspace: Workspace) -> Iterator[list[Backend]]:
+    backends = []
+    for name in DISKS:
+        image = own_workspace.image(f"{name}.raw", 256 * MIB)
+        address = f"addr.type=unix,addr.path={own_workspace.path}/{name}.sock"
+        arguments = [
+            *("--object", "iothread,id=io0", "--object", "iothread,id=io1"),
+            *("--blockdev", f"driver=file,node-name=file,filename={image},discard=unmap"),
+            *("--blockdev", "driver=raw,node-name=raw,file=file"),
+            "--export",
+            f"type=vhost-user-blk,id={name},node-name=raw,writable=on,serial=disk-{name}"
+            f",iothread=io0,{address}",
+        ]
+        backends.append(Backend(own_workspace, arguments, name=name))
+    try:
+        for backend in backends:
+            backend.start()
+        yield backends
+        for backend in backends:
+            backend.terminate()
+    finally:
+        for backend in backends:
+            backend.close()
+
+
+@pytest.fixture(scope="class")
+def wide_guest(
+    own_workspace: Workspace,
+    backends: list[Backend],
+    images: GuestImages,
+    accel: str,
+) -> Iterator[Guest]:
+    disks = [Disk(name, own_workspace.path / f"{name}.sock", QUEUES) for name in DISKS]
+    guest = Guest(own_workspace, images, accel, disks=disks, smp=str(QUEUES))
+    try:
+        guest.start()
+        yield guest
+    finally:
+        guest.close()
 
 
 class TestTwoDisksEightQueues:
     """One guest with eight CPUs; each disk has a queue for every one of them."""
-
-    disks: ClassVar[list[str]] = ["vda", "vdb"]
-
-    @pytest.fixture(scope="class")
-    def backends(self, own_workspace: Workspace) -> Iterator[list[Backend]]:
-        backends = []
-        for name in self.disks:
-            image = own_workspace.image(f"{name}.raw", 256 * MIB)
-            address = f"addr.type=unix,addr.path={own_workspace.path}/{name}.sock"
-            arguments = [
-                *("--object", "iothread,id=io0", "--object", "iothread,id=io1"),
-                *("--blockdev", f"driver=file,node-name=file,filename={image},discard=unmap"),
-                *("--blockdev", "driver=raw,node-name=raw,file=file"),
-                "--export",
-                f"type=vhost-user-blk,id={name},node-name=raw,writable=on,serial=disk-{name}"
-                f",iothread=io0,{address}",
-            ]
-            backends.append(Backend(own_workspace, arguments, name=name))
-        try:
-            for backend in backends:
-                backend.start()
-            yield backends
-            for backend in backends:
-                backend.terminate()
-        finally:
-            for backend in backends:
-                backend.close()
-
-    @pytest.fixture(scope="class")
-    def wide_guest(
-        self,
-        own_workspace: Workspace,
-        backends: list[Backend],
-        images: GuestImages,
-        accel: str,
-    ) -> Iterator[Guest]:
-        disks = [Disk(name, own_workspace.path / f"{name}.sock", QUEUES) for name in self.disks]
-        guest = Guest(own_workspace, images, accel, disks=disks, smp=str(QUEUES))
-        try:
-            guest.start()
-            yield guest
-        finally:
-            guest.close()
 
     @pytest.fixture(autouse=True)
     def no_kernel_errors(self, wide_guest: Guest) -> Iterator[None]:
@@ -77,24 +76,24 @@ class TestTwoDisksEightQueues:
         )
 
     def test_every_queue_carries_requests(self, wide_guest: Guest) -> None:
-        for name in self.disks:
+        for name in DISKS:
             assert wide_guest.check(f"cat /sys/block/{name}/serial") == f"disk-{name}"
             queues = wide_guest.check(f"ls /sys/block/{name}/mq").split()
             assert len(queues) == QUEUES
-        for job in [wide_guest.spawn(self.load(name)) for name in self.disks]:
+        for job in [wide_guest.spawn(self.load(name)) for name in DISKS]:
             job.check(90)
         interrupts = re.findall(
             r"^ *\d+:((?: +\d+)+) .*virtio\d+-req\.\d+",
             wide_guest.check("cat /proc/interrupts"),
             re.M,
         )
-        assert len(interrupts) == QUEUES * len(self.disks)
+        assert len(interrupts) == QUEUES * len(DISKS)
         for counts in interrupts:
             assert sum(int(count) for count in counts.split()) > 0
 
     @pytest.mark.parametrize("by", ["host", "guest"])
     def test_reboot_under_load(self, wide_guest: Guest, by: str) -> None:
-        for name in self.disks:
+        for name in DISKS:
             wide_guest.check(f"echo kept-{by} | dd of=/dev/{name} seek=200 bs=1M conv=fsync")
             wide_guest.spawn(f"while {self.load(name)}; do :; done")
         wide_guest.qmp.command("set-action", {"reboot": "reset"})
@@ -103,10 +102,10 @@ class TestTwoDisksEightQueues:
         else:
             wide_guest.console.send("busybox reboot -f")
         wide_guest.console.wait_ready(90)
-        for name in self.disks:
+        for name in DISKS:
             text = wide_guest.check(f"dd if=/dev/{name} skip=200 bs=1M count=1 | head -n 1")
             assert text.splitlines()[0] == f"kept-{by}"
-        for job in [wide_guest.spawn(self.load(name)) for name in self.disks]:
+        for job in [wide_guest.spawn(self.load(name)) for name in DISKS]:
             job.check(90)
 
 

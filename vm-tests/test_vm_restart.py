@@ -23,6 +23,11 @@ OVERWRITES = (
     " --norandommap --serialize_overlap=1"
 )
 KILLS = 5
+# It takes its handlers off the connection and forgets to put them back, if the backend goes away
+# while the device is not started: in the middle of the handshake, or with the guest stopped.
+needs_reliable_reconnect = pytest.mark.skipif(
+    qemu_version() < (9, 1), reason="QEMU before 9.1 does not reconnect in every case"
+)
 RECONNECT_SECONDS = 30
 
 
@@ -56,8 +61,12 @@ class TestKill:
         delay = "driver=delay,write-ns=20000000,read-ns=1000000,jitter-ns=20000000"
         disk = disks.add(filters=[delay])
         load = guest.load(fio(disk.dev, f"{OVERWRITES} --io_size=4M"))
-        kill_and_restart([disk], 3, writes=200)
+        resubmitted = 0
+        for _ in range(3):
+            kill_and_restart([disk], 1, writes=200)
+            resubmitted += disk.backend.export(disk.disk.id)["resubmitted"]
         load.finish()
+        assert resubmitted > 0, "nothing was in flight: the test proves nothing"
 
     def test_two_disks_with_many_queues(self, guest: Guest, disks: DiskServer) -> None:
         pair = [disks.add(num_queues=8) for _ in range(2)]
@@ -78,8 +87,19 @@ class TestKill:
             disk.backend.start()
         load.finish()
 
-    def test_again_before_qemu_is_back(self, guest: Guest, disks: DiskServer) -> None:
-        """A backend that dies during QEMU's handshake is no worse than one that dies later."""
+    def test_as_soon_as_qemu_is_back(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        load = guest.load(fio(disk.dev, OVERWRITES))
+        wait_writes(disk, 1000)
+        for _ in range(4):
+            disk.backend.kill()
+            disk.backend.start()
+            wait_until(disk.connected, "QEMU to be back", RECONNECT_SECONDS)
+        wait_writes(disk, 1000)
+        load.finish()
+
+    @needs_reliable_reconnect
+    def test_while_qemu_is_connecting(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))
         wait_writes(disk, 1000)
@@ -115,17 +135,14 @@ class TestKill:
         """The guest has switched the write cache off and will not say so again."""
         disk = disks.add()
         guest.check(f"echo write through >/sys/block/{disk.name}/cache_type")
+        assert not disk.backend.export(disk.disk.id)["writeback"]
         disk.backend.kill()
         disk.backend.start()
+        wait_until(disk.connected, "QEMU to be back", RECONNECT_SECONDS)
+        assert not disk.backend.export(disk.disk.id)["writeback"]
         guest.check(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=2M"))
-        flushes = disk.backend.blockstats(disk.node)["flush_operations"]
-        guest.check(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=2M"))
-        assert disk.backend.blockstats(disk.node)["flush_operations"] > flushes
 
-    @pytest.mark.skipif(
-        qemu_version() < (9, 1),
-        reason="QEMU before 9.1 forgets a disk whose backend dies while the guest is stopped",
-    )
+    @needs_reliable_reconnect
     def test_while_the_guest_is_stopped(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))

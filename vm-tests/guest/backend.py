@@ -107,6 +107,14 @@ class Backend:
             self._process.kill()
             self._process = None
 
+    def export(self, id: str) -> dict[str, Any]:
+        """One entry of query-block-exports."""
+        for entry in self.qmp.command("query-block-exports"):
+            if entry["id"] == id:
+                found: dict[str, Any] = entry
+                return found
+        raise BackendError(f"query-block-exports knows no export {id}")
+
     def blockstats(self, node_name: str) -> dict[str, Any]:
         """The `stats` member of query-blockstats for one node."""
         for entry in self.qmp.command("query-blockstats", {"query-nodes": True}):

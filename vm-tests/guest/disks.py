@@ -74,6 +74,14 @@ class ServedDisk:
     def has_written(self, count: int) -> bool:
         return self.writes() >= count
 
+    def connected(self) -> bool:
+        """Whether QEMU has set the device going in the backend that runs now.
+
+        QEMU answers its monitor only after the handshake.
+        """
+        started: int = self.backend.export(self.disk.id)["queues-started"]
+        return started > 0 and self.guest.connected(self.disk)
+
     def plug(self) -> None:
         self.name = self.guest.plug(self.disk)
         self.plugged = True
