@@ -7,11 +7,14 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 from typing import Any
 
 import pytest
-from frontend import Status
+from frontend import Device, Status
 from in_process import MIB, Host, refused, with_host
+
+from vhostblk.filter import Filter, Request
 
 
 def test_a_guest_reads_and_writes() -> None:
@@ -286,3 +289,65 @@ def test_iothreads() -> None:
         await backend.object_del("one")
 
     with_host(test)
+
+
+class Through(Filter):
+    """Half of the requests are waited for, half are handed on."""
+
+    driver = "through"
+
+    async def read(self, request: Request) -> None:
+        if request.offset % 1024:
+            request.forward()
+        else:
+            await self.file.forward(request)
+
+    write = read
+
+
+def test_drained_sections_under_load() -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=host.file("a"))
+        node = await host.add("through", "x", file="f")
+        await host.export("x")
+        stop = threading.Event()
+
+        def load(device: Device) -> int:
+            count = 0
+            while not stop.is_set():
+                count += 1
+                data = count.to_bytes(4) * 128
+                requests = [device.submit(1, sector, data) for sector in range(8)]
+                device.wait(*requests)
+                for sector in range(8):
+                    assert device.read(sector * 512, 512) == data
+            return count
+
+        async with host.device() as guest:
+            working = asyncio.create_task(asyncio.to_thread(load, guest.device))
+            for i in range(200):
+                async with host.backend.graph.drained([node]):
+                    assert host.backend.query_block_exports()[0]["inflight"] == 0
+                if i % 50 == 0:
+                    await host.backend.block_resize("x", MIB + i * 512)
+                await asyncio.sleep(0.001)
+            stop.set()
+            assert await working > 3
+
+    with_host(test, Through)
+
+
+def test_front_ends_that_vanish_with_requests_in_flight() -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=host.file("a"))
+        await host.add("through", "x", file="f")
+        await host.export("x")
+        for _ in range(30):
+            async with host.device() as guest:
+                for sector in range(16):
+                    guest.device.submit(0, sector, length=512)
+        await host.until(lambda: len(host.named("VHOSTBLK_EXPORT_DISCONNECTED")) == 30)
+        assert not host.backend.engine.pending()
+        assert not host.named("VHOSTBLK_FILTER_ERROR")
+
+    with_host(test, Through)
