@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from frontend import Channel, GuestMemory, Message
+from frontend import Channel, GuestMemory, Message, Type
 from frontend.lab import Lab
 from frontend.memory import PAGE
 from frontend.protocol import (
@@ -312,19 +312,38 @@ def test_a_table_without_the_rings_under_io(lab: Lab) -> None:
         device.channel.ask_u64(Message.GET_QUEUE_NUM)
 
 
-def test_memory_that_is_cut_off_later(lab: Lab) -> None:
-    """The front-end truncates what it shared: touching it is SIGBUS."""
+@pytest.mark.parametrize("type_", [Type.IN, Type.OUT, Type.GET_ID])
+@pytest.mark.parametrize("export", ["null", "disk", "slow"])
+def test_memory_that_is_cut_off_later(lab: Lab, export: str, type_: Type) -> None:
+    """The front-end truncates what it shared: touching it is SIGBUS, here and there."""
+    data = b"" if type_ == Type.IN else bytes(4096)
+    for cut in (0, 1):  # all of it; only what the requests point to
+        with lab.attack(export, dropped=False) as device:
+            device.start()
+            device.read(0, 4096)
+            at = device.memory.regions[1].gpa
+            for number in range(4):
+                places = {"in_at": at + number * 8192} if type_ == Type.IN else {}
+                device.submit(type_, 8 * number, data, length=4096, **places)
+            for region in device.memory.regions[cut:]:
+                os.ftruncate(region.fd, region.offset)
+            device.queues[0].kick()
+            device.channel.wait_closed(0.3)
+
+
+def test_an_inflight_area_that_is_cut_off_later(lab: Lab) -> None:
     with lab.attack("null", dropped=False) as device:
         device.start()
-        device.read(0, 4096)
-        for region in device.memory.regions:
-            os.ftruncate(region.fd, 0)
-        for _ in range(3):
-            device.queues[0].kick()
-        device.channel.wait_closed(1)
-        # The test may not touch it either.
-        for region in device.memory.regions:
-            os.ftruncate(region.fd, region.offset + region.size)
+        device.stop()
+        assert device.inflight is not None
+        size = device.inflight.mmap_size
+        with GuestFiles(1) as fds:
+            device.channel.send(Message.SET_INFLIGHT_FD, inflight_description(size, 0, 1, 128), fds)
+            device.start_queue(device.queues[0])
+            os.ftruncate(fds[0], 0)
+            for number in range(5):
+                device.submit(Type.IN, number, length=512)
+            device.channel.wait_closed(0.1)
 
 
 # ---- rings

@@ -173,3 +173,40 @@ def test_sigterm_with_a_front_end_connected() -> None:
             device.submit(Type.IN, number, length=512)
         assert daemon.terminate() == 0
         assert device.channel.wait_closed()
+
+
+@pytest.mark.parametrize("sent", [0, 1, 11, 12, 15])
+def test_sigterm_in_the_middle_of_a_message(sent: int) -> None:
+    with vhostblk(*node_options("null"), *export_options("null")) as daemon:
+        channel = Channel.connect(daemon.socket("null"))
+        try:
+            channel.ask_u64(Message.GET_FEATURES)
+            message = HEADER.pack(Message.SET_FEATURES, Flag.VERSION, 8) + bytes(8)
+            if sent:
+                channel.send_bytes(message[:sent])
+            assert daemon.terminate() == 0
+        finally:
+            channel.close()
+
+
+def test_sigterm_with_answers_that_nobody_reads() -> None:
+    with vhostblk(*node_options("null"), *export_options("null")) as daemon:
+        channel = Channel.connect(daemon.socket("null"), timeout=0.3)
+        try:
+            with pytest.raises(TimeoutError):
+                while True:
+                    channel.send(Message.GET_FEATURES)
+            assert daemon.terminate() == 0
+        finally:
+            channel.close()
+
+
+@pytest.mark.parametrize("export", ["disk", "slow"])
+def test_an_export_is_deleted_under_its_front_end(lab: Lab, export: str) -> None:
+    """hard: the front-end is thrown out, whatever is in flight."""
+    with lab.device(export) as device:
+        for number in range(10):
+            device.submit(Type.IN, number, length=512)
+        lab.renew(export)
+        assert device.channel.wait_closed()
+    lab.works(export)

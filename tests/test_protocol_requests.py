@@ -214,6 +214,19 @@ def test_a_read_only_export_refuses_writes(lab: Lab) -> None:
     assert not any(lab.file("ro").read_bytes())
 
 
+def test_larger_logical_blocks(lab: Lab) -> None:
+    """As QEMU: what is not aligned to the guest's own sector size is an error."""
+    with lab.device("sectors") as device:
+        device.write(4096, b"b" * 8192)
+        device.write_zeroes(8192, 4096)
+        for sector, length in ((1, 4096), (0, 512), (8, 4608), (7, 8192)):
+            assert status(device, Type.IN, sector, length=length) == Status.IOERR
+            assert status(device, Type.OUT, sector, bytes(length)) == Status.IOERR
+            for type_ in (Type.DISCARD, Type.WRITE_ZEROES):
+                data = DISCARD_SEGMENT.pack(sector, length // 512, 0)
+                assert status(device, type_, data=data) == Status.IOERR
+
+
 def test_an_error_is_one_request_s_alone(lab: Lab) -> None:
     with lab.device() as device:
         device.write(0, b"g" * 512)
