@@ -301,3 +301,19 @@ def test_a_block_device() -> None:
             subprocess.run(["losetup", "--detach", device], check=True)
 
     with_host(test)
+
+
+def test_detect_zeroes_works_where_data_are_stored() -> None:
+    async def test(host: Host) -> None:
+        path = host.file("a")
+        await host.add("file", "f", filename=path)
+        with refused("Parameter 'detect-zeroes' has no effect on driver 'raw'", "below 'f'"):
+            await host.add("raw", "r", file="f", detect_zeroes="on")
+        await host.backend.blockdev_del("f")
+        inner = {"driver": "file", "filename": path, "node-name": "f"}
+        await host.add("raw", "r", file=inner, detect_zeroes="unmap", discard="unmap")
+        await host.write("r", 0, b"x" * MIB)
+        await host.write("r", 0, bytes(MIB))
+        assert os.stat(path).st_blocks == 0
+
+    with_host(test)

@@ -10,10 +10,9 @@ of a request:
 * it calls `request.forward()` and returns: the child carries the request out;
 * it raises: the request fails, with the errno of an OSError, else with EIO.
 
-Hooks are coroutines, but not tasks: they are driven by hand, which costs about
-a tenth as much. They can await anything a task can, except what asks for
-the current task (`asyncio.timeout()`, task groups); `uses_tasks = True` makes
-each a task.
+Hooks are coroutines, but not tasks: they are driven by hand, which costs less.
+They can await anything a task can, except what asks for the current task
+(`asyncio.timeout()`, task groups); `uses_tasks = True` makes each a task.
 """
 
 from __future__ import annotations

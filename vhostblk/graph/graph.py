@@ -223,6 +223,7 @@ class Graph:
         checked = validate(driver.Options, options, where)
         if checked.node_name is not None:
             self._new_name(checked.node_name)  # refused before anything is opened
+        _check_detect_zeroes(driver, checked, prefix)
         children: dict[str, NodeDriver] = {}
         for role, reference in _references(driver, checked):
             children[role] = await self._child_node(options, reference, f"{prefix}{role}", made)
@@ -521,6 +522,19 @@ def _references(driver: type[NodeDriver], options: Any) -> Iterator[tuple[str, A
                 yield f"{role}.{index}", entry
         else:
             yield role, value
+
+
+def _check_detect_zeroes(driver: type[NodeDriver], options: Any, prefix: str) -> None:
+    """Zeroes are detected where data are stored; elsewhere the option would do nothing."""
+    if options.detect_zeroes == "off":
+        return
+    for _, reference in _references(driver, options):
+        if isinstance(reference, str):
+            raise VhostblkError(
+                f"Parameter '{prefix}detect-zeroes' has no effect on driver '{driver.driver}'; "
+                f"set it on the node that stores the data, below '{reference}'",
+                data={"code": "bad-value", "parameter": f"{prefix}detect-zeroes"},
+            )
 
 
 def _parent_name(edge: Edge) -> str:

@@ -74,7 +74,7 @@ class NodeOptions(Model):
     node_name: NodeName | None = None
     """The node's name; made up if absent."""
     discard: Literal["ignore", "unmap"] = "ignore"
-    """Whether discarded ranges are given back to the storage."""
+    """Whether discarded ranges are given back; what the node that stores the data says counts."""
     cache: CacheOptions = CacheOptions()
     read_only: OnOff = False
     """Refuse all writes."""
@@ -87,7 +87,11 @@ class NodeOptions(Model):
 
 
 INHERITED = ("read-only", "auto-read-only", "force-share", "cache", "discard", "detect-zeroes")
-"""Options that a child defined inside its parent takes from the parent unless it has its own."""
+"""Options that a child defined inside its parent takes from the parent unless it has its own.
+
+QEMU inherits the first four. Its discard and detect-zeroes work at every node;
+here they work where the data are stored, and inheriting them has the same effect.
+"""
 
 
 class RoleKind(Enum):
