@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blkio import Disk, Model, Op, Workload
+from blkio import Disk, Model, Op, Request, Workload
 from blkio.model import pattern
 from blkio.stacks import MIB, Stack, usable
 from hypothesis import HealthCheck, Phase, given, settings
@@ -97,7 +98,7 @@ def test_any_sequence_of_batches(stack: Stack, tmp_path: Path) -> None:
     with stack.server(tmp_path) as server, Disk(server.path) as disk:
 
         @settings(
-            max_examples=40,
+            max_examples=25,
             deadline=None,
             derandomize=True,
             database=None,
@@ -173,12 +174,13 @@ def test_beyond_the_end(stack: Stack, tmp_path: Path) -> None:
     with stack.server(tmp_path) as server, Disk(server.path) as disk:
         queue = disk.queues[0]
         for offset in (stack.size - 512, stack.size, 1 << 40):
-            for start in (
+            starts: list[Callable[[int], Request]] = [
                 lambda at: queue.read(at, 1024),
                 lambda at: queue.write(at, bytes(1024)),
                 lambda at: queue.discard(at, 1024),
                 lambda at: queue.write_zeroes(at, 1024),
-            ):
+            ]
+            for start in starts:
                 with pytest.raises(OSError):
                     queue.run(start(offset))
         disk.write(stack.size - 512, b"\x11" * 512)
