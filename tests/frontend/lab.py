@@ -148,7 +148,7 @@ class Lab:
         """Connected and negotiated inside; afterwards the damage is assessed.
 
         `dropped`: the back-end must have hung up, for a reason it gave in one line.
-        Otherwise it may: then too there is one line, else none.
+        Otherwise it may, and then too there is one line.
         """
         if self._said.get(export, 0) >= LINES_MAX:
             self.renew(export)
@@ -160,12 +160,12 @@ class Lab:
                 yield device
             if dropped:
                 assert device.channel.wait_closed(), "the connection was not dropped"
-            hung_up = device.channel.wait_closed(0.05)
+            hung_up = device.channel.wait_closed(0.02)
         finally:
             device.close()
         if hung_up:
-            self._said[export] = self._said.get(export, 0) + 1
             self.daemon.wait_line(export, since=mark)
-        self.works(export)
+        self.works(export)  # the next front-end is let in when all is said about this one
         said = self.daemon.lines(mark)
-        assert len(said) == (1 if hung_up else 0), said
+        self._said[export] = self._said.get(export, 0) + len(said)
+        assert len(said) <= 1 and (said or not hung_up), said
