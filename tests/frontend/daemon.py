@@ -179,7 +179,8 @@ def qemu_storage_daemon(queues: int = 4, size: int = 64 << 20, **node: str) -> D
         f"vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={path},"
         f"writable=on,num-queues={queues}",
     ]
-    daemon = Daemon(command, directory, owns_directory=True)
+    # A sanitizer that is preloaded into our own processes is not for QEMU's.
+    daemon = Daemon(command, directory, env={"LD_PRELOAD": ""}, owns_directory=True)
     daemon.wait_socket(str(path))
     return daemon
 

@@ -23,9 +23,12 @@ def _labs() -> Iterator[list[Lab]]:
 
 
 @pytest.fixture
-def lab(_labs: list[Lab]) -> Lab:
+def lab(_labs: list[Lab]) -> Iterator[Lab]:
     if _labs and not _labs[-1].daemon.alive:
         _labs.pop().close()
     if not _labs:
         _labs.append(Lab())
-    return _labs[-1]
+    yield _labs[-1]
+    if not _labs[-1].daemon.alive:
+        print("\n".join(_labs[-1].daemon.lines()[-200:]))
+        pytest.fail("the back-end has died")
