@@ -467,6 +467,29 @@ def test_delay_holds_back_and_lets_go_when_drained() -> None:
     with_host(test)
 
 
+def test_a_stopped_vm_does_not_wait_for_what_a_filter_holds() -> None:
+    async def test(host: Host) -> None:
+        await host.null("n")
+        node = await host.add("delay", "d", file="n", **{"write-ns": 10**13})
+        await host.export("d")
+        async with host.device() as guest:
+            for _ in range(2):  # and it holds requests again afterwards
+                writes = [guest.device.submit(1, 0, b"x" * 512) for _ in range(5)]
+                await host.until(lambda: len(node._held) == 5)
+                await guest.stop()  # GET_VRING_BASE: QEMU hangs until it is answered
+                await guest.wait(*writes)
+                assert all(write.status == 0 for write in writes)
+                await host.until(lambda: not node._draining)
+                await asyncio.to_thread(guest.device.start_queue, guest.device.queues[0])
+                await asyncio.to_thread(guest.device.enable_queue, guest.device.queues[0])
+            guest.device.submit(1, 0, b"x" * 512)
+            await host.until(lambda: len(node._held) == 1)
+        # The front-end is gone: nobody holds its last request either.
+        await host.until(lambda: not node._held and not node._draining)
+
+    with_host(test)
+
+
 def test_delay_without_a_delay_costs_nothing() -> None:
     async def test(host: Host) -> None:
         await host.null("n")

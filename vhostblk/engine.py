@@ -64,6 +64,7 @@ _EVENT_PAUSED: int = lib.VB_EVENT_PAUSED
 _EVENT_CONNECTED: int = lib.VB_EVENT_CONNECTED
 _EVENT_DISCONNECTED: int = lib.VB_EVENT_DISCONNECTED
 _EVENT_WRITEBACK: int = lib.VB_EVENT_WRITEBACK
+_EVENT_DRAINING: int = lib.VB_EVENT_DRAINING
 _COMMAND_COMPLETE: int = lib.VB_COMMAND_COMPLETE
 _COMMAND_FORWARD: int = lib.VB_COMMAND_FORWARD
 _COMMAND_SUBMIT: int = lib.VB_COMMAND_SUBMIT
@@ -425,6 +426,8 @@ class ExportHandle:
         self.on_connected: Callable[[], None] | None = None
         self.on_disconnected: Callable[[int, str], None] | None = None
         self.on_writeback: Callable[[bool], None] | None = None
+        # The front-end waits for requests in flight (True), and no longer (False).
+        self.on_draining: Callable[[bool], None] | None = None
 
     def set_root(self, node: NodeHandle) -> None:
         """The tree below; only before the first connection, or paused."""
@@ -499,6 +502,8 @@ class ExportHandle:
                 self.on_disconnected(ret, self._reason() if ret < 0 else "")
         elif kind == _EVENT_WRITEBACK and self.on_writeback is not None:
             self.on_writeback(bool(ret))
+        elif kind == _EVENT_DRAINING and self.on_draining is not None:
+            self.on_draining(bool(ret))
 
     def _reason(self) -> str:
         text = ffi.new("char[]", lib.VB_EVENT_TEXT)

@@ -198,10 +198,15 @@ void vb_export_free(vb_export *export_); /* disconnected, not paused */
 #define VB_EVENT_CONNECTED 4    /* the front-end started its first queue */
 #define VB_EVENT_DISCONNECTED 5 /* connection is gone, its memory unmapped; ret < 0: dropped, see text */
 #define VB_EVENT_WRITEBACK 6    /* the guest switched its write cache; ret is 0 or 1 */
+/*
+ * The front-end waits for the requests in flight (its VM is stopped, its memory
+ * changes, it is gone), and they take their time. ret 1: whoever holds requests back must let
+ * go of them now; 0: it is over. DISCONNECTED ends it too.
+ */
+#define VB_EVENT_DRAINING 7
 
 #define VB_EVENT_TEXT 160
 
-/* 64 bytes without the text, which only export events fill. */
 struct vb_event {
     uint32_t kind;      /* VB_EVENT_* */
     int32_t ret;        /* 0 or negative errno */

@@ -26,6 +26,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define DEVICE_STACK_SIZE (256 * 1024)
@@ -263,6 +264,34 @@ static void on_panic(VuDev *vu, const char *text)
     shutdown(vu->sock, SHUT_RDWR);
 }
 
+/* How long requests in flight may take before Python is asked to let go of those it holds. */
+#define DRAIN_PATIENCE_NS 2000000
+
+static void wait_for_lanes(struct vb_device *device, sem_t *done, bool drain)
+{
+    struct timespec patience;
+    bool draining = false;
+    uint32_t left = device->num_lanes;
+
+    clock_gettime(CLOCK_REALTIME, &patience);
+    patience.tv_nsec += DRAIN_PATIENCE_NS;
+    patience.tv_sec += patience.tv_nsec / 1000000000;
+    patience.tv_nsec %= 1000000000;
+    while (left > 0) {
+        if ((draining ? sem_wait(done) : sem_timedwait(done, &patience)) == 0) {
+            left--;
+        } else if (errno == ETIMEDOUT) {
+            draining = true;
+            if (drain) {
+                post_note(device->export_, VB_EVENT_DRAINING, 1);
+            }
+        }
+    }
+    if (draining && drain) {
+        post_note(device->export_, VB_EVENT_DRAINING, 0);
+    }
+}
+
 static void park_lanes(struct vb_device *device, bool drain)
 {
     struct vb_park parks[VB_MAX_IOTHREADS];
@@ -273,10 +302,7 @@ static void park_lanes(struct vb_device *device, bool drain)
         parks[i] = (struct vb_park){{.run = run_park}, &device->lanes[i], drain, &done};
         vb_iothread_send(device->lanes[i].thread, &parks[i].message);
     }
-    for (uint32_t i = 0; i < device->num_lanes; i++) {
-        while (sem_wait(&done) < 0 && errno == EINTR) {
-        }
-    }
+    wait_for_lanes(device, &done, drain);
     sem_destroy(&done);
     device->parked = drain ? VB_NEEDS_DRAIN : VB_NEEDS_PARK;
 }

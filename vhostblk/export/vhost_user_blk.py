@@ -9,6 +9,7 @@ next one when it has gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 from typing import Any, Literal
@@ -70,6 +71,7 @@ class VhostUserBlkExport(Export):
     async def open(self) -> None:
         self._log = RateLimitedLog(logger)
         self._connected = False
+        self._releasing = contextlib.ExitStack()
         self._gone: asyncio.Future[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._listener: Listener | None = None
@@ -168,6 +170,7 @@ class VhostUserBlkExport(Export):
         handle.on_connected = self._on_connected
         handle.on_disconnected = self._on_disconnected
         handle.on_writeback = self._on_writeback
+        handle.on_draining = self._on_draining
         return handle
 
     def _perm(self) -> Perm:
@@ -221,6 +224,7 @@ class VhostUserBlkExport(Export):
 
     def _on_disconnected(self, ret: int, reason: str) -> None:
         self._connected = False
+        self._releasing.close()
         data: dict[str, Any] = {"id": self.id}
         if ret < 0:
             data["reason"] = reason
@@ -235,6 +239,12 @@ class VhostUserBlkExport(Export):
 
     def _on_writeback(self, writeback: bool) -> None:
         logger.debug("export '%s': write cache %s", self.id, "on" if writeback else "off")
+
+    def _on_draining(self, draining: bool) -> None:
+        """A VM is being stopped, and QEMU hangs until the requests in flight are done."""
+        self._releasing.close()
+        if draining and self.backend is not None:
+            self._releasing.enter_context(self.graph.releasing([self.backend]))
 
     # ---- what the graph asks (graph.Device)
 
