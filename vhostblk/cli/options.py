@@ -95,6 +95,13 @@ def configure_process(parser: Parser) -> None:
         "--log-level", choices=LOG_LEVELS, default="info", help="what to log (default: info)"
     )
     group.add_argument("--log-file", metavar="FILE", help="log to FILE, not to standard error")
+    group.add_argument(
+        "--stop-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="when told to stop, wait this long for requests in flight (default: 30)",
+    )
 
 
 def tree_steps(written: list[tuple[str, str]] | None) -> tuple[list[Step], dict[str, Any]]:
@@ -188,6 +195,7 @@ def plan_process(args: argparse.Namespace, plan: Plan, settings: dict[str, Any])
     """Fill in what the options (or else the config file) say about the process."""
     plan.plugins = [Path(plugin) for plugin in [*settings.get("plugins", []), *args.plugin]]
     plan.log_file = args.log_file
+    plan.stop_timeout = args.stop_timeout
     group = args.control_group or settings.get("control-group")
     plan.controls = [_monitor(text, args.chardev, group) for text in args.monitor]
     control = args.control or settings.get("control")

@@ -77,6 +77,7 @@ class Plan:
     pidfile: str | None = None
     daemonize: bool = False
     log_file: str | None = None
+    stop_timeout: float = 30.0
     stop_on_signals: tuple[signal.Signals, ...] = _STOP_SIGNALS
 
 
@@ -118,6 +119,7 @@ class _Life:
         self._while_ready = while_ready
         self._stop = asyncio.Event()
         self._signals = 0
+        self._abandoned = False
         self._pidfiles: list[Pidfile] = []
         self._listeners: list[tuple[str | None, socket.socket]] = []
         self._servers: list[ControlServer] = []
@@ -138,6 +140,8 @@ class _Life:
                 pidfile.remove()
             if self._plan.place is not None:
                 self._plan.place.remove()
+            if self._abandoned:
+                os._exit(1)  # an orderly end would wait for the same requests
 
     async def _run_in_place(self) -> int:
         from vhostblk.backend import Backend
@@ -191,7 +195,19 @@ class _Life:
     async def _close(self, backend: Backend) -> None:
         for server in self._servers:
             server.refuse_commands()
-        await backend.close()
+        closing = asyncio.ensure_future(backend.close())
+        done, _ = await asyncio.wait({closing}, timeout=self._plan.stop_timeout)
+        if not done:
+            # As safe as a kill: the front-end keeps the record of requests in flight, and
+            # the next backend does them.
+            logger.error(
+                "requests in flight have not finished within %g seconds: stopping without them "
+                "(storage that hangs, or a filter that holds them)",
+                self._plan.stop_timeout,
+            )
+            self._abandoned = True
+            return
+        await closing
         for server in self._servers:
             await server.close()
 
