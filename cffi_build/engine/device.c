@@ -587,7 +587,9 @@ static bool handle_message(struct vb_device *device)
     if (!alive || vu->broken || device->ret < 0) {
         return false;
     }
-    refresh(device);
+    if (device->parked != VB_NEEDS_NOTHING) { /* or nothing can have changed, and lanes are reading */
+        refresh(device);
+    }
     return device->ret == 0;
 }
 

@@ -133,6 +133,7 @@ static void log_va(VuDev *vu, const void *va, uint64_t length)
     }
 }
 
+/* Not before the push: a lane that is parked may complete, but not look at memory regions. */
 static void log_request(struct vb_queue *queue, const struct vb_blk_request *blk)
 {
     VuDev *vu = &queue->lane->device->vu;
@@ -294,6 +295,8 @@ static void reject(struct vb_queue *queue, uint16_t head, const char *what)
     if (head < queue->num && !queue->requests[head].busy &&
         queue->batch_used < VB_QUEUE_SIZE_MAX) {
         /* Or a reconnecting front-end would have it resubmitted, and rejected, for ever. */
+        queue->requests[head].request.niov = 0; /* nothing was written, for the dirty log */
+        queue->requests[head].status = NULL;
         queue->batch[queue->batch_used++] = (struct vring_used_elem){.id = htole32(head)};
         queue->lane->inflight++;
     }
@@ -399,9 +402,6 @@ void vb_queue_complete(struct vb_blk_request *blk)
 {
     struct vb_queue *queue = blk->queue;
 
-    if (queue->log) {
-        log_request(queue, blk);
-    }
     queue->batch[queue->batch_used++] = (struct vring_used_elem){
         .id = htole32(blk->head),
         .len = htole32(blk->written),
@@ -419,6 +419,7 @@ static void write_used(struct vb_queue *queue, uint16_t used_idx)
 
         queue->used->ring[slot] = queue->batch[i];
         if (queue->log) {
+            log_request(queue, &queue->requests[head]);
             log_used(queue, offsetof(struct vring_used, ring) + slot * sizeof(queue->batch[0]),
                      sizeof(queue->batch[0]));
         }
