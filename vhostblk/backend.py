@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,10 @@ from vhostblk.objects import IOThreadObject, ObjectStore, object_types
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 
 logger = logging.getLogger(__name__)
+
+# How long a locked image is waited for, and how often it is looked at.
+LOCK_PATIENCE = 5.0
+LOCK_INTERVAL = 0.02
 
 PERCENTILES = (("p50-ns", 50), ("p90-ns", 90), ("p99-ns", 99), ("p99.9-ns", 99.9))
 
@@ -99,10 +103,35 @@ class Backend:
     # ---- nodes
 
     async def blockdev_add(self, options: dict[str, Any]) -> None:
-        """blockdev-add."""
-        async with self.graph.lock:
-            self._refuse_when_closing()
-            await self.graph.add(options)
+        """blockdev-add; waits a little for an image that is locked."""
+
+        async def attempt() -> None:
+            async with self.graph.lock:
+                self._refuse_when_closing()
+                await self.graph.add(options)
+
+        await self._when_unlocked(attempt)
+
+    async def _when_unlocked(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Try again for a while if an image is locked.
+
+        The requests that a killed process had in an io_uring go on without it, and
+        until the last has finished the kernel keeps the file open, and its locks. A
+        successor must not start before that: an old write could land on top of a new one.
+        """
+        loop = asyncio.get_running_loop()
+        begun, told = loop.time(), False
+        while True:
+            try:
+                return await attempt()
+            except VhostblkError as error:
+                waited = loop.time() - begun
+                if (error.data or {}).get("code") != "image-locked" or waited > LOCK_PATIENCE:
+                    raise
+                if waited > 1 and not told:
+                    told = True
+                    logger.info("waiting for the lock: %s", error.desc)
+            await asyncio.sleep(LOCK_INTERVAL)
 
     async def blockdev_del(self, node_name: str) -> None:
         """blockdev-del."""
@@ -117,19 +146,26 @@ class Backend:
     # ---- exports
 
     async def block_export_add(self, options: dict[str, Any]) -> None:
-        """block-export-add."""
-        async with self.graph.lock:
-            self._refuse_when_closing()
-            kind = export_type(options)
-            checked: Model = validate(kind.Options, options)
-            export = kind(self.engine, self.graph, self.objects, self.events, checked)
-            if export.id in self._exports:
-                raise VhostblkError(
-                    f"Block export id '{export.id}' is already in use",
-                    data={"code": "duplicate-export", "export": export.id},
-                )
-            await export.open()
-            self._exports[export.id] = export
+        """block-export-add; waits a little for an image that is locked."""
+
+        async def attempt() -> None:
+            async with self.graph.lock:
+                self._refuse_when_closing()
+                await self._add_export(options)
+
+        await self._when_unlocked(attempt)
+
+    async def _add_export(self, options: dict[str, Any]) -> None:
+        kind = export_type(options)
+        checked: Model = validate(kind.Options, options)
+        export = kind(self.engine, self.graph, self.objects, self.events, checked)
+        if export.id in self._exports:
+            raise VhostblkError(
+                f"Block export id '{export.id}' is already in use",
+                data={"code": "duplicate-export", "export": export.id},
+            )
+        await export.open()
+        self._exports[export.id] = export
 
     async def block_export_del(self, id: str, mode: Literal["safe", "hard"] = "safe") -> None:
         """block-export-del; returns when the export has gone."""
