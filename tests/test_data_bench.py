@@ -16,9 +16,14 @@ from blkio.library import library
 TOP = Path(__file__).resolve().parents[1]
 BENCH = [TOP / "scripts" / "bench"]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-storage-daemon") is None, reason="qemu-storage-daemon is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("qemu-storage-daemon") is None, reason="qemu-storage-daemon is not installed"
+    ),
+    pytest.mark.skipif(
+        "VHOSTBLK_SANITIZED" in os.environ, reason="a sanitizer would be in every program"
+    ),
+]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from blkio import Disk, DiskError, Server, needs_vhostblk
+from blkio.library import plain_environment
 from blkio.model import pattern
 from blkio.stacks import MIB
 
@@ -27,7 +28,7 @@ def image_of(directory: Path, *, data: int = 0, size: int = 0) -> Path:
         if size:
             file.truncate(size)
     # Blocks that are not written yet are not counted everywhere.
-    subprocess.run(["sync", image], check=True, timeout=60)
+    subprocess.run(["sync", image], env=plain_environment(), check=True, timeout=60)
     return image
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from blkio import Disk, Op, Request, Server, needs_vhostblk
 from blkio.guest import SECTOR, contents, records
+from blkio.library import plain_environment
 from blkio.model import pattern
 from blkio.stacks import MIB, SIZE, Stack, by_name
 
@@ -64,6 +65,7 @@ def test_the_guest_is_killed(stack: Stack, tmp_path: Path) -> None:
             with (tmp_path / "report").open("wb+") as report:
                 guest = subprocess.Popen(
                     [sys.executable, "-m", "blkio.guest", str(server.path), "2", str(turn)],
+                    env=plain_environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=report,
                     cwd=TESTS,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from blkio import Disk, Model, Op, Request, Workload
+from blkio.library import plain_environment
 from blkio.model import pattern
 from blkio.stacks import MIB, Stack, usable
 from hypothesis import HealthCheck, Phase, given, settings
@@ -38,7 +39,14 @@ def judge_image(stack: Stack, directory: Path, model: Model) -> None:
         "file": {"driver": "file", "filename": str(image)},
     }
     compare = ["qemu-img", "compare", f"json:{json.dumps(part)}", str(reference)]
-    done = subprocess.run(compare, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        compare,
+        env=plain_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with image.open("rb") as file:
         file.seek(stack.offset)
@@ -151,6 +159,7 @@ def test_qemu_io_writes_and_the_guest_reads(stack: Stack, tmp_path: Path) -> Non
             *("-c", f"write -z {stack.offset + stack.size - 4096} 2048"),
             str(stack.image(tmp_path)),
         ],
+        env=plain_environment(),
         capture_output=True,
         text=True,
         timeout=60,

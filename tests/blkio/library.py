@@ -59,6 +59,11 @@ ffi.cdef(
 )
 
 
+def plain_environment() -> dict[str, str]:
+    """For other programs than vhostblk: without the sanitizer that may be preloaded into it."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def _find() -> Path | None:
     if given := os.environ.get("VHOSTBLK_LIBBLKIO"):
         return Path(given) / "libblkio.so.1"
@@ -73,6 +78,7 @@ def library() -> Any:
     if path is None:
         done = subprocess.run(
             [TOP / "scripts" / "fetch-test-tools"],
+            env=plain_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from blkio.library import plain_environment
+
 JUDGE = os.environ.get("VHOSTBLK_TEST_JUDGE", "vhostblk")
 START_SECONDS = 30
 STOP_SECONDS = 15
@@ -68,7 +70,11 @@ class Server:
         self.path.unlink(missing_ok=True)  # QEMU's program leaves it behind if it is killed
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.command,
+                env=None if JUDGE == "vhostblk" else plain_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._accepts():
@@ -116,8 +122,13 @@ class Server:
     def __enter__(self) -> Server:
         return self.start()
 
-    def __exit__(self, kind: object, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *rest: object) -> None:
         died = self.process is not None and self.process.poll() is not None
+        if error is not None:
+            end = (
+                f" has ended with status {self.process.returncode}" if died and self.process else ""
+            )
+            error.add_note(f"The backend{end} and said:\n{self.said[-4000:]}")
         status = self.stop()
         if kind is None and not died:
             assert status == 0, f"status {status}\n{self.said}"
