@@ -363,6 +363,15 @@ static bool alloc_requests(struct vb_queue *queue, uint16_t num)
     return queue->requests != NULL;
 }
 
+/* Many queues are offered and few used: the lane walks only those that ever were. */
+static void join_lane(struct vb_queue *queue)
+{
+    if (!queue->requests) {
+        queue->next = queue->lane->queues;
+        queue->lane->queues = queue;
+    }
+}
+
 static void on_queue_started(VuDev *vu, int index, bool started)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
@@ -372,6 +381,7 @@ static void on_queue_started(VuDev *vu, int index, bool started)
         queue->running = false;
         return;
     }
+    join_lane(queue);
     if (!alloc_requests(queue, (uint16_t)queue->vq->vring.num) || !resolve_ring(device, queue)) {
         on_panic(vu, "ring is not inside one memory region, or there is no memory for it");
         return;
@@ -756,8 +766,6 @@ static void make_lanes(struct vb_device *device)
         struct vb_queue *queue = &device->queues[i];
 
         queue->lane = &device->lanes[i % device->num_lanes];
-        queue->next = queue->lane->queues;
-        queue->lane->queues = queue;
         queue->index = i;
         queue->kick.ready = kick_ready;
         queue->kick_fd = -1;

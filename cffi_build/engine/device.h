@@ -83,7 +83,7 @@ struct vb_lane {
     struct vb_poller poller;
     struct vb_device *device;
     struct vb_iothread *thread;
-    struct vb_queue *queues;
+    struct vb_queue *queues;        /* those that were ever started */
     uint32_t inflight;              /* popped and not yet in the used ring */
     _Atomic uint64_t inflight_seen; /* the same, for control to read */
     bool parked;
