@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
-from frontend import Channel, GuestMemory, Message, Type
+from frontend import Channel, Disconnected, GuestMemory, Message, Type
 from frontend.lab import Lab
 from frontend.memory import PAGE
 from frontend.protocol import (
@@ -344,6 +345,47 @@ def test_an_inflight_area_that_is_cut_off_later(lab: Lab) -> None:
             for number in range(5):
                 device.submit(Type.IN, number, length=512)
             device.channel.wait_closed(0.1)
+
+
+@pytest.mark.parametrize("message", [Message.SET_INFLIGHT_FD, Message.SET_LOG_BASE])
+def test_an_area_cut_off_while_it_is_given(lab: Lab, message: Message) -> None:
+    """Truncated again and again, at whatever point of the message's way that is."""
+    payload = inflight_description(1 << 20, 0, 1, 128)
+    if message == Message.SET_LOG_BASE:
+        payload = struct.pack("<QQ", 1 << 20, 0)
+    for _ in range(100):
+        device = lab.device("null")
+        fd = os.memfd_create("area")
+        try:
+            os.ftruncate(fd, 1 << 20)
+            device.connect()
+            device.start()
+            device.channel.send(message, payload, [fd])
+            for size in (0, 1 << 20) * 20:
+                os.ftruncate(fd, size)
+                device.queues[0].kick()
+        finally:
+            os.close(fd)
+            device.close()
+    lab.bystander.read(0, 4096)
+
+
+def test_memory_cut_off_while_it_is_given(lab: Lab) -> None:
+    for number in range(60):
+        device = lab.device("null")
+        try:
+            device.connect()
+            device.start()
+            region = device.memory.add(1 << 32, 1 << 20)
+            with suppress(Disconnected):
+                device.channel.send(Message.ADD_MEM_REG, bytes(8) + region.payload(), [region.fd])
+                for size in (0, region.offset + region.size) * 10:
+                    os.ftruncate(region.fd, size)
+                    if len(device.queues[0].free) > 3:
+                        device.submit(number % 2, 0, bytes(4096 * (number % 2)), length=512)
+        finally:
+            device.close()
+    lab.bystander.read(0, 4096)
 
 
 # ---- rings

@@ -31,4 +31,4 @@ def lab(_labs: list[Lab]) -> Iterator[Lab]:
     yield _labs[-1]
     if not _labs[-1].daemon.alive:
         print("\n".join(_labs[-1].daemon.lines()[-200:]))
-        pytest.fail("the back-end has died")
+        pytest.fail(f"the back-end has died with status {_labs[-1].daemon.process.returncode}")
