@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -286,9 +287,8 @@ def table(results: Sequence[dict[str, Any]], rows: Sequence[Row], *, verdicts: b
 
 
 def compile_tools(directory: Path) -> tuple[Path, Path]:
-    """client and limit, compiled again only if a source is newer."""
+    """client and limit, compiled again only if a source or the way to compile it has changed."""
     directory.mkdir(parents=True, exist_ok=True)
-    shared = HERE / "common.h"
     library = _libblkio()
     flags = ["-O2", "-g", "-Wall", "-Wextra", "-pthread"]
     where = [] if library is None else [f"-L{library}", f"-Wl,-rpath,{library}"]
@@ -296,22 +296,28 @@ def compile_tools(directory: Path) -> tuple[Path, Path]:
         flags += [f"-I{include}"]
     for name, libraries in (("client", [*where, "-lblkio"]), ("limit", ["-luring"])):
         source, program = HERE / f"{name}.c", directory / name
-        newest = max(source.stat().st_mtime, shared.stat().st_mtime)
-        if program.exists() and program.stat().st_mtime > newest:
+        made = directory / f"{name}.made"
+        command = ["cc", *flags, str(source), "-o", str(program), *libraries]
+        key = hashlib.sha256(shlex.join(command).encode())
+        for part in (source, HERE / "common.h"):
+            key.update(part.read_bytes())
+        if program.exists() and made.exists() and made.read_text() == key.hexdigest():
             continue
         part = directory / f"{name}.{os.getpid()}"
-        command = ["cc", *flags, str(source), "-o", str(part), *libraries]
+        command[command.index("-o") + 1] = str(part)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BenchError(f"{shlex.join(command)}\n{done.stderr.strip()}")
         part.replace(program)
+        made.write_text(key.hexdigest())
     return directory / "client", directory / "limit"
 
 
 def _libblkio() -> Path | None:
     if given := os.environ.get("VHOSTBLK_LIBBLKIO"):
         return Path(given)
-    found = sorted((TOP / "build" / "test-tools").glob("usr/lib/**/libblkio.so"))
+    tools = (TOP / "build" / "test-tools").resolve()
+    found = sorted(tools.glob("usr/lib/**/libblkio.so"))
     return found[0].parent if found else None
 
 
