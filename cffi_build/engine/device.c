@@ -590,8 +590,11 @@ static const VuDevIface device_iface = {
 static bool handle_message(struct vb_device *device)
 {
     VuDev *vu = &device->vu;
-    bool alive = vu_dispatch(vu);
+    bool alive;
 
+    vb_guest_fault_handling(device);
+    alive = vu_dispatch(vu);
+    vb_guest_fault_handling(NULL);
     vu->protocol_features =
         atomic_load_explicit(&device->protocol_features, memory_order_relaxed);
     if (!alive || vu->broken || device->ret < 0) {

@@ -179,6 +179,7 @@ void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length);
 /* ---- guest_fault.c ----------------------------------------------------------------- */
 
 void vb_guest_fault_init(void); /* control, once */
+void vb_guest_fault_handling(struct vb_device *device); /* device thread: NULL when it is done */
 void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is mapped has changed */
 void vb_guest_fault_forget(struct vb_device *device); /* device thread: before it is unmapped */
 

@@ -16,12 +16,14 @@
 #include <sys/mman.h>
 
 #define RANGES_MAX 4096
+#define PAGE 4096
 
 /* Written under the lock by device threads; read by the handler, which may not take it. */
 struct shared_range {
     _Atomic uintptr_t start; /* 0: unused */
     _Atomic size_t length;
     _Atomic(struct vb_device *) device;
+    bool current;            /* under the lock: still mapped */
 };
 
 static struct shared_range ranges[RANGES_MAX];
@@ -39,22 +41,51 @@ static struct shared_range *find_range(uintptr_t address)
     return NULL;
 }
 
+/*
+ * The device whose message the library is handling on this thread. It touches what it
+ * has just mapped before anyone can have noted the range. (initial-exec: a signal
+ * handler may not wait for the storage to be allocated.)
+ */
+static _Thread_local struct vb_device *handling __attribute__((tls_model("initial-exec")));
+
+void vb_guest_fault_handling(struct vb_device *device)
+{
+    handling = device;
+}
+
+static bool put_zeroes(uintptr_t start, size_t length)
+{
+    return mmap((void *)start, length, PROT_READ | PROT_WRITE,
+                MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+}
+
+static struct vb_device *replace_memory(uintptr_t address)
+{
+    struct shared_range *range = find_range(address);
+
+    if (range) {
+        struct vb_device *device = atomic_load(&range->device);
+        return put_zeroes(atomic_load(&range->start), atomic_load(&range->length)) ? device : NULL;
+    }
+    if (handling) {
+        return put_zeroes(address & ~(uintptr_t)(PAGE - 1), PAGE) ? handling : NULL;
+    }
+    return NULL;
+}
+
 static void on_sigbus(int signal_number, siginfo_t *info, void *context)
 {
-    struct shared_range *range = find_range((uintptr_t)info->si_addr);
+    struct vb_device *device = replace_memory((uintptr_t)info->si_addr);
     const char *none = NULL;
 
     (void)context;
-    if (!range ||
-        mmap((void *)atomic_load(&range->start), atomic_load(&range->length),
-             PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-             0) == MAP_FAILED) {
+    if (!device) {
         signal(signal_number, SIG_DFL); /* happens again on return, and then it counts */
         return;
     }
-    atomic_compare_exchange_strong(&atomic_load(&range->device)->violation, &none,
+    atomic_compare_exchange_strong(&device->violation, &none,
                                    "shared memory that was taken away (its file was truncated)");
-    vb_device_wake(atomic_load(&range->device));
+    vb_device_wake(device);
 }
 
 void vb_guest_fault_init(void)
@@ -64,46 +95,67 @@ void vb_guest_fault_init(void)
     sigaction(SIGBUS, &action, NULL);
 }
 
-static void add_range(struct vb_device *device, const void *start, size_t length)
+static bool is_range(const struct shared_range *range, const struct vb_device *device,
+                     uintptr_t start, size_t length)
 {
+    return atomic_load(&range->start) == start && atomic_load(&range->length) == length &&
+           atomic_load(&range->device) == device;
+}
+
+static void keep_range(struct vb_device *device, const void *start, size_t length)
+{
+    struct shared_range *unused = NULL;
+
     for (size_t i = 0; start && i < RANGES_MAX; i++) {
-        if (atomic_load(&ranges[i].start) == 0) {
-            atomic_store(&ranges[i].length, length);
-            atomic_store(&ranges[i].device, device);
-            atomic_store(&ranges[i].start, (uintptr_t)start);
+        if (is_range(&ranges[i], device, (uintptr_t)start, length)) {
+            ranges[i].current = true;
             return;
         }
+        if (!unused && atomic_load(&ranges[i].start) == 0) {
+            unused = &ranges[i];
+        }
+    }
+    if (start && unused) {
+        unused->current = true;
+        atomic_store(&unused->length, length);
+        atomic_store(&unused->device, device);
+        atomic_store(&unused->start, (uintptr_t)start);
     }
 }
 
-static void forget_ranges(const struct vb_device *device)
+/* Forgets the device's ranges that nobody has called current since the last time. */
+static void sweep_ranges(const struct vb_device *device)
 {
     for (size_t i = 0; i < RANGES_MAX; i++) {
         if (atomic_load(&ranges[i].device) == device) {
-            atomic_store(&ranges[i].start, 0);
-            atomic_store(&ranges[i].device, NULL);
+            if (!ranges[i].current) {
+                atomic_store(&ranges[i].start, 0);
+                atomic_store(&ranges[i].device, NULL);
+            }
+            ranges[i].current = false;
         }
     }
 }
 
+/* What stays is never missing in between: lanes may be writing to it. */
 void vb_guest_fault_watch(struct vb_device *device)
 {
     const VuDev *vu = &device->vu;
 
     pthread_mutex_lock(&ranges_lock);
-    forget_ranges(device);
     for (uint32_t i = 0; i < vu->nregions; i++) {
-        add_range(device, (const void *)(uintptr_t)vu->regions[i].mmap_addr,
-                  vu->regions[i].size + vu->regions[i].mmap_offset);
+        keep_range(device, (const void *)(uintptr_t)vu->regions[i].mmap_addr,
+                   vu->regions[i].size + vu->regions[i].mmap_offset);
     }
-    add_range(device, vu->inflight_info.addr, vu->inflight_info.size);
-    add_range(device, vu->log_table, vu->log_size);
+    keep_range(device, vu->inflight_info.addr, vu->inflight_info.size);
+    keep_range(device, vu->log_table, vu->log_size);
+    sweep_ranges(device);
     pthread_mutex_unlock(&ranges_lock);
 }
 
 void vb_guest_fault_forget(struct vb_device *device)
 {
     pthread_mutex_lock(&ranges_lock);
-    forget_ranges(device);
+    sweep_ranges(device);
     pthread_mutex_unlock(&ranges_lock);
 }
