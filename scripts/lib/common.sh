@@ -8,6 +8,8 @@ TOP=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 BUILD=$TOP/build
 ME=$(basename -- "$0")
 export LC_ALL=C.UTF-8
+# Programs of the system are not to run under sanitizers, nor other Pythons with our modules.
+unset LD_PRELOAD PYTHONPATH PYTHONMALLOC
 umask 022
 
 say() { printf '%s: %s\n' "$ME" "$*" >&2; }
