@@ -67,7 +67,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Make the guest images first: that may take minutes, which no test's limit must pay for."""
     if session.config.option.collectonly:
         return
-    shutil.rmtree(KEPT_LOGS, ignore_errors=True)
     names = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     for tier, fixture in (("tiny", "images"), ("debian", "debian_images")):
         if fixture in names:
@@ -91,9 +90,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     session = item.config.stash[SESSION]
     if report.failed:
         session.guest_spoilt = True
-        name = re.sub(r"[^\w.-]+", "_", item.name)
+        kept = KEPT_LOGS / re.sub(r"[^\w.-]+", "_", item.name)
+        shutil.rmtree(kept, ignore_errors=True)
         for workspace in session.workspaces:
-            workspace.keep_logs(KEPT_LOGS / name)
+            workspace.keep_logs(kept)
             report.sections.extend(workspace.log_tails())
     if report.when == "teardown":
         session.sweep()
