@@ -324,8 +324,8 @@ def test_memory_that_is_cut_off_later(lab: Lab, export: str, type_: Type) -> Non
             device.read(0, 4096)
             at = device.memory.regions[1].gpa
             for number in range(4):
-                places = {"in_at": at + number * 8192} if type_ == Type.IN else {}
-                device.submit(type_, 8 * number, data, length=4096, **places)
+                in_at = at + number * 8192 if type_ == Type.IN else None
+                device.submit(type_, 8 * number, data, length=4096, in_at=in_at)
             for region in device.memory.regions[cut:]:
                 os.ftruncate(region.fd, region.offset)
             device.queues[0].kick()
@@ -353,6 +353,7 @@ def test_an_area_cut_off_while_it_is_given(lab: Lab, message: Message) -> None:
     payload = inflight_description(1 << 20, 0, 1, 128)
     if message == Message.SET_LOG_BASE:
         payload = struct.pack("<QQ", 1 << 20, 0)
+    lab.noise("null")
     for _ in range(100):
         device = lab.device("null")
         fd = os.memfd_create("area")
@@ -371,6 +372,7 @@ def test_an_area_cut_off_while_it_is_given(lab: Lab, message: Message) -> None:
 
 
 def test_memory_cut_off_while_it_is_given(lab: Lab) -> None:
+    lab.noise("null")
     for number in range(60):
         device = lab.device("null")
         try:
@@ -636,6 +638,7 @@ def test_the_back_end_channel_is_no_socket(lab: Lab) -> None:
 
 def test_everything_at_once(lab: Lab) -> None:
     """Hostile connections side by side; one is served, the others wait."""
+    lab.noise("disk")
     channels = [Channel.connect(lab.path("disk")) for _ in range(8)]
     for number, channel in enumerate(channels):
         channel.send_bytes(bytes([number]) * 64)

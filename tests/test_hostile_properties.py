@@ -35,6 +35,7 @@ def bounded(examples: int) -> settings:
 @given(seed=st.integers(0, (1 << 32) - 1))
 def test_damaged_message_sequences(lab: Lab, seed: int) -> None:
     """A session ends when the back-end hangs up, so hypothesis cannot be its random source."""
+    lab.noise("null")
     Session(Random(seed), lab.path("null")).run()
     lab.bystander.read(0, 4096)
     assert lab.daemon.alive
@@ -83,6 +84,7 @@ def messages(draw: st.DrawFn) -> tuple[Message, bytes, int]:
 @given(said=st.lists(messages(), min_size=1, max_size=4))
 def test_any_numbers_in_any_message(lab: Lab, said: list[tuple[Message, bytes, int]]) -> None:
     """After a good start. It is answered, or the connection ends; both at once would be odd."""
+    lab.noise("null")
     device = lab.device("null")
     try:
         device.connect()
@@ -154,6 +156,7 @@ def test_only_writable_descriptors_are_written(
     head: int,
 ) -> None:
     """Answered or dropped; and of guest memory nothing else changes."""
+    lab.noise("null")
     memory = GuestMemory([(0, PART), (PART, PART)])
     device = lab.device("null", queue_size=8, memory=memory)
     try:

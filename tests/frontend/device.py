@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypedDict, Unpack
 
 from .inflight import InflightArea
 from .memory import PAGE, GuestMemory, Region
@@ -114,6 +114,19 @@ class Request:
     def data(self) -> bytes:
         """What the device wrote before the status."""
         return self.result[:-1]
+
+
+class Layout(TypedDict, total=False):
+    """How prepare() lays out a request."""
+
+    length: int
+    queue: int
+    out_split: Sequence[int] | None
+    in_split: Sequence[int] | None
+    indirect_from: int | None
+    out_at: int | None
+    in_at: int | None
+    ioprio: int
 
 
 def split(total: int, sizes: Sequence[int] | None, gpa: int, *, writable: bool) -> list[Segment]:
@@ -479,34 +492,10 @@ class Device:
                 ring.submit(*heads)
 
     def submit(
-        self,
-        type_: int,
-        sector: int = 0,
-        data: bytes = b"",
-        *,
-        length: int = 0,
-        queue: int = 0,
-        out_split: Sequence[int] | None = None,
-        in_split: Sequence[int] | None = None,
-        indirect_from: int | None = None,
-        out_at: int | None = None,
-        in_at: int | None = None,
-        ioprio: int = 0,
+        self, type_: int, sector: int = 0, data: bytes = b"", **layout: Unpack[Layout]
     ) -> Request:
         """prepare() and publish()."""
-        request = self.prepare(
-            type_,
-            sector,
-            data,
-            length=length,
-            queue=queue,
-            out_split=out_split,
-            in_split=in_split,
-            indirect_from=indirect_from,
-            out_at=out_at,
-            in_at=in_at,
-            ioprio=ioprio,
-        )
+        request = self.prepare(type_, sector, data, **layout)
         self.publish(request)
         return request
 

@@ -141,6 +141,11 @@ class Lab:
             qmp.command("block-export-add", **description)
         self._said[export] = 0
 
+    def noise(self, *exports: str) -> None:
+        """Unknown numbers of lines were said about these."""
+        for export in exports:
+            self._said[export] = LINES_MAX
+
     @contextmanager
     def attack(
         self, export: str = "disk", *, dropped: bool = True, **options: Any

@@ -17,6 +17,7 @@ from fuzz.sessions import Session
 
 pytest_plugins = ["frontend.fixtures"]
 
+EXPORTS = ("null", "disk", "many")
 SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "4"))
 SEED = os.environ.get("VHOSTBLK_FUZZ_SEED", "1")
 
@@ -24,18 +25,19 @@ SEED = os.environ.get("VHOSTBLK_FUZZ_SEED", "1")
 @pytest.mark.timeout(SECONDS + 120)
 def test_random_hostile_sessions(lab: Lab) -> None:
     seed = random.randrange(1 << 32) if SEED == "random" else int(SEED)
+    lab.noise(*EXPORTS)
     end = time.monotonic() + SECONDS
     sessions = 0
     recent: list[int] = []
     while time.monotonic() < end:
         rng = random.Random(seed)
-        export = rng.choice(("null", "disk", "many"))
+        export = rng.choice(EXPORTS)
         recent = [*recent[-4:], seed]
         Session(rng, lab.path(export)).run()
         sessions += 1
         if sessions % 20 == 0 or not lab.daemon.alive:
             try:
-                for export in ("null", "disk", "many"):
+                for export in EXPORTS:
                     lab.works(export)
             except Exception as error:
                 said = "\n".join(lab.daemon.lines()[-60:])
