@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from frontend.lab import Lab
@@ -48,3 +50,31 @@ def test_random_hostile_sessions(lab: Lab) -> None:
         seed += 1
     print(f"{sessions} sessions up to seed {seed - 1}")
     assert sessions
+
+
+def has_address_sanitizer() -> bool:
+    """gcc says a full path for a library it has."""
+    command = ["gcc", "-print-file-name=libasan.so"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return answer.stdout.startswith("/")
+
+
+@pytest.mark.skipif("VHOSTBLK_SANITIZED" in os.environ, reason="this is that run already")
+@pytest.mark.skipif(not has_address_sanitizer(), reason="gcc has no libasan")
+@pytest.mark.timeout(600)
+def test_random_hostile_sessions_with_sanitizers() -> None:
+    """The same, on an engine in which a wrong byte ends the process."""
+    script = Path(__file__).parents[2] / "scripts" / "test"
+    done = subprocess.run(
+        [script, "--sanitize", "address,undefined", "tests/fuzz"],
+        env={**os.environ, "VHOSTBLK_FUZZ_SECONDS": "4"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "1 passed" in done.stdout
