@@ -29,7 +29,7 @@ def backends(own_workspace: Workspace) -> Iterator[list[Backend]]:
             *("--blockdev", "driver=raw,node-name=raw,file=file"),
             "--export",
             f"type=vhost-user-blk,id={name},node-name=raw,writable=on,serial=disk-{name}"
-            f",iothread=io0,{address}",
+            f",iothread.0=io0,iothread.1=io1,{address}",
         ]
         backends.append(Backend(own_workspace, arguments, name=name))
     try:

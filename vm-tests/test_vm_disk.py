@@ -7,6 +7,7 @@ import hashlib
 import time
 from functools import partial
 
+import psutil
 import pytest
 from guest import Disk, DiskServer, Guest, Workspace, wait_until
 from guest.disks import MIB, check_ext4, read_ext4
@@ -220,3 +221,15 @@ class TestChanges:
         qmp.wait_event("BLOCK_EXPORT_DELETED", where=lambda data: data.get("id") == "late")
         qmp.command("blockdev-del", {"node-name": "late"})
         guest.check(fio(first.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=4M"))
+
+
+class TestIdle:
+    def test_an_idle_guest_costs_no_cpu(self, guest: Guest, disks: DiskServer) -> None:
+        disk = disks.add()
+        guest.check(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=8 --size=2M"))
+        backend = psutil.Process(disk.backend.process.pid)
+        time.sleep(0.5)  # polling has its adaptive end
+        before = backend.cpu_times()
+        time.sleep(2)
+        after = backend.cpu_times()
+        assert after.user + after.system - before.user - before.system <= 0.02

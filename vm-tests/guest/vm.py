@@ -6,8 +6,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from .console import Console, ConsoleError, Result
 from .images import GuestImages
-from .process import Process, wait_until
+from .process import Process, ProcessError, wait_until
 from .qmp import QmpClient, QmpError
 from .workspace import Workspace
 
@@ -131,7 +133,11 @@ class Load:
 
 
 class Guest:
-    """QEMU, its monitor, and the shell inside the guest."""
+    """QEMU, its monitor, and the shell inside the guest.
+
+    Without `shared_memory`, `qemu_options` must see to it. `wrapper` is a command that starts
+    QEMU, which then is not ours to kill.
+    """
 
     def __init__(
         self,
@@ -145,6 +151,8 @@ class Guest:
         append: str = "vmtest.shell",
         initrd: Path | None = None,
         qemu_options: Sequence[str] = (),
+        shared_memory: bool = True,
+        wrapper: Sequence[str] = (),
         free_ports: int = 4,
         boot_timeout: float = BOOT_SECONDS,
         name: str = "guest",
@@ -158,11 +166,12 @@ class Guest:
         self._qmp: QmpClient | None = None
         self._ports: dict[str, str | None] = {}
         cpu = "host" if accel.startswith("kvm") else "qemu64"
+        self._wrapped = bool(wrapper)
         self._argv = [
+            *wrapper,
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none"),
             *("-accel", accel, "-cpu", cpu, "-smp", smp, "-m", memory),
-            *("-object", f"memory-backend-memfd,id=mem,size={memory},share=on"),
-            *("-machine", "q35,memory-backend=mem"),
+            *("-machine", "q35"),
             *("-action", "reboot=shutdown,panic=shutdown"),
             *("-kernel", str(images.kernel), "-initrd", str(initrd or images.tiny_initrd)),
             *("-append", f"{KERNEL_OPTIONS} {append}"),
@@ -183,6 +192,9 @@ class Guest:
             self._argv += ["-device", f"pcie-root-port,id={port},{place}"]
             if disk:
                 self._argv += disk.argv(port)
+        if shared_memory:
+            self._argv += ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on"]
+            self._argv += ["-machine", "memory-backend=mem"]
         self._argv += qemu_options
 
     def _path(self, suffix: str) -> Path:
@@ -208,6 +220,11 @@ class Guest:
 
     def close(self) -> None:
         """End QEMU whatever its state."""
+        if self._wrapped and self._process is not None and self._process.alive():
+            # Killing the wrapper would leave QEMU behind.
+            self._process.send_signal(signal.SIGTERM)
+            with suppress(ProcessError):
+                self._process.wait(10)
         for connection in (self._console, self._qmp):
             if connection is not None:
                 connection.close()
