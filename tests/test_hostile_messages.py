@@ -27,6 +27,7 @@ from frontend.protocol import (
     vring_address,
     vring_state,
 )
+from frontend.virtqueue import DESC
 
 pytest_plugins = ["frontend.fixtures"]
 
@@ -573,13 +574,24 @@ def test_inflight_area_that_is_not_there(lab: Lab, name: str) -> None:
 
 
 def test_ring_larger_than_its_inflight_area(lab: Lab) -> None:
-    with lab.attack(queue_size=64) as device:
-        device.start_device()
+    """Refused, or served without recording; but nothing is written behind the area's end."""
+    with lab.attack(dropped=False, queue_size=64) as device, GuestFiles(1) as fds:
+        size = 64 * 17
+        device.share_memory()
+        device.set_features(device.features)
+        device.channel.send(Message.SET_INFLIGHT_FD, inflight_description(size, 0, 1, 64), fds)
         device.make_queues()
         queue = device.queues[0]
         device.channel.send(Message.SET_VRING_NUM, vring_state(0, 128))
         device.channel.send(Message.SET_VRING_ADDR, device.ring_address(queue))
         device.channel.send(Message.SET_VRING_KICK, u64(0), [queue.kick_fd])
+        device.channel.send(Message.SET_VRING_ENABLE, vring_state(0, 1))
+        queue.size = 128
+        device.memory.write(queue.desc + 16 * 127, DESC.pack(device.memory.alloc(16), 16, 1, 0))
+        queue.publish(127)
+        queue.kick()
+        device.channel.wait_closed(0.1)
+        assert os.pread(fds[0], 4096, size) == bytes(4096)
 
 
 def test_many_inflight_areas(lab: Lab) -> None:

@@ -114,6 +114,20 @@ def test_resubmission_after_kill_9(stuck: Daemon, base: int) -> None:
         assert device.inflight.heads(0) == device.inflight.heads(1) == []
 
 
+def test_an_area_asked_for_with_a_smaller_ring_size(stuck: Daemon) -> None:
+    """Debian's QEMU since 10.0.13 gives each ring 1024 entries, and says queue-size here."""
+    with Device(stuck.socket("null"), queues=2, queue_size=1024, inflight_size=128) as device:
+        requests = [device.submit(Type.IN, n, length=512, queue=n % 2) for n in range(600)]
+        popped(device, requests)
+        assert max(request.head for request in requests) >= 128
+        heal(stuck)
+        device.reconnect()
+        device.wait(*requests)
+        assert {request.status for request in requests} == {Status.OK}
+        device.stop()
+        assert device.queues[0].used_idx == device.queues[1].used_idx == 300
+
+
 def test_new_requests_follow_the_resubmitted_ones(stuck: Daemon) -> None:
     with Device(stuck.socket("null")) as device:
         old = [device.submit(Type.IN, n, length=512) for n in range(5)]

@@ -155,6 +155,7 @@ class Device:
         protocol_features: int = WANTED_PROTOCOL,
         memory: GuestMemory | None = None,
         base: int = 0,
+        inflight_size: int | None = None,
         timeout: float = 30,
     ) -> None:
         self.path = path
@@ -164,6 +165,7 @@ class Device:
         self.wanted_protocol = protocol_features
         self.memory = memory or GuestMemory()
         self.base = base
+        self.inflight_size = inflight_size  # ring size in messages about the area, if another
         self.timeout = timeout
         self.offered = 0
         self.offered_protocol = 0
@@ -337,13 +339,16 @@ class Device:
         self.shared.remove(region)
 
     def get_inflight(self) -> InflightArea:
+        told = self.inflight_size or self.queue_size
         self.channel.send(
-            Message.GET_INFLIGHT_FD, inflight_description(0, 0, self.num_queues, self.queue_size)
+            Message.GET_INFLIGHT_FD, inflight_description(0, 0, self.num_queues, told)
         )
         reply, fds = self.channel.receive_reply(Message.GET_INFLIGHT_FD)
-        size, offset, queues, queue_size = struct.unpack_from("<QQHH", reply)
-        assert len(fds) == 1 and (queues, queue_size) == (self.num_queues, self.queue_size)
-        self.inflight = InflightArea(fds[0], size, queues, queue_size, offset)
+        size, offset, queues, _ = struct.unpack_from("<QQHH", reply)
+        assert len(fds) == 1 and queues == self.num_queues
+        # Like QEMU: size and file are the back-end's, the rest is said as before.
+        made_for = max(self.queue_size, told)
+        self.inflight = InflightArea(fds[0], size, queues, told, offset, ring_size=made_for)
         return self.inflight
 
     def set_inflight(self) -> None:

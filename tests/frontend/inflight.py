@@ -34,17 +34,25 @@ class InflightArea:
     """What the back-end gave out with GET_INFLIGHT_FD, or what a test made up."""
 
     def __init__(
-        self, fd: int, mmap_size: int, queues: int, queue_size: int, offset: int = 0
+        self,
+        fd: int,
+        mmap_size: int,
+        queues: int,
+        queue_size: int,
+        offset: int = 0,
+        *,
+        ring_size: int | None = None,
     ) -> None:
         self.fd = fd
         self.mmap_size = mmap_size
         self.queues = queues
-        self.queue_size = queue_size
+        self.queue_size = queue_size  # what messages say
+        self.ring_size = ring_size or queue_size  # what the regions are made for
         self.offset = offset
         self.map = mmap.mmap(fd, mmap_size, offset=offset)
         # The protocol lets a back-end place the regions as it likes; libvhost-user's
         # places are what our back-end keeps, so that a restart may use another build.
-        self.stride = -(-(ENTRY.size * queue_size + 2) // 64) * 64
+        self.stride = -(-(ENTRY.size * self.ring_size + 2) // 64) * 64
 
     def close(self) -> None:
         self.map.close()
@@ -80,6 +88,6 @@ class InflightArea:
 
     def heads(self, queue: int = 0) -> list[int]:
         """Heads marked in flight, oldest first."""
-        found = [(self.entry(head, queue), head) for head in range(self.queue_size)]
+        found = [(self.entry(head, queue), head) for head in range(self.ring_size)]
         marked = [(entry.counter, head) for entry, head in found if entry.inflight]
         return [head for _, head in sorted(marked)]
