@@ -65,6 +65,7 @@ _EVENT_CONNECTED: int = lib.VB_EVENT_CONNECTED
 _EVENT_DISCONNECTED: int = lib.VB_EVENT_DISCONNECTED
 _EVENT_WRITEBACK: int = lib.VB_EVENT_WRITEBACK
 _EVENT_DRAINING: int = lib.VB_EVENT_DRAINING
+_EVENT_UNRECORDED: int = lib.VB_EVENT_UNRECORDED
 _COMMAND_COMPLETE: int = lib.VB_COMMAND_COMPLETE
 _COMMAND_FORWARD: int = lib.VB_COMMAND_FORWARD
 _COMMAND_SUBMIT: int = lib.VB_COMMAND_SUBMIT
@@ -428,6 +429,8 @@ class ExportHandle:
         self.on_writeback: Callable[[bool], None] | None = None
         # The front-end waits for requests in flight (True), and no longer (False).
         self.on_draining: Callable[[bool], None] | None = None
+        # A queue's requests in flight cannot be recorded for a successor.
+        self.on_unrecorded: Callable[[int], None] | None = None
 
     def set_root(self, node: NodeHandle) -> None:
         """The tree below; only before the first connection, or paused."""
@@ -504,6 +507,8 @@ class ExportHandle:
             self.on_writeback(bool(ret))
         elif kind == _EVENT_DRAINING and self.on_draining is not None:
             self.on_draining(bool(ret))
+        elif kind == _EVENT_UNRECORDED and self.on_unrecorded is not None:
+            self.on_unrecorded(ret)
 
     def _reason(self) -> str:
         text = ffi.new("char[]", lib.VB_EVENT_TEXT)

@@ -204,6 +204,8 @@ void vb_export_free(vb_export *export_); /* disconnected, not paused */
  * go of them now; 0: it is over. DISCONNECTED ends it too.
  */
 #define VB_EVENT_DRAINING 7
+/* Queue `ret` has more entries than the record of requests in flight: a kill would lose some. */
+#define VB_EVENT_UNRECORDED 8
 
 #define VB_EVENT_TEXT 160
 

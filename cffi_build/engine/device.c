@@ -536,6 +536,33 @@ static void forget_inflight_area(VuDev *vu)
     }
 }
 
+/*
+ * QEMU may ask for an in-flight area of `queue-size` entries and then set up rings of
+ * 1024 (Debian's 10.0.13 always does). So every area is made for the largest ring there
+ * can be; QEMU hands it back with its real size and its own idea of the entries.
+ */
+static void choose_inflight_size(struct vb_device *device, VhostUserMsg *message)
+{
+    VhostUserInflight area = message->payload.inflight;
+
+    if (message->request == VHOST_USER_GET_INFLIGHT_FD ||
+        area.mmap_size >= area.num_queues * vb_inflight_bytes(VB_QUEUE_SIZE_MAX)) {
+        message->payload.inflight.queue_size = VB_QUEUE_SIZE_MAX;
+    }
+    device->inflight_queue_size = message->payload.inflight.queue_size;
+}
+
+/* Another back-end's area, too small for this ring: better to serve than to refuse. */
+static void check_inflight_size(struct vb_device *device, uint32_t index)
+{
+    VuVirtq *vq = &device->vu.vq[index];
+
+    if (vq->inflight && vq->vring.num > device->inflight_queue_size) {
+        vq->inflight = NULL;
+        post_note(device->export_, VB_EVENT_UNRECORDED, (int)index);
+    }
+}
+
 static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
@@ -552,11 +579,13 @@ static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
         return set_writeback(device, message);
     case VHOST_USER_GET_INFLIGHT_FD:
         forget_inflight_area(vu);
+        choose_inflight_size(device, message);
         break;
     case VHOST_USER_SET_INFLIGHT_FD:
-        device->inflight_queue_size = message->payload.inflight.queue_size;
+        choose_inflight_size(device, message);
         break;
     case VHOST_USER_SET_VRING_KICK:
+        check_inflight_size(device, message->payload.u64 & VHOST_USER_VRING_IDX_MASK);
         /* Keeps the library from its own check of the in-flight area: vb_queue_recover(). */
         vu->protocol_features &= ~INFLIGHT_FEATURE;
         break;

@@ -173,6 +173,8 @@ uint64_t vb_device_protocol_features(void);
 /* VuDev.read_msg: one message from the socket, checked; false ends the connection. */
 bool vb_message_read(VuDev *vu, int sock, VhostUserMsg *message);
 enum vb_message_needs vb_message_needs(int request);
+/* Of one queue in the in-flight area, as libvhost-user lays it out: header, descriptors, on 64. */
+uint64_t vb_inflight_bytes(uint16_t queue_size);
 /* Address of guest memory [qva, qva + length) if one region holds it all, else NULL. */
 void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length);
 

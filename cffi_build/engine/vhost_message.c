@@ -209,10 +209,6 @@ static bool check_kick(struct vb_device *device, const VhostUserMsg *message)
     if (!vq->vra.desc_user_addr || vq->vring.num == 0) {
         return vb_device_drop(device, "SET_VRING_KICK of queue %u before its ring", index);
     }
-    if (vq->inflight && vq->vring.num > device->inflight_queue_size) {
-        return vb_device_drop(device, "ring of queue %u has %u entries, its in-flight area only %u",
-                              index, vq->vring.num, device->inflight_queue_size);
-    }
     return true;
 }
 
@@ -294,12 +290,15 @@ static bool check_get_inflight(struct vb_device *device, const VhostUserMsg *mes
     return check_inflight_counts(device, &inflight);
 }
 
+uint64_t vb_inflight_bytes(uint16_t queue_size)
+{
+    return (sizeof(VuVirtqInflight) + queue_size * sizeof(VuDescStateSplit) + 63) & ~63ull;
+}
+
 static bool check_set_inflight(struct vb_device *device, const VhostUserMsg *message)
 {
     VhostUserInflight inflight = message->payload.inflight;
-    /* As libvhost-user lays it out: a header and descriptors, each queue on 64 bytes. */
-    uint64_t queue = (sizeof(VuVirtqInflight) +
-                      inflight.queue_size * sizeof(VuDescStateSplit) + 63) & ~63ull;
+    uint64_t queue = vb_inflight_bytes(inflight.queue_size);
 
     if (!check_inflight_counts(device, &inflight)) {
         return false;

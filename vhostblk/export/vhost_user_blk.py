@@ -171,6 +171,7 @@ class VhostUserBlkExport(Export):
         handle.on_disconnected = self._on_disconnected
         handle.on_writeback = self._on_writeback
         handle.on_draining = self._on_draining
+        handle.on_unrecorded = self._on_unrecorded
         return handle
 
     def _perm(self) -> Perm:
@@ -245,6 +246,16 @@ class VhostUserBlkExport(Export):
         self._releasing.close()
         if draining and self.backend is not None:
             self._releasing.enter_context(self.graph.releasing([self.backend]))
+
+    def _on_unrecorded(self, queue: int) -> None:
+        self._log.log(
+            logging.WARNING,
+            "export '%s': the front-end's record of requests in flight is too small for queue %d: "
+            "if this process is killed, requests in flight may be lost; restart the VM to get a "
+            "larger one",
+            self.id,
+            queue,
+        )
 
     # ---- what the graph asks (graph.Device)
 
