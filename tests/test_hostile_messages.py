@@ -19,6 +19,7 @@ from frontend.lab import Lab
 from frontend.memory import PAGE
 from frontend.protocol import (
     HEADER,
+    REQUEST_HEADER,
     VRING_NOFD,
     Flag,
     config_space,
@@ -587,7 +588,10 @@ def test_ring_larger_than_its_inflight_area(lab: Lab) -> None:
         device.channel.send(Message.SET_VRING_KICK, u64(0), [queue.kick_fd])
         device.channel.send(Message.SET_VRING_ENABLE, vring_state(0, 1))
         queue.size = 128
-        device.memory.write(queue.desc + 16 * 127, DESC.pack(device.memory.alloc(16), 16, 1, 0))
+        header, status = device.memory.alloc(16), device.memory.alloc(1)
+        device.memory.write(header, REQUEST_HEADER.pack(Type.FLUSH, 0, 0))
+        device.memory.write(queue.desc + 16 * 127, DESC.pack(header, 16, 1, 0))
+        queue.set_descriptor(0, status, 1, 2)
         queue.publish(127)
         queue.kick()
         device.channel.wait_closed(0.1)

@@ -74,7 +74,7 @@ def test_what_the_area_says_in_normal_operation(lab: Lab) -> None:
         requests = [device.submit(Type.IN, n, length=512) for n in range(6)]
         popped(device, requests)
         assert area.region().version == 1
-        assert area.region().desc_num == device.queue_size
+        assert area.region().desc_num >= device.queue_size
         assert area.heads() == [request.head for request in requests]  # oldest first
         counters = [area.entry(request.head).counter for request in requests]
         assert counters == sorted(set(counters))

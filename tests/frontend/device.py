@@ -347,8 +347,7 @@ class Device:
         size, offset, queues, _ = struct.unpack_from("<QQHH", reply)
         assert len(fds) == 1 and queues == self.num_queues
         # Like QEMU: size and file are the back-end's, the rest is said as before.
-        made_for = max(self.queue_size, told)
-        self.inflight = InflightArea(fds[0], size, queues, told, offset, ring_size=made_for)
+        self.inflight = InflightArea(fds[0], size, queues, told, offset)
         return self.inflight
 
     def set_inflight(self) -> None:

@@ -14,6 +14,14 @@ REGION = struct.Struct("<QHHHH")
 ENTRY = struct.Struct("<B5xHQ")
 
 
+RING_SIZE_MAX = 1024
+
+
+def region_bytes(ring_size: int) -> int:
+    """Of one queue: header and entries, in whole cache lines."""
+    return -(-(REGION.size + ENTRY.size * ring_size) // 64) * 64
+
+
 @dataclass
 class Entry:
     inflight: int
@@ -40,19 +48,19 @@ class InflightArea:
         queues: int,
         queue_size: int,
         offset: int = 0,
-        *,
-        ring_size: int | None = None,
     ) -> None:
         self.fd = fd
         self.mmap_size = mmap_size
         self.queues = queues
         self.queue_size = queue_size  # what messages say
-        self.ring_size = ring_size or queue_size  # what the regions are made for
         self.offset = offset
         self.map = mmap.mmap(fd, mmap_size, offset=offset)
-        # The protocol lets a back-end place the regions as it likes; libvhost-user's
-        # places are what our back-end keeps, so that a restart may use another build.
-        self.stride = -(-(ENTRY.size * self.ring_size + 2) // 64) * 64
+        # The protocol lets a back-end place the regions as it likes. These are
+        # libvhost-user's places, for rings of the largest size if that much is there.
+        self.ring_size = queue_size
+        if mmap_size >= queues * region_bytes(RING_SIZE_MAX):
+            self.ring_size = RING_SIZE_MAX
+        self.stride = region_bytes(self.ring_size)
 
     def close(self) -> None:
         self.map.close()
