@@ -20,7 +20,9 @@ class ProcessError(Exception):
     """A process did not start, ended too early, or did not end."""
 
 
-def wait_until(condition: Callable[[], T | None], what: str, timeout: float) -> T:
+def wait_until(
+    condition: Callable[[], T | None], what: str, timeout: float, *, every: float = POLL_SECONDS
+) -> T:
     """Call `condition` until it returns something true, and return that."""
     deadline = time.monotonic() + timeout
     while True:
@@ -31,7 +33,7 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout: float) -> 
             return result
         if late:
             raise TimeoutError(f"waited {timeout:g} s in vain for {what}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(every)
 
 
 class Process:

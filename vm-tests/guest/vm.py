@@ -29,6 +29,9 @@ COMMAND_SECONDS = 60
 KERNEL_OPTIONS = (
     "console=ttyS0 quiet net.ifnames=0 mitigations=off no_timer_check tsc=reliable"
     " cryptomgr.notests random.trust_cpu=on panic=-1"
+    # The driver's test for a bug of some serial ports can misjudge one whose interrupts come late,
+    # as they do on a busy host. (Seen once in many runs: repeated and lost bytes after a reboot.)
+    " 8250.skip_txen_test=1"
 )
 
 
@@ -98,23 +101,26 @@ class Job:
         # A subshell keeps `exit` and `cd` of the command from reaching the status line.
         guest.check(f"( ( {command} ) >{self._base}.out 2>&1; echo $? >{self._base}.status ) &")
 
-    def running(self) -> bool:
-        return self._guest.run(f"[ -s {self._base}.status ]").status != 0
+    def status(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        result = self._guest.run(f"cat {self._base}.status")
+        return int(result.output) if result.status == 0 and result.output else None
 
-    def wait(self, timeout: float) -> Result:
-        """Wait for its end; its output and status."""
-        wait_until(lambda: not self.running(), f"the end of `{self.command}` in the guest", timeout)
-        status = int(self._guest.check(f"cat {self._base}.status"))
-        return Result(self.command, self._guest.check(f"cat {self._base}.out"), status)
+    def wait(self, timeout: float) -> int:
+        """Wait for its end; its exit status."""
+        what = f"the end of `{self.command}` in the guest"
+        # Not too often: the questions themselves cost the guest time.
+        wait_until(lambda: self.status() is not None, what, timeout, every=0.1)
+        status = self.status()
+        assert status is not None
+        return status
 
-    def check(self, timeout: float) -> str:
-        """Wait for its end, which must be a success; its output."""
-        result = self.wait(timeout)
-        if result.status:
-            raise ConsoleError(
-                f"`{self.command}` ended with {result.status}:\n{result.output[-3000:]}"
-            )
-        return result.output
+    def check(self, timeout: float) -> None:
+        """Wait for its end, which must be a success."""
+        status = self.wait(timeout)
+        if status:
+            output = self._guest.check(f"tail -c 3000 {self._base}.out")
+            raise ConsoleError(f"`{self.command}` ended with {status}:\n{output}")
 
 
 class Load:
