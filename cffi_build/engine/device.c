@@ -266,28 +266,55 @@ static void on_panic(VuDev *vu, const char *text)
 
 /* How long requests in flight may take before Python is asked to let go of those it holds. */
 #define DRAIN_PATIENCE_NS 2000000
+#define DRAIN_RETRY_NS 100000000
+
+/*
+ * A front-end that turns its call descriptor blocking and fills it has our I/O thread asleep in
+ * eventfd_write(). Reading it wakes the writer.
+ */
+static void release_signallers(struct vb_device *device)
+{
+    for (uint16_t i = 0; i < device->num_queues; i++) {
+        uint64_t ignored;
+        struct iovec iov = {&ignored, sizeof(ignored)};
+        struct pollfd call = {.fd = device->vu.vq[i].call_fd, .events = POLLOUT};
+
+        if (call.fd >= 0 && poll(&call, 1, 0) == 0) {
+            preadv2(call.fd, &iov, 1, -1, RWF_NOWAIT);
+        }
+    }
+}
+
+static struct timespec after(uint64_t ns)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_REALTIME, &at);
+    at.tv_nsec += (long)ns;
+    at.tv_sec += at.tv_nsec / 1000000000;
+    at.tv_nsec %= 1000000000;
+    return at;
+}
 
 static void wait_for_lanes(struct vb_device *device, sem_t *done, bool drain)
 {
-    struct timespec patience;
-    bool draining = false;
+    struct timespec until = after(DRAIN_PATIENCE_NS);
     uint32_t left = device->num_lanes;
+    bool late = false;
 
-    clock_gettime(CLOCK_REALTIME, &patience);
-    patience.tv_nsec += DRAIN_PATIENCE_NS;
-    patience.tv_sec += patience.tv_nsec / 1000000000;
-    patience.tv_nsec %= 1000000000;
     while (left > 0) {
-        if ((draining ? sem_wait(done) : sem_timedwait(done, &patience)) == 0) {
+        if (sem_timedwait(done, &until) == 0) {
             left--;
         } else if (errno == ETIMEDOUT) {
-            draining = true;
-            if (drain) {
+            if (drain && !late) {
                 post_note(device->export_, VB_EVENT_DRAINING, 1);
             }
+            late = true;
+            release_signallers(device);
+            until = after(DRAIN_RETRY_NS);
         }
     }
-    if (draining && drain) {
+    if (drain && late) {
         post_note(device->export_, VB_EVENT_DRAINING, 0);
     }
 }
@@ -522,7 +549,7 @@ static int set_writeback(struct vb_device *device, const VhostUserMsg *message)
     return 1;
 }
 
-/* A second GET_INFLIGHT_FD: the library would forget the first area without unmapping it. */
+/* The library keeps pointers into an old area, or the area itself, for ever. */
 static void forget_inflight_area(VuDev *vu)
 {
     if (!vu->inflight_info.addr) {
@@ -582,6 +609,7 @@ static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
         choose_inflight_size(device, message);
         break;
     case VHOST_USER_SET_INFLIGHT_FD:
+        forget_inflight_area(vu); /* also of queues that the new one does not cover */
         choose_inflight_size(device, message);
         break;
     case VHOST_USER_SET_VRING_KICK:

@@ -13,6 +13,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -167,6 +169,28 @@ static bool check_addr(struct vb_device *device, const VhostUserMsg *message)
     return true;
 }
 
+/* Whatever else can be written to may block for as long as its owner likes. */
+static bool is_eventfd(int fd)
+{
+    char path[32], target[32] = "";
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    return readlink(path, target, sizeof(target) - 1) > 0 &&
+           strcmp(target, "anon_inode:[eventfd]") == 0;
+}
+
+/* The area may not change under a ring that is being recorded in it. QEMU starts rings later. */
+static bool check_stopped(struct vb_device *device, const VhostUserMsg *message)
+{
+    for (uint16_t i = 0; i < device->num_queues; i++) {
+        if (device->vu.vq[i].started) {
+            return vb_device_drop(device, "%s while queue %u runs",
+                                  vu_request_to_string((unsigned)message->request), i);
+        }
+    }
+    return true;
+}
+
 static bool check_vring_fd(struct vb_device *device, const VhostUserMsg *message)
 {
     bool none = message->payload.u64 & VHOST_USER_VRING_NOFD_MASK;
@@ -175,8 +199,15 @@ static bool check_vring_fd(struct vb_device *device, const VhostUserMsg *message
         return vb_device_drop(device, "%s with %d file descriptors",
                               vu_request_to_string((unsigned)message->request), message->fd_num);
     }
+    if (!none && !is_eventfd(message->fds[0])) {
+        return vb_device_drop(device, "%s with a descriptor that is no eventfd",
+                              vu_request_to_string((unsigned)message->request));
+    }
     if (!none) {
-        /* An event fd that is full must fail, not block everyone else's I/O. */
+        /*
+         * An event fd that is full must fail, not block everyone else's I/O. The front-end can
+         * undo this, since it shares the open file: see release_signallers().
+         */
         int flags = fcntl(message->fds[0], F_GETFL);
         fcntl(message->fds[0], F_SETFL, flags | O_NONBLOCK);
     }
@@ -287,7 +318,7 @@ static bool check_get_inflight(struct vb_device *device, const VhostUserMsg *mes
 {
     VhostUserInflight inflight = message->payload.inflight;
 
-    return check_inflight_counts(device, &inflight);
+    return check_stopped(device, message) && check_inflight_counts(device, &inflight);
 }
 
 uint64_t vb_inflight_bytes(uint16_t queue_size)
@@ -300,7 +331,7 @@ static bool check_set_inflight(struct vb_device *device, const VhostUserMsg *mes
     VhostUserInflight inflight = message->payload.inflight;
     uint64_t queue = vb_inflight_bytes(inflight.queue_size);
 
-    if (!check_inflight_counts(device, &inflight)) {
+    if (!check_stopped(device, message) || !check_inflight_counts(device, &inflight)) {
         return false;
     }
     if (inflight.mmap_size < queue * inflight.num_queues ||

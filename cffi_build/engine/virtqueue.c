@@ -277,6 +277,13 @@ static bool chain_read(struct vb_queue *queue, uint16_t head, struct chain *chai
     return chain_error(chain, "a loop of descriptors");
 }
 
+/*
+ * What one queue may start before all that has completed is passed on and the thread's
+ * other queues, perhaps another guest's, have their turn.
+ */
+#define SWEEP_REQUESTS 128
+#define SWEEP_BYTES (4u << 20)
+
 /* ---- pop ------------------------------------------------------------------------------------ */
 
 static void mark_inflight(struct vb_queue *queue, uint16_t head)
@@ -292,18 +299,19 @@ static void mark_inflight(struct vb_queue *queue, uint16_t head)
 /* Nothing sensible can be answered: give the chain back untouched and end the connection. */
 static void reject(struct vb_queue *queue, uint16_t head, const char *what)
 {
-    if (head < queue->num && !queue->requests[head].busy &&
-        queue->batch_used < VB_QUEUE_SIZE_MAX) {
+    if (head < queue->num && !queue->requests[head].busy) {
         /* Or a reconnecting front-end would have it resubmitted, and rejected, for ever. */
         queue->requests[head].request.niov = 0; /* nothing was written, for the dirty log */
         queue->requests[head].status = NULL;
+        queue->requests[head].busy = true;
         queue->batch[queue->batch_used++] = (struct vring_used_elem){.id = htole32(head)};
         queue->lane->inflight++;
     }
     vb_device_violation(queue->lane, what);
 }
 
-static void start(struct vb_queue *queue, uint16_t head)
+/* Returns the bytes it transfers. */
+static uint64_t start(struct vb_queue *queue, uint16_t head)
 {
     struct vb_lane *lane = queue->lane;
     struct chain chain = {.lane = lane};
@@ -311,25 +319,28 @@ static void start(struct vb_queue *queue, uint16_t head)
 
     if (head >= queue->num) {
         reject(queue, head, "a head descriptor outside the table");
-        return;
+        return 0;
     }
     blk = &queue->requests[head];
     if (blk->busy) {
         reject(queue, head, "a descriptor that is made available twice");
-        return;
+        return 0;
     }
     if (!chain_read(queue, head, &chain)) {
         reject(queue, head, chain.error);
-        return;
+        return 0;
     }
     blk->busy = true;
     lane->inflight++;
     mark_inflight(queue, head);
+    vb_count(&lane->thread->requests, 1);
     if (!vb_blk_start(blk, lane->chain, chain.nout, lane->chain + chain.nout, chain.nin)) {
         blk->busy = false;
         lane->inflight--;
         reject(queue, head, "a request without a whole header or a status byte");
+        return 0;
     }
+    return blk->request.bytes;
 }
 
 /* Requests that were in flight when this ring's last back-end died, oldest first. */
@@ -352,6 +363,8 @@ bool vb_queue_poll(struct vb_queue *queue)
     uint16_t count = (uint16_t)(le16toh(guest_load_acquire(&queue->avail->idx)) -
                                 vq->last_avail_idx);
 
+    uint64_t bytes = 0;
+
     if (count == 0 || queue->lane->broken) {
         return any;
     }
@@ -363,11 +376,11 @@ bool vb_queue_poll(struct vb_queue *queue)
         guest_store(&queue->used->flags, htole16(VRING_USED_F_NO_NOTIFY));
     }
     queue->kicks_wanted = false;
-    vb_count(&queue->lane->thread->requests, count);
-    for (uint16_t i = 0; i < count && !queue->lane->broken; i++) {
+    count = count < SWEEP_REQUESTS ? count : SWEEP_REQUESTS;
+    for (uint16_t i = 0; i < count && bytes < SWEEP_BYTES && !queue->lane->broken; i++) {
         uint16_t slot = vq->last_avail_idx++ & (queue->num - 1);
 
-        start(queue, le16toh(guest_load(&queue->avail->ring[slot])));
+        bytes += start(queue, le16toh(guest_load(&queue->avail->ring[slot])));
     }
     return true;
 }
@@ -402,11 +415,11 @@ void vb_queue_complete(struct vb_blk_request *blk)
 {
     struct vb_queue *queue = blk->queue;
 
+    vb_assert(queue->batch_used < queue->num);
     queue->batch[queue->batch_used++] = (struct vring_used_elem){
         .id = htole32(blk->head),
         .len = htole32(blk->written),
     };
-    blk->busy = false;
 }
 
 static void write_used(struct vb_queue *queue, uint16_t used_idx)
@@ -427,6 +440,8 @@ static void write_used(struct vb_queue *queue, uint16_t used_idx)
             inflight->desc[head].next = inflight->last_batch_head;
             inflight->last_batch_head = head;
         }
+        /* Not earlier: each head is in the batch once at most, whatever the guest makes available. */
+        queue->requests[head].busy = false;
     }
 }
 

@@ -500,7 +500,8 @@ static void transfer(struct file_io *io)
  */
 static void start_transfer(struct file_io *io)
 {
-    io->queued = io->file->direct || io->request->bytes > INLINE_MAX;
+    io->aio.large = !io->file->direct && io->request->bytes > INLINE_MAX;
+    io->queued = io->file->direct || io->aio.large;
     io->sync = !io->file->direct && wants_fua(io);
     transfer(io);
 }
