@@ -568,7 +568,7 @@ class Engine:
         self,
         name: str,
         *,
-        poll_max_ns: int = 32768,
+        poll_max_ns: int = 100_000,
         poll_grow: int = 0,
         poll_shrink: int = 0,
         aio: Aio = Aio.AUTO,

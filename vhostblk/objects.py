@@ -77,7 +77,7 @@ def object_types() -> Mapping[str, type[BackendObject]]:
 class IOThreadOptions(ObjectOptions):
     """Options of iothread."""
 
-    poll_max_ns: UInt64 = 32768
+    poll_max_ns: UInt64 = 100_000
     """Longest busy wait for new requests before sleeping, in nanoseconds; 0: none."""
     poll_grow: UInt64 = 0
     """Factor by which the busy wait grows; 0 means 2."""

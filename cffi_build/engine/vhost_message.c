@@ -149,6 +149,7 @@ static bool check_base(struct vb_device *device, const VhostUserMsg *message)
 static bool check_addr(struct vb_device *device, const VhostUserMsg *message)
 {
     struct vhost_vring_addr addr = message->payload.addr;
+    const void *desc, *avail, *used;
     uint64_t num;
 
     if (!check_index(device, message, addr.index)) {
@@ -158,11 +159,12 @@ static bool check_addr(struct vb_device *device, const VhostUserMsg *message)
     if (num == 0) {
         return vb_device_drop(device, "SET_VRING_ADDR before SET_VRING_NUM");
     }
-    if (addr.desc_user_addr % 16 || addr.avail_user_addr % 2 || addr.used_user_addr % 4 ||
-        !vb_qva_to_va(&device->vu, addr.desc_user_addr, num * sizeof(struct vring_desc)) ||
-        !vb_qva_to_va(&device->vu, addr.avail_user_addr, (num + 3) * sizeof(uint16_t)) ||
-        !vb_qva_to_va(&device->vu, addr.used_user_addr,
-                      3 * sizeof(uint16_t) + num * sizeof(struct vring_used_elem))) {
+    desc = vb_qva_to_va(&device->vu, addr.desc_user_addr, num * sizeof(struct vring_desc));
+    avail = vb_qva_to_va(&device->vu, addr.avail_user_addr, (num + 3) * sizeof(uint16_t));
+    used = vb_qva_to_va(&device->vu, addr.used_user_addr,
+                        3 * sizeof(uint16_t) + num * sizeof(struct vring_used_elem));
+    if (!desc || !avail || !used || (uintptr_t)desc % 16 || (uintptr_t)avail % 2 ||
+        (uintptr_t)used % 4) {
         return vb_device_drop(device, "ring of queue %u is unaligned or not inside one memory region",
                               addr.index);
     }

@@ -281,7 +281,7 @@ static bool chain_read(struct vb_queue *queue, uint16_t head, struct chain *chai
  * What one queue may start before all that has completed is passed on and the thread's
  * other queues, perhaps another guest's, have their turn.
  */
-#define SWEEP_REQUESTS 128
+#define SWEEP_REQUESTS 8
 #define SWEEP_BYTES (4u << 20)
 
 /* ---- pop ------------------------------------------------------------------------------------ */
@@ -453,7 +453,8 @@ static void clear_inflight(struct vb_queue *queue, uint16_t used_idx)
         return;
     }
     for (uint16_t i = 0; i < queue->batch_used; i++) {
-        guest_store(&inflight->desc[(uint16_t)le32toh(queue->batch[i].id)].inflight, 0);
+        /* Release: not before the used index, or a kill in between would lose the request. */
+        guest_store_release(&inflight->desc[(uint16_t)le32toh(queue->batch[i].id)].inflight, 0);
     }
     guest_store_release(&inflight->used_idx, used_idx);
 }
@@ -498,7 +499,7 @@ bool vb_queue_flush(struct vb_queue *queue)
 
     /* The guest stores its event index and then reads ours: one must see the other. */
     atomic_thread_fence(memory_order_seq_cst);
-    if (vq->call_fd >= 0 && wants_interrupt(queue, used_idx)) {
+    if (wants_interrupt(queue, used_idx) && vq->call_fd >= 0) {
         eventfd_write(vq->call_fd, 1);
         vb_count(&queue->lane->thread->notifies, 1);
     }
