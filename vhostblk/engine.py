@@ -835,6 +835,11 @@ class Engine:
         """Requests of Python's own that are in flight, all or those on `nodes` (addresses)."""
         return [io for io in self._ios.values() if nodes is None or io.node in nodes]
 
+    async def settle(self, nodes: set[int]) -> None:
+        """Wait until no request of Python's own is in flight on these nodes (addresses)."""
+        while pending := self.pending(nodes):
+            await asyncio.gather(*pending, return_exceptions=True)
+
     # ---- events
 
     def _drain(self) -> None:

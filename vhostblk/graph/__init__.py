@@ -2,6 +2,8 @@
 """The graph of block nodes: who is whose child, and how that may change."""
 
 from vhostblk.graph.block_backend import BlockBackend, Device
-from vhostblk.graph.graph import Edge, Graph
+from vhostblk.graph.change import Change
+from vhostblk.graph.edge import Edge
+from vhostblk.graph.graph import Graph
 
-__all__ = ["BlockBackend", "Device", "Edge", "Graph"]
+__all__ = ["BlockBackend", "Change", "Device", "Edge", "Graph"]

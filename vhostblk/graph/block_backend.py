@@ -8,7 +8,7 @@ them, and touches none of the filters.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from vhostblk.engine import NodeHandle
@@ -77,20 +77,7 @@ class BlockBackend:
         return self._split()[1]
 
     def _split(self) -> tuple[list[NodeDriver], list[NodeDriver]]:
-        filters: list[NodeDriver] = []
-        below: list[NodeDriver] = []
-        level = [self.root]
-        while level:
-            following: list[NodeDriver] = []
-            for node in level:
-                if not node.is_filter:
-                    if node not in below:
-                        below.append(node)
-                elif node not in filters:
-                    filters.append(node)
-                    following += [child.node for child in node.children.values()]
-            level = following
-        return filters, below
+        return split(self.root, lambda node: [child.node for child in node.children.values()])
 
     def relink(self) -> None:
         """Tell the device where its tree begins. Called by the graph."""
@@ -113,3 +100,22 @@ class BlockBackend:
         self.device = device
         self._size = self.root.size
         self.relink()
+
+
+def split(
+    root: NodeDriver, children_of: Callable[[NodeDriver], Iterable[NodeDriver]]
+) -> tuple[list[NodeDriver], list[NodeDriver]]:
+    """The filters at the top of a tree, and the nodes right below them; each once, in order."""
+    filters: dict[NodeDriver, None] = {}
+    below: dict[NodeDriver, None] = {}
+    level = [root]
+    while level:
+        following: list[NodeDriver] = []
+        for node in level:
+            if not node.is_filter:
+                below[node] = None
+            elif node not in filters:
+                filters[node] = None
+                following += children_of(node)
+        level = following
+    return list(filters), list(below)

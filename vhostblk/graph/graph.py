@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,8 +22,11 @@ from typing import Any
 from vhostblk.engine import Engine
 from vhostblk.events import EventBus
 from vhostblk.graph.block_backend import BlockBackend
+from vhostblk.graph.change import Change
+from vhostblk.graph.edge import Edge, enumerate_edges
+from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
 from vhostblk.nodes import DriverRegistry
-from vhostblk.nodes.driver import INHERITED, Child, NodeDriver, Perm, perm_names
+from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, validate
 from vhostblk.schema.validation import wrong_type_error
@@ -29,26 +34,22 @@ from vhostblk.schema.validation import wrong_type_error
 logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 64
+MAX_CHAIN = 256  # of images that name their backing file
 _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
 
 
 @dataclass(eq=False)
-class Edge:
-    """One parent's use of a node."""
+class _Releasing:
+    """A section in which the nodes under some drives hold no requests back."""
 
-    parent: NodeDriver | BlockBackend
-    child: Child
+    backends: list[BlockBackend]
+    reached: dict[NodeDriver, None]
 
-    @property
-    def role(self) -> str:
-        """`file`, `children.0`, `root`, …"""
-        return self.child.role
 
-    def describe(self) -> str:
-        """The parent, for messages."""
-        if isinstance(self.parent, BlockBackend):
-            return f"{self.parent.what} '{self.parent.name}'"
-        return f"node '{self.parent.name}'"
+class Pause:
+    """How long guests were held up: from the first pause to the last resume."""
+
+    pause_us = 0
 
 
 class Graph:
@@ -67,6 +68,9 @@ class Graph:
         self._backends: list[BlockBackend] = []
         self._perms: dict[NodeDriver, tuple[Perm, Perm]] = {}
         self._drains: dict[NodeDriver, int] = {}
+        self._releasing: list[_Releasing] = []
+        self._given: dict[NodeDriver, dict[str, Any]] = {}
+        self._chain: list[str] = []  # images whose backing files are being opened
         self.lock = asyncio.Lock()
         """Held by whoever changes the graph: one change at a time."""
 
@@ -107,6 +111,26 @@ class Graph:
         """Whether the operator made it; else it goes with its parent."""
         return node in self._owned
 
+    def backend(self, name: str) -> BlockBackend:
+        """The drive of the export (or job) called `name`."""
+        for backend in self._backends:
+            if backend.name == name:
+                return backend
+        text = f"Export '{name}' is not found"
+        data: dict[str, Any] = {"code": "no-such-export", "export": name}
+        near = did_you_mean(name, [backend.name for backend in self._backends])
+        if near is not None:
+            data["hint"] = f"did you mean '{near}'?"
+            text = f"{text}; {data['hint']}"
+        raise VhostblkError(text, data=data)
+
+    def given_options(self, node: NodeDriver) -> dict[str, Any]:
+        """The options a node was last given, without what it took from its parent.
+
+        Those of children are as they were written: `children_of()` knows the children.
+        """
+        return dict(self._given[node])
+
     def below(self, node: NodeDriver) -> list[NodeDriver]:
         """A node and everything it reaches."""
         found = [node]
@@ -143,6 +167,10 @@ class Graph:
         """The engine half of `node` has appeared or gone."""
         self.relink()
 
+    def is_drained(self, node: NodeDriver) -> bool:
+        """Whether the node has been told to hold no requests back."""
+        return node in self._drains
+
     # ---- adding and removing nodes
 
     async def add(self, options: dict[str, Any]) -> NodeDriver:
@@ -157,7 +185,9 @@ class Graph:
                 )
         except BaseException:
             for node in reversed(made):
-                await self._unmake(node)
+                await self.unmake(node)
+            with contextlib.suppress(VhostblkError):
+                self.update_permissions()  # what formats needed to look into nodes that exist
             raise
         self._owned.add(node)
         self.update_permissions()
@@ -166,14 +196,20 @@ class Graph:
     async def delete(self, name: str) -> None:
         """Remove a node that nobody uses, and the children that were defined inside it."""
         node = self.node(name)
-        users = self._parents[node]
+        self.check_deletable(node, self._parents[node])
+        await self.unmake(node)
+        self.update_permissions()
+
+    def check_deletable(self, node: NodeDriver, users: list[Edge]) -> None:
+        """Raise unless a node with these users may be deleted by the operator."""
+        name = node.name
         if users:
             raise VhostblkError(
-                f"Node '{name}' is in use: by {_enumerate(users)}",
+                f"Node '{name}' is in use: by {enumerate_edges(users)}",
                 data={
                     "code": "node-in-use",
                     "node": name,
-                    "users": [_parent_name(edge) for edge in users],
+                    "users": [edge.parent.name for edge in users],
                     "hint": "remove those first",
                 },
             )
@@ -181,8 +217,6 @@ class Graph:
             raise VhostblkError(
                 f"Node {name} is not owned by the monitor", data={"code": "not-owned", "node": name}
             )
-        await self._unmake(node)
-        self.update_permissions()
 
     async def close(self) -> None:
         """Remove all nodes; no drive is left."""
@@ -190,7 +224,7 @@ class Graph:
         while self._nodes:
             top = [node for node in self._nodes.values() if not self._parents[node]]
             for node in reversed(top):
-                await self._unmake(node)
+                await self.unmake(node)
 
     def _new_name(self, wanted: str | None) -> str:
         if wanted is None:
@@ -205,7 +239,11 @@ class Graph:
         return wanted
 
     async def _make(
-        self, options: dict[str, Any], where: str, made: list[NodeDriver]
+        self,
+        options: dict[str, Any],
+        where: str,
+        made: list[NodeDriver],
+        inherited: frozenset[str] = frozenset(),
     ) -> NodeDriver:
         """Make a node and its inner children; all that was made is in `made`, also on failure."""
         if where.count(".") > MAX_DEPTH:
@@ -223,42 +261,113 @@ class Graph:
         checked = validate(driver.Options, options, where)
         if checked.node_name is not None:
             self._new_name(checked.node_name)  # refused before anything is opened
-        _check_detect_zeroes(driver, checked, prefix)
+        check_detect_zeroes(driver, checked, prefix)
         children: dict[str, NodeDriver] = {}
-        for role, reference in _references(driver, checked):
-            children[role] = await self._child_node(options, reference, f"{prefix}{role}", made)
+        for role, reference in references(driver, checked):
+            kind = driver.child_roles[role.split(".")[0]].kind
+            children[role] = await self._child_node(
+                options, reference, f"{prefix}{role}", made, kind
+            )
         # Names may have been taken while the children were made.
         node = driver(self, self._new_name(checked.node_name), checked)
         self._nodes[node.name] = node
+        self._given[node] = {key: options[key] for key in options if key not in inherited}
         self._parents[node] = []
         self._children[node] = {}
         made.append(node)
         for role, child_node in children.items():
-            child = node.child_class(self, role, child_node)
-            self._children[node][role] = child
-            self._parents[child_node].append(Edge(node, child))
-            child.refresh()
+            self.tie(node, role, child_node)
+        if any(kind.kind is RoleKind.STORAGE for kind in driver.child_roles.values()):
+            # What a format reads from its file must not change behind its back any more.
+            self.update_permissions()
+        await self._add_implied(node, options, made)
         await self._activate(node)
         node.relink()
         return node
 
-    async def _activate(self, node: NodeDriver) -> None:
-        try:
-            await node.activate()
-        except VhostblkError:
-            raise
-        except Exception as error:
-            # From somebody's plug-in, mostly: still a sentence, not a traceback.
-            logger.debug("opening node '%s' failed", node.name, exc_info=True)
-            text = str(error)
-            if not isinstance(error, OSError):
-                text = f"{type(error).__name__}: {error}{origin(error)}"
-            elif error.strerror:
-                text = error.strerror
+    async def _add_implied(
+        self, node: NodeDriver, options: dict[str, Any], made: list[NodeDriver]
+    ) -> None:
+        """Make the children that the image itself names: a chain of backing files."""
+        implied = await node.implied_children()
+        if not implied:
+            return
+        path = os.path.realpath(node.filename())
+        if path in self._chain:
             raise VhostblkError(
-                f"Could not open node '{node.name}' ({node.driver}): {text}",
-                data={"code": "open-failed", "node": node.name},
-            ) from error
+                f"Image '{node.filename()}' is its own backing file: the chain of backing files "
+                "is a loop; 'backing' in the options (null for none) overrides what the image says",
+                data={"code": "backing-loop", "node": node.name, "filename": node.filename()},
+            )
+        if len(self._chain) >= MAX_CHAIN:
+            raise VhostblkError(
+                f"Image '{node.filename()}': more than {MAX_CHAIN} images back one another",
+                data={"code": "backing-too-deep", "node": node.name},
+            )
+        self._chain.append(path)
+        try:
+            for role, reference in implied.items():
+                kind = node.child_roles[role].kind
+                child = await self._child_node(options, reference, "", made, kind)
+                self.tie(node, role, child)
+        finally:
+            self._chain.pop()
+
+    def tie(self, parent: NodeDriver, role: str, node: NodeDriver) -> Child:
+        """Make `node` a child."""
+        child = parent.child_class(self, role, node)
+        self._children[parent][role] = child
+        self._parents[node].append(Edge(parent, child))
+        child.refresh()
+        return child
+
+    def untie(self, parent: NodeDriver, role: str) -> Child:
+        """Undo tie(); the child still does I/O until it is detached."""
+        child = self._children[parent].pop(role)
+        edges = self._parents[child.node]
+        self._parents[child.node] = [edge for edge in edges if edge.child is not child]
+        return child
+
+    def retie(self, child: Child, node: NodeDriver) -> None:
+        """Make `child` stand for another node."""
+        edges = self._parents[child.node]
+        [edge] = [edge for edge in edges if edge.child is child]
+        self._parents[child.node] = [other for other in edges if other is not edge]
+        self._parents[node] = [*self._parents[node], edge]
+        child.node = node
+
+    def sort_children(self, parent: NodeDriver) -> None:
+        """Bring children in the order of the driver's roles, and lists in that of the index."""
+        order = list(parent.child_roles)
+
+        def place(role: str) -> tuple[int, int]:
+            name, _, index = role.partition(".")
+            return order.index(name), int(index or 0)
+
+        children = self._children[parent]
+        self._children[parent] = {role: children[role] for role in sorted(children, key=place)}
+
+    def save_relations(self) -> Callable[[], None]:
+        """How to bring back the relations as they are now."""
+        children = {node: dict(below) for node, below in self._children.items()}
+        parents = {node: list(edges) for node, edges in self._parents.items()}
+        nodes = [(child, child.node) for below in children.values() for child in below.values()]
+        nodes += [(backend.root_child, backend.root) for backend in self._backends]
+
+        def restore() -> None:
+            self._children, self._parents = children, parents
+            for child, node in nodes:
+                child.node = node
+
+        return restore
+
+    def set_given_options(self, node: NodeDriver, options: dict[str, Any]) -> None:
+        """The node has been given other options."""
+        self._given[node] = options
+
+    async def _activate(self, node: NodeDriver) -> None:
+        with sentence(f"Could not open node '{node.name}' ({node.driver})", "open-failed", node):
+            await node.activate()
         self._active.add(node)
 
     async def _child_node(
@@ -267,21 +376,29 @@ class Graph:
         reference: str | dict[str, Any],
         where: str,
         made: list[NodeDriver],
+        kind: RoleKind,
     ) -> NodeDriver:
         if isinstance(reference, str):
             return self.node(reference)
-        options = dict(reference)
-        for key in INHERITED:
-            if key in parent:
-                options.setdefault(key, parent[key])
-        return await self._make(options, where, made)
+        if kind is RoleKind.BACKING and "read_only" not in reference:
+            # Overlays live from a backing file's not changing.
+            reference = {"read-only": True, **reference}
+        options, inherited = inherit(reference, parent)
+        return await self._make(options, where, made, inherited)
 
-    async def _unmake(self, node: NodeDriver) -> None:
+    async def drop(self, nodes: Iterable[NodeDriver]) -> None:
+        """Remove those of the nodes that are neither the operator's nor anybody's child."""
+        for node in nodes:
+            if node not in self._owned and self._parents.get(node) == []:
+                await self.unmake(node)
+
+    async def unmake(self, node: NodeDriver) -> None:
         """Close a node without parents, then the children that belonged to it."""
         if self._nodes.pop(node.name, None) is None:
             return
         children = self._children.pop(node)
         self._owned.discard(node)
+        self._given.pop(node, None)
         # The name is free and the node unreachable before anything is waited for.
         try:
             await self._close_node(node, children)
@@ -294,7 +411,7 @@ class Graph:
                 continue
             self._parents[child.node] = edges = [e for e in edges if e.child is not child]
             if not edges and child.node not in self._owned:
-                await self._unmake(child.node)
+                await self.unmake(child.node)
 
     async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
         self._children[node] = children  # a driver may need them to close
@@ -312,9 +429,7 @@ class Graph:
 
     async def _settle(self, nodes: Iterable[NodeDriver]) -> None:
         """Wait for Python's own requests on these nodes (guests' are paused or gone)."""
-        addresses = {node.handle.address for node in nodes if node.handle is not None}
-        while pending := self.engine.pending(addresses):
-            await asyncio.gather(*pending, return_exceptions=True)
+        await self.engine.settle({n.handle.address for n in nodes if n.handle is not None})
 
     # ---- drives
 
@@ -343,6 +458,12 @@ class Graph:
 
     def update_permissions(self) -> None:
         """Work out all permissions anew and put them in force; undone if there is a conflict."""
+        with self.new_permissions():
+            pass
+
+    @contextlib.contextmanager
+    def new_permissions(self) -> Iterator[None]:
+        """The same; what is done inside happens when they can be had, before they are in force."""
         wanted: dict[NodeDriver, tuple[Perm, Perm]] = {}
         prepared: list[NodeDriver] = []
         try:
@@ -350,6 +471,7 @@ class Graph:
                 wanted[node] = self._combine(node, wanted)
                 node.prepare_permissions(*wanted[node])
                 prepared.append(node)
+            yield
         except BaseException:
             for node in prepared:
                 node.abort_permissions()
@@ -384,7 +506,7 @@ class Graph:
                 data={
                     "code": "read-only",
                     "node": node.name,
-                    "users": [_parent_name(edge) for edge in self._parents[node]],
+                    "users": [edge.parent.name for edge in self._parents[node]],
                 },
             )
         return perm, shared
@@ -414,15 +536,37 @@ class Graph:
     # ---- changes under a running guest
 
     @contextlib.asynccontextmanager
-    async def drained(self, nodes: Iterable[NodeDriver]) -> AsyncIterator[None]:
+    async def change(self) -> AsyncIterator[Change]:
+        """Change relations and options: all that is asked of the `Change` inside, or nothing.
+
+        What is asked is checked at once and carried out at the end, in one drained
+        section. Whoever calls this holds `lock`. See graph/change.py.
+        """
+        change = Change(self)
+        try:
+            yield change
+        except BaseException:
+            await change.abandon()
+            raise
+        await change.carry_out()
+
+    @contextlib.asynccontextmanager
+    async def drained(
+        self,
+        nodes: Iterable[NodeDriver],
+        backends: Iterable[BlockBackend] = (),
+        pause: Pause | Change | None = None,
+    ) -> AsyncIterator[None]:
         """Inside, no request is in flight in what reaches `nodes`, and none will start.
 
-        All drives above are paused at the same time, and resumed on the way out
-        whatever happens. Sections nest.
+        All drives above, and `backends`, are paused at the same time, and resumed on the
+        way out whatever happens. Sections nest.
         """
-        _, backends = self.above(nodes)
-        devices = [backend.device for backend in backends if backend.device is not None]
-        with self.releasing(backends):
+        above, reaching = self.above(nodes)
+        drives = list(dict.fromkeys([*backends, *reaching]))
+        devices = [backend.device for backend in drives if backend.device is not None]
+        begun = time.perf_counter_ns()
+        with self.releasing(drives):
             pauses = asyncio.gather(*(_wait_for(device.pause()) for device in devices))
             try:
                 try:
@@ -430,35 +574,54 @@ class Graph:
                 except asyncio.CancelledError:
                     await pauses  # a pause that has begun must have happened to be undone
                     raise
-                for backend in backends:
+                await self._settle(above)
+                for backend in drives:
                     await self._settle(self.below(backend.root))
                 yield
             finally:
                 for device in devices:
                     device.resume()
+                if pause is not None and devices:
+                    pause.pause_us = (time.perf_counter_ns() - begun) // 1000
 
     @contextlib.contextmanager
     def releasing(self, backends: Iterable[BlockBackend]) -> Iterator[None]:
         """Inside, no node under these drives holds requests back."""
-        reached = list(
-            dict.fromkeys(node for backend in backends for node in self.below(backend.root))
-        )
-        for node in reached:
-            self._drains[node] = self._drains.get(node, 0) + 1
-            if self._drains[node] == 1:
-                _call(node.drain_begin, f"drain_begin() of node '{node.name}'")
+        section = _Releasing(list(backends), {})
+        self._releasing.append(section)
         try:
+            self._release(section)
             yield
         finally:
-            for node in reached:
+            self._releasing.remove(section)
+            for node in section.reached:
                 self._drains[node] -= 1
                 if self._drains[node] == 0:
                     del self._drains[node]
                     _call(node.drain_end, f"drain_end() of node '{node.name}'")
 
+    def _release(self, section: _Releasing) -> None:
+        for backend in section.backends:
+            for node in self.below(backend.root):
+                if node in section.reached:
+                    continue
+                section.reached[node] = None
+                self._drains[node] = self._drains.get(node, 0) + 1
+                if self._drains[node] == 1:
+                    _call(node.drain_begin, f"drain_begin() of node '{node.name}'")
+
+    def release_newcomers(self) -> None:
+        """Nodes have come under drives: those that hold nothing back now may have more nodes."""
+        for section in self._releasing:
+            self._release(section)
+
+    def bottom_up(self) -> list[NodeDriver]:
+        """All nodes, children before parents."""
+        return list(self._top_down())[::-1]
+
     def relink(self) -> None:
         """Make the engine's picture that of the graph. What has changed is drained."""
-        for node in reversed(list(self._top_down())):
+        for node in self.bottom_up():
             node.relink()
         for backend in self._backends:
             backend.relink()
@@ -486,7 +649,7 @@ class Graph:
 
     def refresh_sizes(self) -> None:
         """Sizes may have changed; the drives concerned are paused."""
-        for node in reversed(list(self._top_down())):
+        for node in self.bottom_up():
             for child in self._children[node].values():
                 child.refresh()
         for backend in self._backends:
@@ -509,37 +672,3 @@ def _call(method: Callable[[], None], what: str) -> None:
 
 async def _wait_for(awaitable: Any) -> None:
     await awaitable
-
-
-def _references(driver: type[NodeDriver], options: Any) -> Iterator[tuple[str, Any]]:
-    """The children that options name or define: role (and index), reference."""
-    for role, kind in driver.child_roles.items():
-        value = getattr(options, role.replace("-", "_"))
-        if value is None:
-            continue
-        if kind.many:
-            for index, entry in enumerate(value):
-                yield f"{role}.{index}", entry
-        else:
-            yield role, value
-
-
-def _check_detect_zeroes(driver: type[NodeDriver], options: Any, prefix: str) -> None:
-    """Zeroes are detected where data are stored; elsewhere the option would do nothing."""
-    if options.detect_zeroes == "off":
-        return
-    for _, reference in _references(driver, options):
-        if isinstance(reference, str):
-            raise VhostblkError(
-                f"Parameter '{prefix}detect-zeroes' has no effect on driver '{driver.driver}'; "
-                f"set it on the node that stores the data, below '{reference}'",
-                data={"code": "bad-value", "parameter": f"{prefix}detect-zeroes"},
-            )
-
-
-def _parent_name(edge: Edge) -> str:
-    return edge.parent.name
-
-
-def _enumerate(edges: list[Edge]) -> str:
-    return ", ".join(f"{edge.describe()} as '{edge.role}'" for edge in edges)

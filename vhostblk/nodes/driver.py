@@ -127,6 +127,9 @@ class NodeHost(Protocol):
     def passive_changed(self, node: NodeDriver) -> None:
         """`node.handle` has appeared or gone; only inside a drained section."""
 
+    def is_drained(self, node: NodeDriver) -> bool:
+        """Whether `drain_begin()` has been called for it and `drain_end()` not yet."""
+
 
 class Child:
     """A node as its parent sees it: a role, a size, and I/O."""
@@ -200,6 +203,15 @@ class Child:
             )
 
 
+def changed_options(old: NodeOptions, new: NodeOptions) -> list[str]:
+    """Names, as in QAPI, of the options in which two sets for one driver differ."""
+    return [
+        field.alias or name
+        for name, field in type(old).model_fields.items()
+        if name not in ("driver", "node_name") and getattr(old, name) != getattr(new, name)
+    ]
+
+
 class NodeDriver:
     """One node of the graph. Subclass it to write a driver.
 
@@ -212,6 +224,8 @@ class NodeDriver:
     child_roles: ClassVar[Mapping[str, ChildRole]] = {}
     is_filter: ClassVar[bool] = False  # stays on top of a snapshot of the drive
     child_class: ClassVar[type[Child]] = Child
+    reopenable: ClassVar[frozenset[str]] = frozenset(INHERITED)
+    """Options that `blockdev-reopen` may change, with QAPI's names; children always may."""
 
     def __init__(self, host: NodeHost, name: str, options: Any) -> None:
         self.host = host
@@ -232,6 +246,14 @@ class NodeDriver:
     async def deactivate(self) -> None:
         """Called by the graph: close the node."""
         await self.close()
+
+    async def implied_children(self) -> Mapping[str, str | dict[str, Any]]:
+        """Further children, by role, that what is stored in the first ones asks for.
+
+        Called by the graph before open(): a format reads here which backing file
+        its image names.
+        """
+        return {}
 
     async def open(self) -> None:
         """Acquire what the node needs and make its engine half."""
@@ -320,6 +342,59 @@ class NodeDriver:
         """The prepared permissions are not wanted after all. Must not fail."""
 
     # ---- changes
+    #
+    # A change of options goes: reopen_prepare(), then a pause, in it reopen_commit(), and
+    # after it reopen_clean(); reopen_abort() takes the place of the rest wherever any part
+    # of the whole change fails. Most drivers only extend reopen_prepare().
+
+    async def reopen_prepare(self, options: Any) -> None:
+        """The node is to have these options soon. Guests still use it: do what is slow here.
+
+        Raise to refuse. Otherwise leave in `self.prepared` the attributes that are to be
+        exchanged in the pause, `handle` among them if a new engine half is needed.
+        """
+        for name in changed_options(self.options, options):
+            if name not in self.reopenable and name not in self.child_roles:
+                raise VhostblkError(
+                    f"Cannot change the option '{name}' of node '{self.name}' ({self.driver})",
+                    data={"code": "cannot-change", "node": self.name, "parameter": name},
+                )
+        self.prepared: dict[str, Any] = {"options": options}
+        self._exchanged = False
+
+    async def reopen_commit(self) -> None:
+        """Nothing is in flight: put the new options in force. May still refuse by raising."""
+        self._exchange()
+
+    async def reopen_abort(self) -> None:
+        """Back to what was before reopen_prepare(). Must not fail."""
+        if self._exchanged:
+            self._exchange()
+        await self.reopen_dispose(self.prepared)
+
+    async def reopen_clean(self) -> None:
+        """The change is complete, guests run: free what is not needed any more."""
+        await self.reopen_dispose(self.prepared)
+
+    async def reopen_dispose(self, attributes: dict[str, Any]) -> None:
+        """Free attributes that are not in force, or not any more. Must not fail."""
+        handle = attributes.get("handle")
+        if handle is not None:
+            await self.engine.settle({handle.address})
+            handle.free()
+
+    def _exchange(self) -> None:
+        ours = vars(self)
+        for name, value in self.prepared.items():
+            self.prepared[name], ours[name] = ours[name], value
+        self._exchanged = not self._exchanged
+
+    def children_changed(self) -> None:
+        """Children have been added, removed or replaced, here or below, or have another size.
+
+        Called inside a drained section; raise to refuse, and it is called again when
+        the old ones are back.
+        """
 
     async def truncate(self, size: int) -> None:
         """Change the size. Called inside a drained section."""

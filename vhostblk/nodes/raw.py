@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from vhostblk.engine import NodeHandle
 from vhostblk.nodes.driver import ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.schema import BlockdevRef, Size, VhostblkError
 
@@ -34,9 +35,14 @@ class Raw(NodeDriver):
     driver = "raw"
     Options = RawOptions
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole()}
+    reopenable = NodeDriver.reopenable | {"offset", "size"}
     options: RawOptions
 
     async def open(self) -> None:
+        self.children_changed()
+        self.handle = self._make_half(self.options)
+
+    def children_changed(self) -> None:
         offset, size = self.options.offset, self.options.size
         below = self.child("file").size
         if offset > below:
@@ -50,8 +56,14 @@ class Raw(NodeDriver):
             )
         if size is not None and size % SECTOR:
             raise self._error(f"Specified size ({size}) is not multiple of {SECTOR}")
-        if offset:
-            self.handle = self.engine.new_raw(offset=offset)
+
+    def _make_half(self, options: RawOptions) -> NodeHandle | None:
+        return self.engine.new_raw(offset=options.offset) if options.offset else None
+
+    async def reopen_prepare(self, options: RawOptions) -> None:
+        await super().reopen_prepare(options)
+        if options.offset != self.options.offset:
+            self.prepared["handle"] = self._make_half(options)
 
     @property
     def size(self) -> int:

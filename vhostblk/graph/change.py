@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One change of the graph under running guests: all of it happens, or nothing.
+
+    async with graph.change() as change:
+        overlay = await change.add({"driver": "qcow2", …})
+        change.replace_node(old, overlay)
+        change.set_child(overlay, "backing", old)
+    print(change.pause_us)
+
+Each step is checked against the graph as the steps before it will have left it,
+and changes nothing yet. At the end of the block the change is carried out:
+
+1. Nodes that are to have other options prepare for that (files are opened, …).
+2. All drives above whatever is concerned are paused, at the same time.
+3. Relations are changed, options are put in force, the engine's picture is
+   linked anew, sizes and permissions are looked at.
+4. The drives go on. What is not needed any more is closed.
+
+Whatever is raised in 1 to 3, and in the block itself, brings back the old tree:
+relations, options, permissions, and no node that was made for the change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.graph.block_backend import BlockBackend, split
+from vhostblk.graph.edge import Edge
+from vhostblk.graph.options import sentence
+from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind
+from vhostblk.origin import origin
+from vhostblk.schema import VhostblkError, did_you_mean
+
+if TYPE_CHECKING:
+    from vhostblk.graph.graph import Graph
+
+logger = logging.getLogger(__name__)
+
+Parent = NodeDriver | BlockBackend
+Step = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Reopening:
+    """New options for a node: checked, and as they were given."""
+
+    options: NodeOptions
+    given: dict[str, Any]
+
+
+class Change:
+    """What is asked of the graph. Made by `Graph.change()`."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.allow_resize = False
+        """Whether drives may have another size afterwards."""
+        self.pause_us = 0
+        """How long guests were held up, in microseconds; known afterwards."""
+        self._plan: dict[Parent, dict[str, NodeDriver]] = {}
+        self._reopenings: dict[NodeDriver, Reopening] = {}
+        self._added: list[NodeDriver] = []
+        self._deleted: list[NodeDriver] = []
+        self._inside: list[tuple[Step, Step | None]] = []
+        self._after: list[Step] = []
+        self._undo: list[Step] = []
+        # While it is carried out:
+        self._prepared: list[NodeDriver] = []
+        self._undo_inside: list[Step] = []
+        self._restore: Callable[[], None] | None = None
+        self._disturbed: set[NodeDriver] = set()
+        self._left: dict[NodeDriver, None] = {}
+        self._untied: list[Child] = []
+        self._tied: list[Child] = []
+
+    # ---- the graph as it will be
+
+    def node(self, name: str) -> NodeDriver:
+        """The node called `name`."""
+        node = self.graph.node(name)
+        if node in self._deleted:
+            raise VhostblkError(
+                f"Failed to find node with node-name='{name}'; it is being deleted",
+                data={"code": "no-such-node", "node": name},
+            )
+        return node
+
+    def children_of(self, parent: Parent) -> Mapping[str, NodeDriver]:
+        """The children of a node (or of a drive, which has one: `root`) by role."""
+        if parent in self._plan:
+            return self._plan[parent]
+        return {role: child.node for role, child in self._live(parent).items()}
+
+    def parents_of(self, node: NodeDriver) -> list[tuple[Parent, str]]:
+        """Who will use a node, and in what role."""
+        found = [
+            (edge.parent, edge.role)
+            for edge in self.graph.parents_of(node)
+            if self.children_of(edge.parent).get(edge.role) is node
+        ]
+        for parent, children in self._plan.items():
+            for role, child in children.items():
+                if child is node and (parent, role) not in found:
+                    found.append((parent, role))
+        return [(parent, role) for parent, role in found if parent not in self._deleted]
+
+    def below(self, node: NodeDriver) -> list[NodeDriver]:
+        """A node and everything it will reach."""
+        found = {node: None}
+        waiting = [node]
+        while waiting:
+            for child in self.children_of(waiting.pop()).values():
+                if child not in found:
+                    found[child] = None
+                    waiting.append(child)
+        return list(found)
+
+    def top_nodes_below_filters(self, backend: BlockBackend) -> list[NodeDriver]:
+        """What `BlockBackend.top_nodes_below_filters` will be."""
+        root = self.children_of(backend)["root"]
+        return split(root, lambda node: self.children_of(node).values())[1]
+
+    def _live(self, parent: Parent) -> Mapping[str, Child]:
+        if isinstance(parent, BlockBackend):
+            return {"root": parent.root_child}
+        return self.graph.children_of(parent)
+
+    # ---- steps
+
+    async def add(self, options: dict[str, Any]) -> NodeDriver:
+        """Make a node, now; it goes again if the change fails."""
+        node = await self.graph.add(options)
+        self._added.append(node)
+        return node
+
+    def delete(self, node: NodeDriver) -> None:
+        """Remove a node that nobody will use."""
+        self.node(node.name)
+        users = [self._edge(parent, role) for parent, role in self.parents_of(node)]
+        self.graph.check_deletable(node, users)
+        self._deleted.append(node)
+
+    def replace_child(self, parent: Parent, role: str, new: NodeDriver) -> None:
+        """Put another node in the place of a child."""
+        children = self.children_of(parent)
+        if role not in children:
+            raise _no_child(parent, role, children)
+        self._planned(parent)[role] = self.node(new.name)
+
+    def set_child(self, parent: NodeDriver, role: str, new: NodeDriver | None) -> None:
+        """Add, replace or (with None) remove a child, where the driver's roles allow that."""
+        name, _, index = role.partition(".")
+        kind = parent.child_roles.get(name)
+        children = self.children_of(parent)
+        if kind is None or kind.many != index.isdecimal():
+            raise _no_child(parent, role, parent.child_roles)
+        if new is not None:
+            self._planned(parent)[role] = self.node(new.name)
+            return
+        if role not in children:
+            raise _no_child(parent, role, children)
+        if not kind.optional and not kind.many:
+            raise VhostblkError(
+                f"Child '{role}' of node '{parent.name}' cannot be removed: driver "
+                f"'{parent.driver}' needs it",
+                data={"code": "child-needed", "node": parent.name, "child": role},
+            )
+        del self._planned(parent)[role]
+
+    def replace_node(
+        self,
+        old: NodeDriver,
+        new: NodeDriver,
+        *,
+        only: Iterable[Parent] | None = None,
+        keep: Iterable[Parent] = (),
+    ) -> None:
+        """Put `new` in the place of `old` with all parents, or with `only` some.
+
+        Parents in `keep` keep `old`, and so does whatever is below `new`: else it
+        would become its own child.
+        """
+        stay = [*keep, *self.below(new)]
+        for parent, role in self.parents_of(old):
+            if parent not in stay and (only is None or parent in list(only)):
+                self.replace_child(parent, role, new)
+
+    def insert_filter(
+        self, filter: NodeDriver, parent: Parent, role: str, inner: str = "file"
+    ) -> None:
+        """Put a filter between a parent and its child in `role`."""
+        children = self.children_of(parent)
+        if role not in children:
+            raise _no_child(parent, role, children)
+        self._set_inner(filter, inner, children[role])
+        self.replace_child(parent, role, filter)
+
+    def insert_filter_above(
+        self, filter: NodeDriver, node: NodeDriver, inner: str = "file"
+    ) -> None:
+        """Put a filter between a node and all its parents."""
+        self._set_inner(filter, inner, node)
+        self.replace_node(node, filter)
+
+    def remove_filter(self, filter: NodeDriver, inner: str | None = None) -> NodeDriver:
+        """Give a filter's parents its child (in role `inner`) instead; the child."""
+        children = {
+            role: node
+            for role, node in self.children_of(filter).items()
+            if filter.child_roles[role.split(".")[0]].kind is RoleKind.FILTERED
+        }
+        if inner is None and len(children) != 1:
+            raise VhostblkError(
+                f"Node '{filter.name}' ({filter.driver}) has "
+                + (f"{len(children)} children; which one stays?" if children else "no child")
+                + (f" One of: {', '.join(children)}" if children else " that could take its place"),
+                data={"code": "which-child", "node": filter.name, "allowed": list(children)},
+            )
+        inner = inner or next(iter(children))
+        if inner not in children:
+            raise _no_child(filter, inner, children)
+        self.replace_node(filter, children[inner])
+        return children[inner]
+
+    def inside(self, do: Step, undo: Step | None = None) -> None:
+        """Run `do` in the pause, before anything is changed; `undo` if something fails later."""
+        self._inside.append((do, undo))
+
+    def after(self, do: Step) -> None:
+        """Run `do` when the change is complete and guests run again. It cannot fail."""
+        self._after.append(do)
+
+    def on_failure(self, undo: Step) -> None:
+        """Run `undo` if the change fails, when the old tree is back."""
+        self._undo.append(undo)
+
+    def _planned(self, parent: Parent) -> dict[str, NodeDriver]:
+        if parent not in self._plan:
+            self._plan[parent] = dict(self.children_of(parent))
+        return self._plan[parent]
+
+    def _set_inner(self, filter: NodeDriver, inner: str, node: NodeDriver) -> None:
+        kind = filter.child_roles.get(inner.split(".")[0])
+        if kind is None or kind.kind is not RoleKind.FILTERED:
+            raise VhostblkError(
+                f"Node '{filter.name}' cannot be put above '{node.name}': driver "
+                f"'{filter.driver}' has no child '{inner}' whose data it passes on",
+                data={"code": "not-a-filter", "node": filter.name},
+            )
+        self.set_child(filter, inner, node)
+
+    def _edge(self, parent: Parent, role: str) -> Edge:
+        return Edge(parent, Child(self.graph, role, self.children_of(parent)[role]))
+
+    # ---- carrying it out
+
+    async def carry_out(self) -> None:
+        """Called by the graph. Goes on to its end, whichever it is, also if it is cancelled."""
+        await _to_the_end(self._carry_out())
+
+    async def abandon(self) -> None:
+        """Called by the graph: the change is not to be."""
+        await _to_the_end(self._abandon())
+
+    async def _carry_out(self) -> None:
+        try:
+            self._forget_what_stays()
+            self._check_cycles()
+            try:
+                for node, reopening in self._reopenings.items():
+                    with sentence(f"Could not reopen node '{node.name}'", "reopen-failed", node):
+                        await node.reopen_prepare(reopening.options)
+                    self._prepared.append(node)
+                if self._plan or self._reopenings or self._inside:
+                    await self._pause_and_switch()
+            except BaseException:
+                await self._abort_reopenings()
+                raise
+        except BaseException:
+            await self._abandon()
+            raise
+        await self._finish()
+
+    def _forget_what_stays(self) -> None:
+        for parent, children in list(self._plan.items()):
+            if children == {role: child.node for role, child in self._live(parent).items()}:
+                del self._plan[parent]
+
+    def _check_cycles(self) -> None:
+        for parent, children in self._plan.items():
+            if isinstance(parent, BlockBackend):
+                continue
+            for role, node in children.items():
+                if parent in self.below(node):
+                    raise VhostblkError(
+                        f"Making '{node.name}' a {role} child of '{parent.name}' would create "
+                        "a cycle",
+                        data={"code": "cycle", "node": node.name, "parent": parent.name},
+                    )
+
+    async def _pause_and_switch(self) -> None:
+        graph = self.graph
+        drives = [parent for parent in self._plan if isinstance(parent, BlockBackend)]
+        nodes = [parent for parent in self._plan if isinstance(parent, NodeDriver)]
+        nodes += [node for node in self._reopenings if node not in nodes]
+        async with graph.drained(nodes, drives, self):
+            try:
+                for do, undo in self._inside:
+                    await do()
+                    if undo is not None:
+                        self._undo_inside.append(undo)
+                await self._switch(nodes)
+            except BaseException:
+                await self._switch_back()
+                raise
+
+    async def _switch(self, nodes: list[NodeDriver]) -> None:
+        graph = self.graph
+        sizes = {backend: backend.root.size for backend in graph.backends}
+        self._disturbed.update(graph.above(nodes)[0])
+        self._restore = graph.save_relations()
+        for parent, children in self._plan.items():
+            self._retie(parent, children)
+        self._disturbed.update(graph.above(nodes)[0])
+        for node in graph.bottom_up():
+            for child in graph.children_of(node).values():
+                child.refresh()
+            text = f"Could not reopen node '{node.name}' ({node.driver})"
+            with sentence(text, "reopen-failed", node):
+                if node in self._reopenings:
+                    await node.reopen_commit()
+                if node in self._disturbed:
+                    node.children_changed()
+                node.relink()
+        self._check_sizes(sizes)
+        with graph.new_permissions():
+            for backend in graph.backends:
+                backend.relink()
+        for backend in graph.backends:
+            backend.refresh_size()
+        graph.release_newcomers()
+
+    def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
+        for role, child in list(self._live(parent).items()):
+            if role not in wanted:
+                assert isinstance(parent, NodeDriver)
+                self._untied.append(self.graph.untie(parent, role))
+                self._left[child.node] = None
+            elif wanted[role] is not child.node:
+                self._left[child.node] = None
+                self.graph.retie(child, wanted[role])
+        if isinstance(parent, NodeDriver):
+            for role, node in wanted.items():
+                if role not in self._live(parent):
+                    self._tied.append(self.graph.tie(parent, role, node))
+            self.graph.sort_children(parent)
+
+    def _check_sizes(self, before: Mapping[BlockBackend, int]) -> None:
+        if self.allow_resize:
+            return
+        for backend, size in before.items():
+            if backend.root.size != size:
+                raise VhostblkError(
+                    f"The size of {backend.what} '{backend.name}' would change from {size} to "
+                    f"{backend.root.size} bytes; resize the new node first, or allow the change",
+                    data={
+                        "code": "size-mismatch",
+                        "export": backend.name,
+                        "size": size,
+                        "new-size": backend.root.size,
+                    },
+                )
+
+    async def _switch_back(self) -> None:
+        """Still in the pause: the old tree again."""
+        graph = self.graph
+        await self._abort_reopenings()
+        if self._restore is not None:
+            self._restore()
+            for child in self._tied:
+                child.detach()
+            for node in graph.bottom_up():
+                for child in graph.children_of(node).values():
+                    child.refresh()
+                with _logged(f"putting back node '{node.name}'"):
+                    if node in self._disturbed:
+                        node.children_changed()
+                    node.relink()
+            for backend in graph.backends:
+                backend.relink()
+                backend.refresh_size()
+        for undo in reversed(self._undo_inside):
+            with _logged("undoing a change"):
+                await undo()
+
+    async def _abort_reopenings(self) -> None:
+        while self._prepared:
+            node = self._prepared.pop()
+            with _logged(f"undoing the reopening of node '{node.name}'"):
+                await node.reopen_abort()
+
+    async def _abandon(self) -> None:
+        for undo in reversed(self._undo):
+            with _logged("undoing a change"):
+                await undo()
+        for node in reversed(self._added):
+            if node.name in self.graph.nodes:
+                await self.graph.unmake(node)
+        with _logged("working out permissions"):
+            self.graph.update_permissions()
+
+    async def _finish(self) -> None:
+        graph = self.graph
+        for node, reopening in self._reopenings.items():
+            graph.set_given_options(node, reopening.given)
+            with _logged(f"cleaning up after the reopening of node '{node.name}'"):
+                await node.reopen_clean()
+        for child in self._untied:
+            child.detach()
+        await graph.drop(self._left)
+        for node in self._deleted:
+            await graph.unmake(node)
+        with _logged("working out permissions"):
+            graph.update_permissions()
+        for do in self._after:
+            with _logged("finishing a change"):
+                await do()
+
+
+class _logged:
+    """What fails in here is reported; it must not keep the rest from being done."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        text = f"{type(error).__name__}: {error}{origin(error)}"
+        logger.error("%s failed: %s", self._what, text, exc_info=logger.isEnabledFor(logging.DEBUG))
+        return True
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; who is cancelled meanwhile waits for its end before he goes."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        if not task.cancelled():
+            task.exception()  # nobody is there to be told
+        raise
+
+
+def _no_child(parent: Parent, role: str, known: Iterable[str]) -> VhostblkError:
+    what = parent.what if isinstance(parent, BlockBackend) else "Node"
+    names = list(known)
+    text = f"{what[0].upper()}{what[1:]} '{parent.name}' has no child '{role}'"
+    text += f"; its children: {', '.join(names)}" if names else ""
+    data: dict[str, Any] = {"code": "no-such-child", "node": parent.name, "child": role}
+    near = did_you_mean(role, names)
+    if near is not None:
+        data["hint"] = f"did you mean '{near}'?"
+        text = f"{text}; {data['hint']}"
+    return VhostblkError(text, data=data)
