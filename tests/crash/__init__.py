@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A power-cut harness: what may be on disk after a crash, and whether an image survives it.
+
+A disk with a volatile cache keeps what was written before its last completed flush, and of what
+came later any part, in any order, down to single sectors. So one run of a scenario stands for a
+multitude of possible crashes:
+
+* `recorder`, a filter between a format and its file, records every change of the file in order;
+* `Recording` rebuilds the file as it could be on disk after a cut at any moment;
+* `History` knows what the guest did, hence what each sector may read as after the cut;
+* `PowerCut` chooses cuts (seeded) and lets QEMU's tools and our own driver judge the image.
+"""
+
+from .history import History, WrongContentError
+from .judge import BrokenImageError, PowerCut, Report
+from .recorder import Recorder
+from .recording import Change, Clock, Recording, Survival
+from .tools import Tools, all_tools, newest_tools
+
+__all__ = [
+    "BrokenImageError",
+    "Change",
+    "Clock",
+    "History",
+    "PowerCut",
+    "Recorder",
+    "Recording",
+    "Report",
+    "Survival",
+    "Tools",
+    "WrongContentError",
+    "all_tools",
+    "newest_tools",
+]
