@@ -9,9 +9,10 @@ loop's thread. Changes are made one at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import IOThreadObject, ObjectStore, object_types
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
+from vhostblk.state import Document, StateFile, describe, restore
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Backend:
         self._exports: dict[str, Export] = {}
         self._started: float | None = None
         self._closing = False
+        self._state: StateFile | None = None
         # Made by start(), which has a running event loop.
         self.engine: Engine
         self.graph: Graph
@@ -75,16 +78,81 @@ class Backend:
         self._started = None
         self.events.close()
 
+    # ---- changes, and the state file
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[list[Callable[[], Coroutine[Any, Any, None]]]]:
+        """Inside, whatever there is may be changed; on the way out that is recorded.
+
+        What is put into the list undoes the change, and is done if it cannot be recorded.
+        """
+        undo: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        async with self.graph.lock:
+            self._refuse_when_closing()
+            try:
+                yield undo
+            except BaseException:
+                await self._record_again()
+                raise
+            try:
+                await self.save_state()
+            except VhostblkError as error:
+                for step in reversed(undo):
+                    await step()
+                if undo:
+                    await self._record_again()
+                    raise
+                error.desc = f"The change is in force, but would not survive a restart: {error}"
+                raise
+
+    async def save_state(self) -> None:
+        """Bring the state file up to date, if there is one and anything has changed."""
+        if self._state is not None:
+            await self._state.write(describe(self))
+
+    async def _record_again(self) -> None:
+        """After a failure: the state file may be ahead of what there is."""
+        try:
+            await self.save_state()
+        except VhostblkError as error:
+            logger.error("%s", error.desc)
+
+    async def keep_state(self, file: StateFile) -> None:
+        """From now on, record every change in a state file before it counts."""
+        self._state = file
+        self.graph.on_switched = self.save_state
+        await self.save_state()
+
+    async def restore_state(self, document: Document, file: StateFile) -> None:
+        """Make all that a state file describes."""
+        await restore(document, self, file)
+
+    async def restore_node(
+        self, name: str, options: dict[str, Any], *, owned: bool, inherited: frozenset[str]
+    ) -> None:
+        """Make one node as it was; waits a little for an image that is locked."""
+
+        async def attempt() -> None:
+            async with self.changing():
+                await self.graph.restore(name, options, owned=owned, inherited=inherited)
+
+        await self._when_unlocked(attempt)
+
+    def exports(self) -> list[Export]:
+        """All exports."""
+        return list(self._exports.values())
+
     # ---- objects
 
     async def object_add(self, options: dict[str, Any]) -> None:
         """object-add."""
-        async with self.graph.lock:
-            await self.objects.add(options)
+        async with self.changing() as undo:
+            added = await self.objects.add(options)
+            undo.append(lambda: self.objects.delete(added.id))
 
     async def object_del(self, id: str) -> None:
         """object-del."""
-        async with self.graph.lock:
+        async with self.changing():
             await self.objects.delete(id)
 
     def qom_list(self, path: str) -> list[dict[str, Any]]:
@@ -97,7 +165,7 @@ class Backend:
 
     async def qom_set(self, path: str, property: str, value: Any) -> None:
         """qom-set."""
-        async with self.graph.lock:
+        async with self.changing():
             await self.objects.qom_set(path, property, value)
 
     # ---- nodes
@@ -106,9 +174,9 @@ class Backend:
         """blockdev-add; waits a little for an image that is locked."""
 
         async def attempt() -> None:
-            async with self.graph.lock:
-                self._refuse_when_closing()
-                await self.graph.add(options)
+            async with self.changing() as undo:
+                node = await self.graph.add(options)
+                undo.append(lambda: self.graph.delete(node.name))
 
         await self._when_unlocked(attempt)
 
@@ -135,12 +203,12 @@ class Backend:
 
     async def blockdev_del(self, node_name: str) -> None:
         """blockdev-del."""
-        async with self.graph.lock:
+        async with self.changing():
             await self.graph.delete(node_name)
 
     async def block_resize(self, node_name: str, size: int) -> None:
         """block_resize."""
-        async with self.graph.lock:
+        async with self.changing():
             await self.graph.resize(self.graph.node(node_name), size)
 
     # ---- exports
@@ -149,13 +217,13 @@ class Backend:
         """block-export-add; waits a little for an image that is locked."""
 
         async def attempt() -> None:
-            async with self.graph.lock:
-                self._refuse_when_closing()
-                await self._add_export(options)
+            async with self.changing() as undo:
+                export = await self._add_export(options)
+                undo.append(lambda: self._close_export(export))
 
         await self._when_unlocked(attempt)
 
-    async def _add_export(self, options: dict[str, Any]) -> None:
+    async def _add_export(self, options: dict[str, Any]) -> Export:
         kind = export_type(options)
         checked: Model = validate(kind.Options, options)
         export = kind(self.engine, self.graph, self.objects, self.events, checked)
@@ -166,6 +234,7 @@ class Backend:
             )
         await export.open()
         self._exports[export.id] = export
+        return export
 
     async def block_export_del(self, id: str, mode: Literal["safe", "hard"] = "safe") -> None:
         """block-export-del; returns when the export has gone."""
@@ -179,7 +248,7 @@ class Backend:
                     "hint": "Use mode='hard' to force client disconnect",
                 },
             )
-        async with self.graph.lock:
+        async with self.changing():
             if id in self._exports:
                 await self._close_export(export)
 

@@ -58,6 +58,13 @@ class BackendObject:
         )
         return values
 
+    def state_options(self) -> dict[str, Any] | None:
+        """Options that make it again after a restart, for the state file (docs/state.md).
+
+        None if they would give away a secret: the command line then has to make it again.
+        """
+        return self.options.to_options()  # type: ignore[no-any-return]
+
 
 T = TypeVar("T", bound=type[BackendObject])
 _types: dict[str, type[BackendObject]] = {}

@@ -35,6 +35,7 @@ _SETTINGS: dict[str, type] = {
     "control": str,
     "control-group": str,
     "pidfile": str,
+    "state": str,
     "plugins": list,
 }
 _MAX_SIZE = 4 << 20

@@ -196,6 +196,7 @@ def plan_process(args: argparse.Namespace, plan: Plan, settings: dict[str, Any])
     plan.plugins = [Path(plugin) for plugin in [*settings.get("plugins", []), *args.plugin]]
     plan.log_file = args.log_file
     plan.stop_timeout = args.stop_timeout
+    plan.state = getattr(args, "state", None) or settings.get("state")
     group = args.control_group or settings.get("control-group")
     plan.controls = [_monitor(text, args.chardev, group) for text in args.monitor]
     control = args.control or settings.get("control")

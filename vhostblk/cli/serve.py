@@ -32,6 +32,7 @@ examples:
       --export vhost-user-blk,id=d,node-name=d,addr.type=unix,addr.path=/run/d.sock,writable=on \\
       --control /run/d-qmp.sock --pidfile /run/d.pid --daemonize
   vhostblk serve --config web1.yaml
+  vhostblk serve --state /var/lib/vhostblk/web1.json --config web1.yaml
   vhostblk serve --blockdev help             the block drivers there are
   vhostblk serve --blockdev file,help        the options of one
 """
@@ -49,6 +50,12 @@ def configure(parser: Parser) -> None:
         help="go to the background once ready; the status says whether it worked",
     )
     group.add_argument("--pidfile", metavar="FILE", help="write the process id to FILE when ready")
+    group.add_argument(
+        "--state",
+        metavar="FILE",
+        help="keep the tree as last changed in FILE, and start with it if FILE exists: "
+        "--blockdev, --export and IMAGE then count for the first start only",
+    )
     configure_backend(parser)
 
 
@@ -110,9 +117,9 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, bool]:
             raise CliError(
                 "--socket-path and --fd need an image: add --blk-file PATH", status=USAGE
             )
-        if not steps:
+        if not steps and args.state is None and "state" not in settings:
             raise CliError(
-                "nothing to serve: give an IMAGE, or --blockdev and --export (see "
+                "nothing to serve: give an IMAGE, --blockdev and --export, or --state (see "
                 "'vhostblk serve --help')",
                 status=USAGE,
             )

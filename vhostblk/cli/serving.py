@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from vhostblk.backend import Backend
     from vhostblk.control.server import ControlServer
+    from vhostblk.state import StateFile
 
 logger = logging.getLogger("vhostblk")
 
@@ -77,6 +78,7 @@ class Plan:
     pidfile: str | None = None
     daemonize: bool = False
     log_file: str | None = None
+    state: str | None = None
     stop_timeout: float = 30.0
     stop_on_signals: tuple[signal.Signals, ...] = _STOP_SIGNALS
 
@@ -123,6 +125,7 @@ class _Life:
         self._pidfiles: list[Pidfile] = []
         self._listeners: list[tuple[str | None, socket.socket]] = []
         self._servers: list[ControlServer] = []
+        self._state: StateFile | None = None
 
     async def run(self) -> int:
         """From the first signal handler to the last unlink."""
@@ -140,6 +143,8 @@ class _Life:
                 pidfile.remove()
             if self._plan.place is not None:
                 self._plan.place.remove()
+            if self._state is not None:
+                self._state.close()
             if self._abandoned:
                 os._exit(1)  # an orderly end would wait for the same requests
 
@@ -147,6 +152,8 @@ class _Life:
         from vhostblk.backend import Backend
 
         plan = self._plan
+        if plan.state is not None:
+            self._state = _open_state(plan.state)
         if plan.place is not None:
             plan.place.create()
             self._pidfiles.append(_lock_place(plan.place))
@@ -158,10 +165,12 @@ class _Life:
         backend = Backend(plugins=plan.plugins)
         try:
             await backend.start()
-            for step in plan.steps:
+            for step in await self._restore(backend):
                 if self._stop.is_set():
                     return 0
                 await apply(backend, step)
+            if self._state is not None:
+                await self._restored(backend.keep_state(self._state))
             await self._open_control(backend)
             if plan.pidfile is not None:
                 self._pidfiles.append(Pidfile(plan.pidfile))
@@ -170,6 +179,42 @@ class _Life:
             return await self._while_ready(Running(backend, self._stop))
         finally:
             await self._close(backend)
+
+    async def _restore(self, backend: Backend) -> list[Step]:
+        """Make what the state file says; what is left to do of the plan."""
+        steps = self._plan.steps
+        if self._state is None:
+            return steps
+        from vhostblk.state import Document
+
+        try:
+            text = self._state.read()
+            document = None if text is None else Document.parse(text, self._state)
+        except VhostblkError as error:
+            raise _at(self._where_state, error) from None
+        if document is None:
+            return steps
+        ignored = 0
+        for step in steps:
+            id = step.options.get("id")
+            if step.kind == "object" and isinstance(id, str) and not document.has_object(id):
+                await apply(backend, step)  # one with a secret, which is not in the file
+            else:
+                ignored += 1
+        if ignored:
+            logger.info("the tree is that of state file '%s'", self._state.path)
+        await self._restored(backend.restore_state(document, self._state))
+        return []
+
+    async def _restored(self, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except VhostblkError as error:
+            raise _at(self._where_state, error) from None
+
+    @property
+    def _where_state(self) -> str:
+        return f"--state {self._plan.state}"
 
     async def _open_control(self, backend: Backend) -> None:
         if not self._listeners:
@@ -220,6 +265,15 @@ class _Life:
         # Whoever asks again does not want to wait for whatever we wait for.
         logger.warning("%s again: giving up at once", number.name)
         os._exit(1)
+
+
+def _open_state(path: str) -> StateFile:
+    from vhostblk.state import StateFile
+
+    try:
+        return StateFile(path)
+    except VhostblkError as error:
+        raise _at(f"--state {path}", error) from None
 
 
 def _lock_place(place: Place) -> Pidfile:

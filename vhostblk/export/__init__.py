@@ -60,6 +60,12 @@ class Export:
         """Its entry in `query-block-exports`."""
         raise NotImplementedError
 
+    def state_options(self) -> dict[str, Any]:
+        """Options that make it again after a restart, for the state file (docs/state.md)."""
+        assert self.backend is not None
+        options: dict[str, Any] = self.options.to_options()
+        return {**options, "node-name": self.backend.root.name}
+
     def stats(self) -> Stats:
         """Its counters."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 from typing import Any, Literal
 
 from vhostblk.engine import SERIAL_SIZE, EngineError, ExportHandle, IOThread, NodeHandle, Stats
@@ -284,6 +285,10 @@ class VhostUserBlkExport(Export):
     def stats(self) -> Stats:
         return self._handle.stats()
 
+    def state_options(self) -> dict[str, Any]:
+        options = super().state_options()
+        return {**options, "addr": _absolute(options["addr"])}
+
     def describe(self) -> dict[str, Any]:
         info = self._handle.info()
         assert self.backend is not None
@@ -310,6 +315,11 @@ class VhostUserBlkExport(Export):
             "connections": info.connections,
             "broken-connections": info.broken,
         }
+
+
+def _absolute(addr: dict[str, Any]) -> dict[str, Any]:
+    """The address as it is understood in any directory."""
+    return {**addr, "path": os.path.abspath(addr["path"])} if "path" in addr else addr
 
 
 def _capacity(size: int) -> int:

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.graph.block_backend import BlockBackend, split
 from vhostblk.graph.edge import Edge
-from vhostblk.graph.options import sentence
+from vhostblk.graph.options import check_detect_zeroes, inherit, sentence
 from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind
 from vhostblk.origin import origin
-from vhostblk.schema import VhostblkError, did_you_mean
+from vhostblk.schema import VhostblkError, did_you_mean, validate
 
 if TYPE_CHECKING:
     from vhostblk.graph.graph import Graph
@@ -226,6 +226,90 @@ class Change:
         self.replace_node(filter, children[inner])
         return children[inner]
 
+    def reopen(self, node: NodeDriver, options: dict[str, Any], *, keep: bool = False) -> None:
+        """Give a node other options, as `blockdev-reopen` does.
+
+        What `options` leave out goes back to its default, or with `keep` stays as it is. An
+        option named like a child replaces that (the name of a node), removes it (None), or gives
+        the child itself other options (an object).
+        """
+        if keep:
+            options = {"driver": node.driver, **self._given(node), **options}
+        self._reopen(node, options, "", frozenset(), keep_children=keep)
+
+    def _given(self, node: NodeDriver) -> dict[str, Any]:
+        """The options of a node without those that name children, as planned so far."""
+        reopening = self._reopenings.get(node)
+        given = reopening.given if reopening else self.graph.given_options(node)
+        return {name: value for name, value in given.items() if name not in node.child_roles}
+
+    def _reopen(
+        self,
+        node: NodeDriver,
+        options: dict[str, Any],
+        where: str,
+        inherited: frozenset[str],
+        *,
+        keep_children: bool,
+    ) -> None:
+        prefix = f"{where}." if where else ""
+        whole = dict(options)
+        if keep_children:
+            # Only for the check that nothing is missing.
+            for role, child in self.children_of(node).items():
+                whole.setdefault(role.partition(".")[0], child.name)
+            for role, kind in node.child_roles.items():
+                if kind.many and isinstance(whole.get(role), str):
+                    whole[role] = [whole[role]]
+        if whole.get("driver") not in (None, node.driver):
+            raise _cannot_change(f"{prefix}driver", node)
+        checked = validate(type(node).Options, whole, where)
+        if checked.node_name not in (None, node.name):
+            raise _cannot_change(f"{prefix}node-name", node)
+        check_detect_zeroes(type(node), checked, prefix)
+        given = {name: value for name, value in options.items() if name not in inherited}
+        self._reopenings[node] = Reopening(checked, given)
+        wanted = _wanted_children(node, options)
+        for role in list(self.children_of(node)):
+            if role in wanted:
+                self._reopen_child(node, role, wanted.pop(role), options, prefix)
+            elif keep_children or role.partition(".")[0] not in options:
+                self._reopen_child(node, role, None, options, prefix)
+            else:
+                self.set_child(node, role, None)
+        for role, reference in wanted.items():
+            if isinstance(reference, dict):
+                raise VhostblkError(
+                    f"Node '{node.name}' has no child '{role}' to reopen; "
+                    "add a node with blockdev-add and name it here",
+                    data={"code": "no-such-child", "node": node.name, "child": role},
+                )
+            self.set_child(node, role, self.node(reference))
+
+    def _reopen_child(
+        self,
+        parent: NodeDriver,
+        role: str,
+        reference: str | dict[str, Any] | None,
+        options: dict[str, Any],
+        prefix: str,
+    ) -> None:
+        """`reference` is what the parent's new `options` say about it, if anything."""
+        child = self.children_of(parent)[role]
+        if isinstance(reference, str) and reference != child.name:
+            self.set_child(parent, role, self.node(reference))
+            return
+        if isinstance(reference, dict):
+            wanted, inherited = inherit(reference, options)
+            wanted.setdefault("driver", child.driver)
+            self._reopen(child, wanted, f"{prefix}{role}", inherited, keep_children=False)
+        elif not self.graph.is_owned(child) and self.parents_of(child) == [(parent, role)]:
+            # Defined inside its parent: what it does not say itself it takes from there.
+            wanted, inherited = inherit({"driver": child.driver, **self._given(child)}, options)
+            before = self.graph.given_options(child)
+            if inherited or any(name not in before for name in wanted):
+                self._reopen(child, wanted, f"{prefix}{role}", inherited, keep_children=True)
+
     def inside(self, do: Step, undo: Step | None = None) -> None:
         """Run `do` in the pause, before anything is changed; `undo` if something fails later."""
         self._inside.append((do, undo))
@@ -343,6 +427,9 @@ class Change:
         for backend in graph.backends:
             backend.refresh_size()
         graph.release_newcomers()
+        if graph.on_switched is not None:
+            # What guests write from now on must be found again after a crash.
+            await graph.on_switched()
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
         for role, child in list(self._live(parent).items()):
@@ -462,6 +549,27 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
         if not task.cancelled():
             task.exception()  # nobody is there to be told
         raise
+
+
+def _wanted_children(node: NodeDriver, options: dict[str, Any]) -> dict[str, str | dict[str, Any]]:
+    """Children by role and index that options name or describe; None (no child) is left out."""
+    found: dict[str, str | dict[str, Any]] = {}
+    for name, kind in node.child_roles.items():
+        value = options.get(name)
+        if value is None:
+            continue
+        if kind.many:
+            found.update({f"{name}.{index}": entry for index, entry in enumerate(value)})
+        else:
+            found[name] = value
+    return found
+
+
+def _cannot_change(option: str, node: NodeDriver) -> VhostblkError:
+    return VhostblkError(
+        f"Cannot change the option '{option}' of node '{node.name}' ({node.driver})",
+        data={"code": "cannot-change", "node": node.name, "parameter": option},
+    )
 
 
 def _no_child(parent: Parent, role: str, known: Iterable[str]) -> VhostblkError:

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -73,6 +73,8 @@ class Graph:
         self._chain: list[str] = []  # images whose backing files are being opened
         self.lock = asyncio.Lock()
         """Held by whoever changes the graph: one change at a time."""
+        self.on_switched: Callable[[], Awaitable[None]] | None = None
+        """Called when a change is in force and guests are still paused; may refuse by raising."""
 
     # ---- looking
 
@@ -193,6 +195,27 @@ class Graph:
         self.update_permissions()
         return node
 
+    async def restore(
+        self,
+        name: str,
+        options: dict[str, Any],
+        *,
+        owned: bool,
+        inherited: frozenset[str] = frozenset(),
+    ) -> NodeDriver:
+        """Make a node as it was before a restart; its children, named in `options`, are there."""
+        made: list[NodeDriver] = []
+        try:
+            node = await self._make(options, "", made, inherited, name)
+        except BaseException:
+            for node in reversed(made):
+                await self.unmake(node)
+            raise
+        if owned:
+            self._owned.add(node)
+        self.update_permissions()
+        return node
+
     async def delete(self, name: str) -> None:
         """Remove a node that nobody uses, and the children that were defined inside it."""
         node = self.node(name)
@@ -244,6 +267,7 @@ class Graph:
         where: str,
         made: list[NodeDriver],
         inherited: frozenset[str] = frozenset(),
+        restored: str | None = None,
     ) -> NodeDriver:
         """Make a node and its inner children; all that was made is in `made`, also on failure."""
         if where.count(".") > MAX_DEPTH:
@@ -261,7 +285,8 @@ class Graph:
         checked = validate(driver.Options, options, where)
         if checked.node_name is not None:
             self._new_name(checked.node_name)  # refused before anything is opened
-        check_detect_zeroes(driver, checked, prefix)
+        if restored is None:
+            check_detect_zeroes(driver, checked, prefix)
         children: dict[str, NodeDriver] = {}
         for role, reference in references(driver, checked):
             kind = driver.child_roles[role.split(".")[0]].kind
@@ -269,7 +294,7 @@ class Graph:
                 options, reference, f"{prefix}{role}", made, kind
             )
         # Names may have been taken while the children were made.
-        node = driver(self, self._new_name(checked.node_name), checked)
+        node = driver(self, self._new_name(restored or checked.node_name), checked)
         self._nodes[node.name] = node
         self._given[node] = {key: options[key] for key in options if key not in inherited}
         self._parents[node] = []

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the state file says: objects, nodes and exports, as the options that make them.
+
+Nodes are listed one by one, children first, and name their children: whatever
+has become of the tree, each node is made once, and a chain of any length needs
+no nesting. A node that went with its parent (`owned: false`: it was defined
+inside the parent's options, or named by an image) does so again afterwards.
+
+Secrets are not in it. An object that holds one is only mentioned, and must be
+given on the command line again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from vhostblk import __version__
+from vhostblk.graph import Graph
+from vhostblk.nodes.driver import NodeDriver, RoleKind
+from vhostblk.schema import Model, VhostblkError, validate
+from vhostblk.state.file import StateFile
+
+if TYPE_CHECKING:
+    from vhostblk.backend import Backend
+
+FORMAT = "vhostblk-state"
+VERSION = 1
+
+
+class NodeEntry(Model):
+    """One node."""
+
+    name: str
+    owned: bool
+    """Made by the operator; else it goes when its last parent does."""
+    options: dict[str, Any]
+    inherited: tuple[str, ...] = ()
+    """Options that it took from its parent."""
+
+
+class MentionedObject(Model):
+    """An object with a secret."""
+
+    qom_type: str
+    id: str
+
+
+class Document(Model):
+    """The whole file."""
+
+    format: Literal["vhostblk-state"]
+    version: int
+    program: str = ""
+    objects: list[dict[str, Any]] = []
+    objects_with_secrets: list[MentionedObject] = []
+    nodes: list[NodeEntry] = []
+    exports: list[dict[str, Any]] = []
+
+    @classmethod
+    def parse(cls, text: str, file: StateFile) -> Document:
+        """The document in a state file, or an error that says what is wrong with it."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise file.error(
+                f"it is broken, or no state file: {error}",
+                hint="restore it from a copy, or remove it to start with the command line's tree",
+            ) from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise file.error(
+                f'it is the file of another program (no "format": "{FORMAT}")',
+                hint="choose another file",
+            )
+        version = data.get("version")
+        if version != VERSION:
+            raise file.error(
+                f"it has version {version!r}, and this vhostblk knows version {VERSION} only",
+                hint="use the vhostblk that wrote it",
+            )
+        try:
+            return validate(cls, data)
+        except VhostblkError as error:
+            raise file.error(
+                error.desc,
+                hint="restore it from a copy, or remove it to start with the command line's tree",
+            ) from None
+
+    def has_object(self, id: str) -> bool:
+        """Whether an object can be made from what is written here."""
+        return any(options.get("id") == id for options in self.objects)
+
+
+# ---- writing
+
+
+def describe(backend: Backend) -> str:
+    """The state of a backend, as the text of a state file."""
+    objects, mentioned = [], []
+    for entry in backend.objects:
+        options = entry.state_options()
+        if options is None:
+            mentioned.append({"qom-type": entry.qom_type, "id": entry.id})
+        else:
+            objects.append(options)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "program": f"vhostblk {__version__}",
+        "objects": objects,
+        "objects-with-secrets": mentioned,
+        "nodes": [_describe_node(backend.graph, node) for node in _kept_nodes(backend.graph)],
+        "exports": [export.state_options() for export in backend.exports()],
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def _kept_nodes(graph: Graph) -> Iterator[NodeDriver]:
+    """Children first, and without those that are about to go with the parent they had."""
+    kept: dict[NodeDriver, None] = {}
+    waiting = [node for node in graph.nodes.values() if graph.is_owned(node)]
+    waiting += [backend.root for backend in graph.backends]
+    while waiting:
+        node = waiting.pop()
+        if node not in kept:
+            kept[node] = None
+            waiting += [child.node for child in graph.children_of(node).values()]
+    return (node for node in graph.bottom_up() if node in kept)
+
+
+def _describe_node(graph: Graph, node: NodeDriver) -> dict[str, Any]:
+    options = node.state_options()
+    # Where it came from does not matter any more: children are the nodes they are now.
+    children = graph.children_of(node)
+    for role, kind in node.child_roles.items():
+        options.pop(role, None)
+        if kind.many:
+            options[role] = [
+                child.node.name for name, child in children.items() if name.startswith(f"{role}.")
+            ]
+        elif role in children:
+            options[role] = children[role].node.name
+        elif kind.kind is RoleKind.BACKING:
+            options[role] = None  # not the one that the image names
+    given = graph.given_options(node)
+    inherited = [
+        name
+        for name in options
+        if name not in given
+        and name not in node.child_roles
+        and name not in ("driver", "node-name")
+    ]
+    entry: dict[str, Any] = {
+        "name": node.name,
+        "owned": graph.is_owned(node),
+        "options": options,
+    }
+    if inherited:
+        entry["inherited"] = inherited
+    return entry
+
+
+# ---- reading
+
+
+async def restore(document: Document, backend: Backend, file: StateFile) -> None:
+    """Make what the document describes, in a backend without nodes and exports."""
+    for options in document.objects:
+        with _about(file, f"object '{options.get('id')}'"):
+            await backend.object_add(options)
+    for mentioned in document.objects_with_secrets:
+        if backend.objects.get(mentioned.id, mentioned.qom_type) is None:
+            raise file.error(
+                f"it refers to object '{mentioned.id}' of type '{mentioned.qom_type}', which "
+                "holds a secret and is therefore not in the file",
+                hint=f"give it again: --object {mentioned.qom_type},id={mentioned.id},…",
+            )
+    for entry in document.nodes:
+        with _about(file, f"node '{entry.name}'"):
+            await backend.restore_node(
+                entry.name, entry.options, owned=entry.owned, inherited=frozenset(entry.inherited)
+            )
+    for options in document.exports:
+        with _about(file, f"export '{options.get('id')}'"):
+            await backend.block_export_add(options)
+
+
+class _about:
+    """Errors say which entry of the file they are about."""
+
+    def __init__(self, file: StateFile, what: str) -> None:
+        self._file = file
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, VhostblkError):
+            found = self._file.error(f"{self._what}: {error.desc}")
+            found.data = {**(found.data or {}), **(error.data or {})}
+            raise found from None

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A file that always holds one complete document, whenever the process or the host dies.
+
+The new document is written to a second file, which then takes the place of the
+first: FILE.tmp is written and synced, renamed to FILE, and the directory
+synced. Whoever looks finds the old document or the new one, and after `write()`
+has returned the new one, also when power has failed.
+
+FILE.lock is locked as long as the process lives. The lock cannot be on FILE
+itself: that is another file after each change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+
+from vhostblk.fault import fault_point
+from vhostblk.schema import VhostblkError
+
+MAX_SIZE = 64 << 20
+
+
+class StateFile:
+    """The file, locked. Made by one thread, and written by one at a time."""
+
+    def __init__(self, path: str) -> None:
+        # A link stays a link: it is what it points to that is replaced.
+        self.path = os.path.realpath(path)
+        self._directory = os.path.dirname(self.path)
+        self._written: str | None = None
+        self._lock = self._take_lock()
+
+    def _take_lock(self) -> int:
+        path = f"{self.path}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise self._error(f"Cannot create '{path}': {error.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).strip().decode("ascii", "replace")
+            os.close(fd)
+            by = f" (pid {owner})" if owner.isdecimal() else ""
+            raise self._error(
+                f"State file '{self.path}' belongs to a running backend{by}",
+                code="state-locked",
+                hint="stop that one, or choose another file",
+            ) from None
+        except OSError as error:
+            os.close(fd)
+            raise self._error(
+                f"Cannot lock '{path}': {error.strerror}",
+                hint="choose a file on a file system with locks",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+
+    def close(self) -> None:
+        """Let another backend have it. FILE.lock stays: removing it would race with that one."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # ---- reading
+
+    def read(self) -> str | None:
+        """What is in it; None if it does not exist yet."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(self.path, flags)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(f"Cannot open '{self.path}': {error.strerror}") from None
+        with open(fd, "rb") as file:
+            self._check_owner(os.fstat(fd))
+            try:
+                data = file.read(MAX_SIZE + 1)
+            except OSError as error:
+                raise self._error(f"Cannot read '{self.path}': {error.strerror}") from None
+        if len(data) > MAX_SIZE:
+            raise self._error(f"'{self.path}' is larger than {MAX_SIZE} bytes: no state file")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._error(f"'{self.path}' is not a state file: it is not text") from None
+
+    def _check_owner(self, info: os.stat_result) -> None:
+        """What is in it is done with our rights: nobody else may have written it."""
+        if not stat.S_ISREG(info.st_mode):
+            raise self._error(f"'{self.path}' is not a regular file")
+        if info.st_uid not in (0, os.geteuid()):
+            raise self._error(
+                f"State file '{self.path}' belongs to user {info.st_uid}, who could have this "
+                "process open any file",
+                hint="look at what is in it, then make it yours with chown",
+            )
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise self._error(
+                f"State file '{self.path}' can be written by others, who could have this process "
+                "open any file",
+                hint=f"look at what is in it, then: chmod 600 '{self.path}'",
+            )
+
+    # ---- writing
+
+    async def write(self, text: str) -> None:
+        """Replace the document; safe on disk when done. The same one again is not written."""
+        if text == self._written:
+            return
+        await asyncio.to_thread(self.write_now, text)
+
+    def write_now(self, text: str) -> None:
+        """The same, waiting."""
+        self._written = None  # whatever it is if this fails
+        temporary = f"{self.path}.tmp"
+        try:
+            self._write_temporary(temporary, text.encode())
+            fault_point("state-synced")
+            os.rename(temporary, self.path)
+            fault_point("state-renamed")
+            _sync_directory(self._directory)
+        except OSError as error:
+            raise self._error(
+                f"Cannot write state file '{self.path}': {error.strerror}", code="state-unwritten"
+            ) from None
+        fault_point("state-safe")
+        self._written = text
+
+    def _write_temporary(self, path: str, data: bytes) -> None:
+        # Left over from a process that was killed, or somebody's trap: never written through.
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+            fault_point("state-begun")
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            fault_point("state-written")
+            os.fsync(file.fileno())
+
+    def error(self, text: str, *, hint: str | None = None) -> VhostblkError:
+        """An error about what is in it."""
+        return self._error(f"State file '{self.path}': {text}", hint=hint)
+
+    def _error(
+        self, text: str, *, code: str = "state-file", hint: str | None = None
+    ) -> VhostblkError:
+        data = {"code": code, "path": self.path}
+        if hint is not None:
+            data["hint"] = hint
+            text = f"{text}; {hint}"
+        return VhostblkError(text, data=data)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
