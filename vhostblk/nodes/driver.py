@@ -308,6 +308,14 @@ class NodeDriver:
         """What `file` of `query-named-block-nodes` says: a path, or json: as QEMU writes it."""
         return ""
 
+    def state_options(self) -> dict[str, Any]:
+        """Options that make the node again after a restart, for the state file (docs/state.md).
+
+        File names in them should be absolute. The graph adds the children.
+        """
+        options: dict[str, Any] = self.options.to_options()
+        return options
+
     def stats(self) -> Stats:
         """Counters of the engine half."""
         return self.effective.stats()
