@@ -17,20 +17,10 @@ They can await anything a task can, except what asks for the current task
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import gc
-import logging
-import sys
-import time
-import traceback
-from collections.abc import Awaitable, Coroutine, Generator, Mapping
-from contextvars import ContextVar
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vhostblk.engine import (
-    IO,
     OP_DISCARD,
     OP_FLUSH,
     OP_NAMES,
@@ -39,12 +29,10 @@ from vhostblk.engine import (
     OP_WRITE_ZEROES,
     REQ_FUA,
     REQ_MAY_UNMAP,
-    Buffer,
-    guest_buffers,
 )
 from vhostblk.nodes.driver import Child, ChildRole, NodeDriver, NodeOptions
-from vhostblk.origin import origin
-from vhostblk.ratelimit import RateLimitedLog
+from vhostblk.nodes.hooks import HookedChild as FilterChild
+from vhostblk.nodes.hooks import HookedNode, Request
 from vhostblk.schema import BlockdevRef
 
 __all__ = [
@@ -62,179 +50,6 @@ __all__ = [
     "Request",
 ]
 
-logger = logging.getLogger(__name__)
-
-# The request whose hook is running now. Tasks that a hook starts inherit it.
-_current: ContextVar[Request | None] = ContextVar("vhostblk_request", default=None)
-
-
-class _Nothing:
-    """What `request.forward()` gives back: awaiting it does not wait."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return iter(())  # type: ignore[return-value]  # cheaper than a generator
-
-
-_NOTHING = _Nothing()
-
-
-class Request:
-    """One request of a guest (or of a node above), for as long as the hook runs."""
-
-    __slots__ = (
-        "_filter",
-        "_forward_to",
-        "_inflight",
-        "_iov",
-        "_memory",
-        "_niov",
-        "_ret",
-        "_views",
-        "finished",
-        "flags",
-        "handle",
-        "length",
-        "offset",
-        "op",
-    )
-    _ret: int  # of a hook that has ended before its I/O
-
-    def __init__(
-        self,
-        filter: Filter,
-        handle: int,
-        op: int,
-        flags: int,
-        offset: int,
-        length: int,
-        iov: int,
-        niov: int,
-    ) -> None:
-        self._filter = filter
-        self.handle = handle  # the engine's
-        self.op = op
-        self.flags = flags
-        self.offset = offset
-        self.length = length
-        self._iov = iov
-        self._niov = niov
-        self._views: list[memoryview] | None = None
-        self._forward_to = -1
-        self._inflight = 0
-        self.finished = False
-
-    def __repr__(self) -> str:
-        return f"<{OP_NAMES[self.op]} {self.length} bytes at {self.offset}>"
-
-    @property
-    def operation(self) -> str:
-        """`read`, `write`, `flush`, `discard` or `write-zeroes`."""
-        return OP_NAMES[self.op]
-
-    @property
-    def fua(self) -> bool:
-        """Must be on stable storage before it completes (writes)."""
-        return bool(self.flags & REQ_FUA)
-
-    @property
-    def may_unmap(self) -> bool:
-        """The range may be deallocated (zero writes)."""
-        return bool(self.flags & REQ_MAY_UNMAP)
-
-    @property
-    def buffers(self) -> list[memoryview]:
-        """The guest's memory: to be filled by a read, the data of a write.
-
-        It is the memory itself, not a copy. A read's may be written to, a
-        write's must not be. The views (and slices of them) are of use until the
-        hook returns; copy what is needed longer.
-        """
-        if self._views is None:
-            if self.finished:
-                raise ValueError("the request has completed: its memory is the guest's again")
-            self._memory = guest_buffers(self._iov, self._niov) if self.op <= OP_WRITE else []
-            self._views = [memoryview(part) for part in self._memory]
-            if self.op == OP_WRITE:
-                self._views = [view.toreadonly() for view in self._views]
-        return self._views
-
-    def data(self) -> bytes:
-        """A copy of all buffers in one piece."""
-        return b"".join(self.buffers)
-
-    def fill(self, data: Buffer) -> None:
-        """Answer a read: copy `data`, as many bytes as were asked for, to the guest."""
-        source = memoryview(data).cast("B")
-        if len(source) != self.length:
-            raise ValueError(f"{len(source)} bytes for a request of {self.length}")
-        position = 0
-        for view in self.buffers:
-            view[:] = source[position : position + len(view)]
-            position += len(view)
-
-    def forward(self, role: str = "file") -> Awaitable[None]:
-        """Let the child in `role` carry the request out, once the hook returns.
-
-        The request is then out of the hook's hands, and how it ends is not to be
-        learnt; `await self.file.forward(request)` waits for the result instead.
-        May be awaited, which does not wait.
-        """
-        self._forward_to = self._filter.child_index[role]
-        return _NOTHING
-
-    # ---- the framework's
-
-    def io_done(self) -> None:
-        """An I/O started by the hook has completed."""
-        self._inflight -= 1
-        if self.finished and self._inflight == 0:
-            self._filter.release(self)
-
-
-class FilterChild(Child):
-    """A child as a filter sees it. Its methods return at once; await the result."""
-
-    def forward(self, request: Request, offset: int | None = None) -> IO:
-        """Carry out `request` on this child, at `offset` if given, and wait for it.
-
-        The data go straight between the guest's memory and the child.
-        """
-        if request.finished:
-            raise ValueError("the request has completed")
-        at = request.offset if offset is None else offset
-        self.check_range(at, request.length)
-        assert self._target is not None
-        request._inflight += 1
-        return self._host.engine.submit_upcall(
-            self._target.address, request.op, at, request.length, request.flags,
-            request.handle, request,
-        )  # fmt: skip
-
-    def _submit(
-        self,
-        op: int,
-        offset: int,
-        buffer: Buffer | None,
-        length: int | None = None,
-        *,
-        flags: int = 0,
-    ) -> IO:
-        if length is None:
-            length = 0 if buffer is None else memoryview(buffer).nbytes
-        self.check_range(offset, length)
-        assert self._target is not None
-        request = _current.get()
-        if request is None or request.finished:
-            # Work of the filter's own, that no request waits for.
-            return self._host.engine.submit(self._target, op, offset, buffer, length, flags=flags)
-        io = self._host.engine.submit(
-            self._target, op, offset, buffer, length, flags=flags, request=request.handle
-        )
-        # The guest's memory must stay until this has finished, awaited or not.
-        request._inflight += 1
-        io.owner = request
-        return io
-
 
 class FilterOptions(NodeOptions):
     """Options of every filter."""
@@ -243,16 +58,12 @@ class FilterOptions(NodeOptions):
     """The node below."""
 
 
-class Filter(NodeDriver):
+class Filter(HookedNode):
     """Derive from this. Everything below may be overridden unless it says otherwise."""
 
     Options = FilterOptions
     is_filter = True
-    child_class = FilterChild
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole()}
-    uses_tasks: ClassVar[bool] = False
-    """Run each hook as an asyncio task. Slower; needed for asyncio.timeout() and the like."""
-
     file: FilterChild
     """The child in role `file`."""
 
@@ -304,8 +115,6 @@ class Filter(NodeDriver):
 
     # ---- the framework's: not to be overridden
 
-    child_index: Mapping[str, int]
-
     def child(self, role: str) -> FilterChild:
         """The child in one role: `file`, `children.0`, …"""
         child = self.children[role]
@@ -313,12 +122,9 @@ class Filter(NodeDriver):
         return child
 
     async def activate(self) -> None:
-        self.child_index = {role: index for index, role in enumerate(self.children)}
+        self._prepare_hooks()
         if "file" in self.children:
             self.file = self.child("file")
-        self._log = RateLimitedLog(logger)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._collected = 0.0
         await self.open()
         try:
             self._make_half()
@@ -331,7 +137,7 @@ class Filter(NodeDriver):
         unknown = operations.difference(OP_NAMES)
         if unknown:
             raise ValueError(f"hooked_operations() gave {unknown}, which are not in {OP_NAMES}")
-        self._hooks: list[Any] = [
+        self._hooks = [
             getattr(self, method) if name in operations else None
             for name, method in zip(OP_NAMES, _METHODS, strict=True)
         ]
@@ -346,202 +152,75 @@ class Filter(NodeDriver):
             handle.free()
         await self.close()
 
-    def _start(
-        self, handle: int, op: int, flags: int, offset: int, length: int, iov: int, niov: int
-    ) -> None:
-        """A request has arrived (engine.UpcallSink)."""
-        request = Request(self, handle, op, flags, offset, length, iov, niov)
-        _current.set(request)
+    def children_changed(self) -> None:
+        self.child_index = {role: index for index, role in enumerate(self.children)}
+        if "file" in self.children:
+            self.file = self.child("file")
+
+    # A filter's own state is unknown here, so that with new options it starts afresh: open()
+    # in the pause, and close() of what was before when the change is complete.
+
+    async def reopen_prepare(self, options: Any) -> None:
+        self.prepared = {"options": options}
+        self._other: Filter | None = None  # the state that is not in force
+
+    async def reopen_commit(self) -> None:
+        other = self._twin()
+        self.options = self.prepared["options"]
+        self.handle = None
         try:
-            coroutine = self._hooks[op](request)
-            if coroutine is None:  # a plain function
-                ret = 0
-            else:
-                waiting = coroutine.send(None)
-                _current.set(None)
-                self._wait(request, coroutine, waiting)
-                return
-        except StopIteration:
-            ret = 0
-        except BaseException as error:
-            ret = self._failed(request, error)
-        _current.set(None)
-        if request._views is None and request._inflight == 0:
-            # By far the most frequent way out.
-            request.finished = True
-            if ret == 0 and request._forward_to >= 0:
-                self.engine.forward(handle, request._forward_to)
-            else:
-                self.engine.complete(handle, ret)
-        else:
-            self._finish(request, ret)
-
-    def _step(self, request: Request, coroutine: Coroutine[Any, None, None]) -> None:
-        """What the hook waited for is there."""
-        _current.set(request)
-        try:
-            waiting = coroutine.send(None)
-        except StopIteration:
-            ret = 0
-        except BaseException as error:
-            ret = self._failed(request, error)
-        else:
-            _current.set(None)
-            self._wait(request, coroutine, waiting)
-            return
-        _current.set(None)
-        self._finish(request, ret)
-
-    def _wait(self, request: Request, coroutine: Coroutine[Any, None, None], waiting: Any) -> None:
-        """Have the hook go on when what it yielded is done."""
-        step = partial(self._step, request, coroutine)
-        if isinstance(waiting, IO):
-            waiting._asyncio_future_blocking = False
-            if waiting.finished is None:
-                waiting.finished = step
-                return
-        elif waiting is None:  # asyncio.sleep(0)
-            self.engine.loop.call_soon(step)
-            return
-        elif not getattr(waiting, "_asyncio_future_blocking", False):
-            error = RuntimeError(f"a hook awaited {waiting!r}, which is not asyncio's")
-            self._throw(request, coroutine, error)
-            return
-        waiting._asyncio_future_blocking = False
-        waiting.add_done_callback(lambda _: step())
-
-    def _throw(
-        self, request: Request, coroutine: Coroutine[Any, None, None], error: BaseException
-    ) -> None:
-        try:
-            coroutine.throw(error)
-        except StopIteration:
-            self._finish(request, 0)
-        except BaseException as raised:
-            ret = self._failed(request, raised)
-            del raised
-            self._finish(request, ret)
-        else:
-            coroutine.close()
-            self._finish(request, -errno.EIO)
-
-    def _start_task(
-        self, handle: int, op: int, flags: int, offset: int, length: int, iov: int, niov: int
-    ) -> None:
-        """The same as _start() with uses_tasks."""
-        request = Request(self, handle, op, flags, offset, length, iov, niov)
-        task = self.engine.loop.create_task(self._run_task(request))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run_task(self, request: Request) -> None:
-        _current.set(request)
-        try:
-            result = self._hooks[request.op](request)
-            if result is not None:
-                await result
-            ret = 0
-        except BaseException as error:
-            ret = self._failed(request, error)
-        self._finish(request, ret)
-
-    def _finish(self, request: Request, ret: int) -> None:
-        """The hook has ended."""
-        request.finished = True
-        request._ret = ret
-        if request._inflight == 0:
-            self.release(request)
-
-    def release(self, request: Request) -> None:
-        """Give the request back to the engine, and the guest its memory."""
-        ret = request._ret
-        if request._views is not None:
-            self._release_views(request)
-        if ret == 0 and request._forward_to >= 0:
-            self.engine.forward(request.handle, request._forward_to)
-        else:
-            self.engine.complete(request.handle, ret)
-
-    def _release_views(self, request: Request) -> None:
-        views, request._views = request._views or [], None
-        kept = False
-        while views:
+            await self.open()
             try:
-                views.pop().release()
-            except BufferError:
-                kept = True
-        if not kept and not _is_shared(request._memory):
-            request._memory.clear()
-            return
-        # Perhaps only a cycle of garbage holds it; but looking for that is slow.
-        if time.monotonic() - self._collected > 1:
-            gc.collect()
-            self._collected = time.monotonic()
-            kept = _is_shared(request._memory)
-            if not kept:
-                request._memory.clear()
-                return
-        self.engine.keep_unmapped_memory()
-        self._report(
-            logging.ERROR,
-            request,
-            "a view of the guest's memory was kept after its request; copy what is needed longer",
-            {},
-        )
+                self._make_half()
+                if self.host.is_drained(self):
+                    self.drain_begin()
+            except BaseException:
+                await self.close()
+                raise
+        except BaseException:
+            self._take_over(other)
+            raise
+        self._other = other
 
-    def _failed(self, request: Request, error: BaseException) -> int:
-        """The hook has raised: say so; the errno for the request."""
-        code = errno.EIO
-        level, text, where = logging.ERROR, f"{type(error).__name__}: {error}", origin(error)
-        if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
-            code = error.errno
-            level, where = logging.WARNING, ""
-            text = f"{errno.errorcode.get(code, code)}: {error.strerror}"
-        elif isinstance(error, RuntimeError) and "task" in str(error) and not self.uses_tasks:
-            text += "; what asks for the current task needs 'uses_tasks = True' in the class"
-        self._report(level, request, text + where, {"errno": code}, error)
-        return -code
+    async def reopen_abort(self) -> None:
+        if self._other is not None:
+            unwanted = self._twin()
+            self._take_over(self._other)
+            await unwanted._retire()
 
-    def _report(
-        self,
-        level: int,
-        request: Request,
-        text: str,
-        data: dict[str, Any],
-        error: BaseException | None = None,
-    ) -> None:
-        told = self._log.log(
-            level,
-            "filter '%s' (%s), %s of %d bytes at %d: %s",
-            self.name,
-            self.driver,
-            request.operation,
-            request.length,
-            request.offset,
-            text,
-        )
-        if not told:
-            return
-        if error is not None and logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s", "".join(traceback.format_exception(error)).rstrip())
-        self.host.emit(
-            "VHOSTBLK_FILTER_ERROR",
-            {
-                "node-name": self.name,
-                "driver": self.driver,
-                "operation": request.operation,
-                "offset": request.offset,
-                "length": request.length,
-                "error": text,
-                **data,
-            },
-        )
+    async def reopen_clean(self) -> None:
+        if self._other is not None:
+            other, self._other = self._other, None
+            await other._retire()
+
+    def _twin(self) -> Filter:
+        """An object of its own with the state of this one."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), host=_HostOf(self))
+        return twin
+
+    def _take_over(self, twin: Filter) -> None:
+        host = self.host
+        vars(self).clear()
+        vars(self).update(vars(twin), host=host, _other=None)
+
+    async def _retire(self) -> None:
+        if self.handle is not None:
+            await self.engine.settle({self.handle.address})
+        await self.deactivate()
+
+
+class _HostOf:
+    """What a twin asks, `node` would: it is not in the graph itself."""
+
+    def __init__(self, node: NodeDriver) -> None:
+        self._node = node
+
+    def children_of(self, twin: NodeDriver) -> Mapping[str, Child]:
+        return self._node.children
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node.host, name)
 
 
 _METHODS = ("read", "write", "flush", "discard", "write_zeroes")
-
-
-def _is_shared(parts: list[Any]) -> bool:
-    """Whether anybody but the list refers to one of its entries."""
-    # The list's own reference, that of the loop variable, and that of the argument.
-    return any(sys.getrefcount(part) > 3 for part in parts)

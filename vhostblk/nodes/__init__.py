@@ -23,7 +23,7 @@ from vhostblk.nodes.driver import NodeDriver
 from vhostblk.schema import VhostblkError, did_you_mean
 
 ENTRY_POINTS = "vhostblk.nodes"
-_NOT_DRIVERS = {"driver", "locks"}
+_NOT_DRIVERS = {"driver", "hooks", "locks"}
 
 
 def drivers_in(module: ModuleType) -> Iterator[type[NodeDriver]]:
