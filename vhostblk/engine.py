@@ -195,6 +195,7 @@ class IOThreadInfo:
     requests: int
     notifies: int
     inline_ios: int
+    mapped_ios: int
     queued_ios: int
 
 
@@ -398,6 +399,7 @@ class IOThread:
             raw.requests,
             raw.notifies,
             raw.inline_ios,
+            raw.mapped_ios,
             raw.queued_ios,
         )
 

@@ -62,6 +62,7 @@ struct vb_iothread_info {
     uint64_t requests;    /* requests popped */
     uint64_t notifies;    /* interrupts sent to guests */
     uint64_t inline_ios;  /* file I/O served by the kernel at once */
+    uint64_t mapped_ios;  /* file reads served from a mapping, without the kernel */
     uint64_t queued_ios;  /* file I/O that had to wait */
 };
 

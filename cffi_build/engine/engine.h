@@ -217,11 +217,14 @@ struct vb_iothread {
     struct vb_request *free_requests;
     struct vb_timer **timers; /* binary heap, earliest first */
     uint32_t timers_used, timers_size;
+    struct vb_timer trim;     /* file_map.c's */
+    bool trimming;            /* it is running */
+    long major_faults;        /* of this thread, when last looked at */
     uint64_t max_sleep_ns;    /* set by arm(), for one sleep */
     _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* written by control at any time */
     _Atomic uint64_t poll_ns;
     /* Counters: this thread writes, control reads. */
-    _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, queued_ios;
+    _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, mapped_ios, queued_ios;
     /* Set before the thread runs, or by control. */
     struct vb_iothread_start *start;
     char name[64];

@@ -9,6 +9,7 @@
  * any other SIGBUS is what it always was.
  */
 #include "device.h"
+#include "file_map.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -79,6 +80,9 @@ static void on_sigbus(int signal_number, siginfo_t *info, void *context)
     const char *none = NULL;
 
     (void)context;
+    if (!device && vb_file_map_fault((uintptr_t)info->si_addr)) {
+        return;
+    }
     if (!device) {
         signal(signal_number, SIG_DFL); /* happens again on return, and then it counts */
         return;

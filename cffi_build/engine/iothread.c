@@ -403,6 +403,7 @@ void vb_iothread_query(struct vb_iothread *thread, struct vb_iothread_info *info
     info->requests = read_counter(&thread->requests);
     info->notifies = read_counter(&thread->notifies);
     info->inline_ios = read_counter(&thread->inline_ios);
+    info->mapped_ios = read_counter(&thread->mapped_ios);
     info->queued_ios = read_counter(&thread->queued_ios);
 }
 

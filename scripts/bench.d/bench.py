@@ -88,6 +88,8 @@ def _job_options(row: Row, setting: Setting) -> list[str]:
     job = row.job
     options = ["--job", job.what, "--depth", str(job.depth), "--block-size", str(job.block)]
     options += ["--queues", str(job.queues)]
+    if job.span:
+        options += ["--range", f"{job.span}M"]
     if setting.count:
         options += ["--count", str(setting.count)]
     else:

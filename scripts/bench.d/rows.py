@@ -44,12 +44,14 @@ class Job:
     depth: int = 32
     block: int = 4096
     queues: int = 1
+    span: int = 0  # MiB at the start of the disk that the requests go to; 0: all of it
     poll: bool = False  # the client spins on the used ring, so that its waking up is not measured
 
     def __str__(self) -> str:
         many = f", {self.queues} queues" if self.queues > 1 else ""
+        span = f", over {self.span} MiB" if self.span else ""
         how = ", client polls" if self.poll else ""
-        return f"{self.what} {self.block // 1024} KiB, depth {self.depth}{many}{how}"
+        return f"{self.what} {self.block // 1024} KiB, depth {self.depth}{many}{span}{how}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ ROWS: tuple[Row, ...] = (
         nodes=(FILE,),
         compare=Compare.IOPS,
         target=2.0,
+        # So little that the warm-up makes all of its pages dirty.
+        job=Job("randwrite", span=32),
+        daemons=FILE_DAEMONS,
+        limit=True,
+    ),
+    # Here nearly every write dirties a page for the first time, which takes the file system
+    # several times as long as the rest: the limit leaves no room for a factor of two.
+    Row(
+        name="file-randwrite-clean",
+        title="file in the page cache, clean pages",
+        nodes=(FILE,),
+        compare=Compare.IOPS,
+        target=None,
         job=Job("randwrite"),
         daemons=FILE_DAEMONS,
         limit=True,

@@ -7,7 +7,9 @@
  * kernel can serve from memory is done inline, by this thread, at once; whatever
  * has to wait goes to the I/O thread's backend (aio_*.c). Measured, a cached 4 KiB
  * read costs the same inline as in an io_uring batch of 32, and a cached write
- * half: ext4 hands every buffered write of a ring to a kernel thread.
+ * half: ext4 hands every buffered write of a ring to a kernel thread. A small read of
+ * pages that are known to be in memory costs half of that again: it is copied from a
+ * mapping of the file (file_map.c).
  *
  * When is it safe to try inline?
  *  - Where RWF_NOWAIT works (most file systems' reads, few ones' writes) the kernel
@@ -18,6 +20,7 @@
  * which other queues of this thread would starve.
  */
 #include "../engine.h"
+#include "../file_map.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -71,6 +74,8 @@ struct file_node {
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
     _Atomic int flush_error;      /* see flushed() */
     struct inline_history history[2]; /* read, write */
+    struct vb_file_map map;
+    _Atomic uint64_t avoid_map_until; /* memory is short: see read_mapped() */
 };
 
 /* A request's work, in its scratch. */
@@ -355,6 +360,9 @@ static bool piece_done(struct file_io *io, ssize_t ret)
         finish(io, ret < 0 ? (int)ret : -ENOSPC); /* as QEMU */
         return false;
     }
+    if (ret > 0) {
+        vb_file_map_seen(&io->file->map, io->offset, (uint64_t)ret);
+    }
     step(io, (uint64_t)ret < io->left ? (size_t)ret : io->left);
     if (io->left > 0 && end_of_file(io, ret)) {
         clear_rest(io);
@@ -427,6 +435,32 @@ static ssize_t measured_call(struct file_io *io, struct inline_history *history)
                              watched && voluntary_switches() != switches);
     }
     return ret;
+}
+
+/*
+ * A small read of pages that are in memory; false: read by a system call. If the disk had to be
+ * waited for, memory has become short; after that the limits of inline_history hold here, too.
+ */
+static bool read_mapped(struct file_node *file, struct vb_request *request)
+{
+    struct vb_iothread *thread = request->thread;
+    uint64_t start = thread->now_ns, took;
+    bool copied;
+
+    if (!vb_file_map_has(&file->map, request->offset, request->bytes) ||
+        start < relaxed(&file->avoid_map_until)) {
+        return false;
+    }
+    copied = vb_file_map_read(&file->map, thread, request->iov, request->niov, request->offset);
+    vb_refresh_now(thread);
+    took = thread->now_ns - start;
+    if (took > SLOW_NS && vb_file_map_waited(thread)) {
+        vb_file_map_forget(&file->map);
+        atomic_store_explicit(&file->avoid_map_until,
+                              thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
+                              memory_order_relaxed);
+    }
+    return copied;
 }
 
 /* The piece's result, or -EAGAIN: it has to be queued. */
@@ -690,10 +724,16 @@ static void flush(struct file_io *io)
 static void file_submit(struct vb_node *node, struct vb_request *request)
 {
     struct file_io *io = (struct file_io *)request->scratch;
+    struct file_node *file = vb_container_of(node, struct file_node, node);
 
+    if (request->op == VB_OP_READ && request->bytes > 0 && read_mapped(file, request)) {
+        vb_count(&request->thread->mapped_ios, 1);
+        vb_complete(request, 0);
+        return;
+    }
     *io = (struct file_io){
         .request = request,
-        .file = vb_container_of(node, struct file_node, node),
+        .file = file,
         .offset = request->offset,
         .left = request->bytes,
     };
@@ -718,6 +758,7 @@ static void file_destroy(struct vb_node *node)
 {
     struct file_node *file = vb_container_of(node, struct file_node, node);
 
+    vb_file_map_close(&file->map);
     close(file->fd);
 }
 
@@ -785,5 +826,8 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     file->request_align = options->request_align;
     file->regular = S_ISREG(status.st_mode);
     file->in_memory = file->regular && lives_in_memory(options->fd);
+    if (!file->direct) {
+        vb_file_map_open(&file->map, options->fd);
+    }
     return &file->node;
 }
