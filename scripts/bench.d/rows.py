@@ -114,7 +114,7 @@ ROWS: tuple[Row, ...] = (
         compare=Compare.IOPS,
         target=2.0,
         # So little that the warm-up makes all of its pages dirty.
-        job=Job("randwrite", span=32),
+        job=Job("randwrite", span=16),
         daemons=FILE_DAEMONS,
         limit=True,
     ),
