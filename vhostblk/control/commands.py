@@ -14,6 +14,15 @@ from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
 from vhostblk.schema import Model, OnOff, Size
+from vhostblk.transaction import (
+    BlockdevDel,
+    BlockdevReopen,
+    BlockdevReplace,
+    BlockFilterInsert,
+    BlockFilterRemove,
+    TransactionAction,
+    TransactionProperties,
+)
 
 registry = Registry()
 command = registry.command
@@ -80,16 +89,60 @@ async def blockdev_add(context: Context, arguments: dict[str, Any]) -> None:
     await context.backend.blockdev_add(arguments)
 
 
-class BlockdevDel(Model):
-    """Arguments of blockdev-del."""
-
-    node_name: str
-
-
 @command("blockdev-del")
 async def blockdev_del(context: Context, arguments: BlockdevDel) -> None:
     """Remove a block node that nothing uses."""
     await context.backend.blockdev_del(arguments.node_name)
+
+
+@command("blockdev-reopen")
+async def blockdev_reopen(context: Context, arguments: BlockdevReopen) -> Any:
+    """Give nodes other options and children. What is left out goes back to its default."""
+    return await context.run_action("blockdev-reopen", arguments)
+
+
+@command("blockdev-replace")
+async def blockdev_replace(context: Context, arguments: BlockdevReplace) -> Any:
+    """Put another node in the place of a child, of a node or of an export."""
+    return await context.run_action("blockdev-replace", arguments)
+
+
+@command("block-filter-insert")
+async def block_filter_insert(context: Context, arguments: BlockFilterInsert) -> Any:
+    """Insert a filter: above an export's root, above a node, or between a node and its child."""
+    return await context.run_action("block-filter-insert", arguments)
+
+
+@command("block-filter-remove")
+async def block_filter_remove(context: Context, arguments: BlockFilterRemove) -> Any:
+    """Take a filter out and delete it; its users get its child instead."""
+    return await context.run_action("block-filter-remove", arguments)
+
+
+class Transaction(Model):
+    """Arguments of transaction."""
+
+    actions: list[TransactionAction]
+    properties: TransactionProperties = TransactionProperties()
+
+
+@command("transaction")
+async def transaction(context: Context, arguments: Transaction) -> Any:
+    """Several changes of the graph at one moment: all of them, or none."""
+    actions = [(entry.type, entry.data) for entry in arguments.actions]
+    return await context.backend.transaction(actions)
+
+
+@command("query-block", oob=True)
+async def query_block(context: Context, arguments: NoArguments) -> Any:
+    """All drives: what exports use, with their filters and what is below those."""
+    return context.backend.query_block()
+
+
+@command("query-block-graph", oob=True)
+async def query_block_graph(context: Context, arguments: NoArguments) -> Any:
+    """Drives, nodes, and the relations between them, in one answer."""
+    return context.backend.query_block_graph()
 
 
 class BlockResize(Model):
@@ -148,6 +201,52 @@ class BlockExportDel(Model):
 async def block_export_del(context: Context, arguments: BlockExportDel) -> None:
     """Remove an export: `safe` only if no front-end is connected, `hard` in any case."""
     await context.backend.block_export_del(arguments.id, arguments.mode)
+
+
+# ---- jobs -------------------------------------------------------------------------------
+
+
+class BlockdevCreate(Model):
+    """Arguments of blockdev-create."""
+
+    job_id: str
+    options: introspect.BlockdevCreateOptions
+
+
+@command("blockdev-create")
+async def blockdev_create(context: Context, arguments: BlockdevCreate) -> None:
+    """Begin a job that creates an image; it stays until it is dismissed."""
+    await context.backend.blockdev_create(arguments.job_id, arguments.options)
+
+
+@command("query-jobs", oob=True)
+async def query_jobs(context: Context, arguments: NoArguments) -> Any:
+    """All jobs."""
+    return context.backend.query_jobs()
+
+
+class JobArguments(Model):
+    """Arguments of the commands for one job."""
+
+    id: str
+
+
+@command("job-cancel")
+async def job_cancel(context: Context, arguments: JobArguments) -> None:
+    """Have a job end as soon as it can; what it has done so far does not count."""
+    context.backend.jobs.get(arguments.id).cancel()
+
+
+@command("job-finalize")
+async def job_finalize(context: Context, arguments: JobArguments) -> None:
+    """Let a job in state pending end."""
+    context.backend.jobs.get(arguments.id).finalize()
+
+
+@command("job-dismiss")
+async def job_dismiss(context: Context, arguments: JobArguments) -> None:
+    """Remove a job that has ended."""
+    context.backend.jobs.get(arguments.id).dismiss()
 
 
 # ---- objects ----------------------------------------------------------------------------

@@ -50,8 +50,16 @@ class FilterError(Model):
     errno: int | None = None
 
 
+class JobStatusChange(Model):
+    """A job has entered another state."""
+
+    id: str
+    status: str
+
+
 EVENTS: dict[str, type[Model]] = {
     "BLOCK_EXPORT_DELETED": BlockExportDeleted,
+    "JOB_STATUS_CHANGE": JobStatusChange,
     "VHOSTBLK_EXPORT_CONNECTED": ExportConnected,
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
     "VHOSTBLK_FILTER_ERROR": FilterError,

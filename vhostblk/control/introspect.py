@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -38,6 +38,9 @@ _PYTHON: dict[Any, str] = {
     type(None): "null",
     Any: "any",
 }
+BlockdevCreateOptions = Annotated[dict[str, Any], "BlockdevCreateOptions"]
+"""Options of an image to create; the note is the name of the union."""
+
 _REFERENCE = typing.get_args(BlockdevRef)[0]
 _STR_OR_LIST = typing.get_args(StrOrList)[0]
 
@@ -55,7 +58,9 @@ class _Builder:
     def type_name(self, annotation: Any) -> str:
         """The name of the type for an annotation; describes it on first use."""
         if typing.get_origin(annotation) is typing.Annotated:
-            annotation = typing.get_args(annotation)[0]
+            annotation, *notes = typing.get_args(annotation)
+            if notes[0] in _UNIONS:
+                return self.union(_UNIONS[notes[0]])
         if annotation is None:
             return self._object("EmptyType", [])
         if annotation == _REFERENCE:
@@ -118,10 +123,10 @@ class _Builder:
         return union.name
 
     def _member(self, name: str, field: FieldInfo) -> dict[str, Any]:
-        member: dict[str, Any] = {
-            "name": field.alias or name,
-            "type": self.type_name(field.annotation),
-        }
+        annotation: Any = field.annotation
+        if any(isinstance(note, str) for note in field.metadata):
+            annotation = typing.Annotated[annotation, *field.metadata]
+        member: dict[str, Any] = {"name": field.alias or name, "type": self.type_name(annotation)}
         if not field.is_required():
             default = field.get_default(call_default_factory=False)
             simple = isinstance(default, str | int | bool | float)
@@ -160,8 +165,21 @@ blockdev_options = Union(
     "driver",
     lambda backend: {name: driver.Options for name, driver in backend.drivers().items()},
 )
+blockdev_create_options = Union(
+    "BlockdevCreateOptions",
+    "driver",
+    lambda backend: {
+        name: driver.CreateOptions
+        for name, driver in backend.drivers().items()
+        if driver.CreateOptions is not None
+    },
+)
 export_options = Union("BlockExportOptions", "type", lambda backend: backend.export_types())
 object_options = Union("ObjectOptions", "qom-type", lambda backend: backend.object_types())
+_UNIONS = {
+    union.name: union
+    for union in (blockdev_options, blockdev_create_options, export_options, object_options)
+}
 
 
 def schema(

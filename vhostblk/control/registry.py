@@ -48,6 +48,12 @@ class Context:
     registry: Registry
     quit: Callable[[], None]
 
+    async def run_action(self, name: str, arguments: Model) -> dict[str, Any]:
+        """Carry out the action of that name on its own: its result, and `pause-us`."""
+        answer = await self.backend.transaction([(name, arguments.to_options())])
+        [result] = answer.pop("results", [{}])
+        return {**answer, **result}
+
 
 Handler = Callable[[Context, Any], Awaitable[Any]]
 

@@ -127,6 +127,99 @@ class BlockDeviceInfo(Model):
     aio: str | None = None
 
 
+class DriveInfo(Model):
+    """One entry of query-block; from `node-name` on the members are ours."""
+
+    device: str
+    type: str
+    removable: bool
+    locked: bool
+    inserted: BlockDeviceInfo
+    node_name: str
+    size: int
+    writable: bool
+    filters: list[str]
+    top_node_below_filters: str
+    siblings: list[str]
+
+
+class GraphDrive(Model):
+    """A drive in query-block-graph; `siblings` are those of `top-node-below-filters`."""
+
+    id: str
+    type: str
+    node_name: str
+    size: int
+    writable: bool
+    filters: list[str]
+    top_node_below_filters: str
+    siblings: list[str]
+
+
+class EngineHalf(Model):
+    """Who serves a node's requests: C, Python for some operations, or (none) the node `entry`."""
+
+    kind: str
+    entry: str
+    operations: list[str] | None = None
+
+
+class GraphNode(Model):
+    """A node in query-block-graph."""
+
+    node_name: str
+    drv: str
+    file: str
+    size: int
+    ro: bool
+    filter: bool
+    owned: bool
+    passive: bool
+    engine: EngineHalf
+    draining: bool
+    siblings: list[str]
+    perm: list[str]
+    shared_perm: list[str]
+
+
+class GraphEdge(Model):
+    """A relation in query-block-graph: `parent`, a drive or a node, has `node-name` as `child`."""
+
+    parent: str
+    parent_type: str
+    child: str
+    node_name: str
+    kind: str | None = None
+    perm: list[str]
+    shared_perm: list[str]
+
+
+class BlockGraph(Model):
+    """Result of query-block-graph."""
+
+    drives: list[GraphDrive]
+    nodes: list[GraphNode]
+    edges: list[GraphEdge]
+
+
+class ChangeInfo(Model):
+    """Result of a change of the graph (ours): how long guests were held up, in microseconds."""
+
+    pause_us: int
+
+
+class FilterInfo(ChangeInfo):
+    """Result of block-filter-insert."""
+
+    node_name: str
+
+
+class TransactionInfo(ChangeInfo):
+    """Result of transaction: `results` has those of the actions, if any has one."""
+
+    results: list[Any] | None = None
+
+
 class BlockDeviceStats(Model):
     """QEMU's counters of one node or export."""
 
@@ -250,6 +343,17 @@ class IOThreadInfo(Model):
     fallback_reason: str | None = None
 
 
+class JobInfo(Model):
+    """One entry of query-jobs."""
+
+    id: str
+    type: str
+    status: str
+    current_progress: int
+    total_progress: int
+    error: str | None = None
+
+
 # Commands that are not here give an empty object.
 RESULTS: dict[str, Any] = {
     "query-version": VersionInfo,
@@ -259,8 +363,16 @@ RESULTS: dict[str, Any] = {
     "query-status": StatusInfo,
     "query-named-block-nodes": list[BlockDeviceInfo],
     "query-blockstats": list[BlockStats],
+    "query-block": list[DriveInfo],
+    "query-block-graph": BlockGraph,
+    "blockdev-reopen": ChangeInfo,
+    "blockdev-replace": ChangeInfo,
+    "block-filter-insert": FilterInfo,
+    "block-filter-remove": ChangeInfo,
+    "transaction": TransactionInfo,
     "query-block-exports": list[BlockExportInfo],
     "query-iothreads": list[IOThreadInfo],
+    "query-jobs": list[JobInfo],
     "qom-list": list[ObjectPropertyInfo],
     "qom-get": Any,
 }

@@ -21,7 +21,7 @@ from typing import Any
 
 from vhostblk.engine import Engine
 from vhostblk.events import EventBus
-from vhostblk.graph.block_backend import BlockBackend
+from vhostblk.graph.block_backend import BlockBackend, split
 from vhostblk.graph.change import Change
 from vhostblk.graph.edge import Edge, enumerate_edges
 from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
@@ -126,6 +126,40 @@ class Graph:
             text = f"{text}; {data['hint']}"
         raise VhostblkError(text, data=data)
 
+    def siblings(self, node: NodeDriver) -> list[NodeDriver]:
+        """The nodes that stand where this one stands, under other legs of the same tree.
+
+        For a node below filters: the others right below the same filters, however
+        many filters are in between. For a filter: the other children of a parent
+        that has it in a list. The relation is the same seen from each of them.
+        """
+        found: dict[NodeDriver, None] = {}
+        if node.is_filter:
+            for edge in self._parents[node]:
+                name, _, index = edge.role.partition(".")
+                if index and isinstance(edge.parent, NodeDriver):
+                    for role, child in self.children_of(edge.parent).items():
+                        if role.startswith(f"{name}.") and child.node.is_filter:
+                            found[child.node] = None
+        else:
+            filters, waiting = set[NodeDriver](), [node]
+            while waiting:
+                for edge in self._parents[waiting.pop()]:
+                    parent = edge.parent
+                    if isinstance(parent, BlockBackend) or not parent.is_filter:
+                        continue
+                    if parent not in filters:
+                        filters.add(parent)
+                        waiting.append(parent)
+            for parent in self._nodes.values():
+                if parent in filters:
+                    found.update(dict.fromkeys(split(parent, self._below)[1]))
+        found.pop(node, None)
+        return list(found)
+
+    def _below(self, node: NodeDriver) -> list[NodeDriver]:
+        return [child.node for child in self.children_of(node).values()]
+
     def given_options(self, node: NodeDriver) -> dict[str, Any]:
         """The options a node was last given, without what it took from its parent.
 
@@ -175,12 +209,16 @@ class Graph:
 
     # ---- adding and removing nodes
 
-    async def add(self, options: dict[str, Any]) -> NodeDriver:
-        """Make a node, and those of its children that are defined inside its options."""
+    async def add(self, options: dict[str, Any], *, owned: bool = True) -> NodeDriver:
+        """Make a node, and those of its children that are defined inside its options.
+
+        One that is not `owned` needs no name, and goes when its last parent does.
+        """
         made: list[NodeDriver] = []
         try:
             node = await self._make(options, "", made)
-            if options.get("node-name") is None and options.get("node_name") is None:
+            named = options.get("node-name") is not None or options.get("node_name") is not None
+            if owned and not named:
                 raise VhostblkError(
                     "'node-name' must be specified for the root node",
                     data={"code": "missing-parameter", "parameter": "node-name"},
@@ -191,7 +229,8 @@ class Graph:
             with contextlib.suppress(VhostblkError):
                 self.update_permissions()  # what formats needed to look into nodes that exist
             raise
-        self._owned.add(node)
+        if owned:
+            self._owned.add(node)
         self.update_permissions()
         return node
 
@@ -373,14 +412,16 @@ class Graph:
         self._children[parent] = {role: children[role] for role in sorted(children, key=place)}
 
     def save_relations(self) -> Callable[[], None]:
-        """How to bring back the relations as they are now."""
+        """How to bring back the relations, and what goes with them, as they are now."""
         children = {node: dict(below) for node, below in self._children.items()}
         parents = {node: list(edges) for node, edges in self._parents.items()}
         nodes = [(child, child.node) for below in children.values() for child in below.values()]
         nodes += [(backend.root_child, backend.root) for backend in self._backends]
+        given, owned = dict(self._given), set(self._owned)
 
         def restore() -> None:
             self._children, self._parents = children, parents
+            self._given, self._owned = given, owned
             for child, node in nodes:
                 child.node = node
 
@@ -389,6 +430,10 @@ class Graph:
     def set_given_options(self, node: NodeDriver, options: dict[str, Any]) -> None:
         """The node has been given other options."""
         self._given[node] = options
+
+    def disown(self, node: NodeDriver) -> None:
+        """The operator gives the node up: it goes when nobody uses it."""
+        self._owned.discard(node)
 
     async def _activate(self, node: NodeDriver) -> None:
         with sentence(f"Could not open node '{node.name}' ({node.driver})", "open-failed", node):
@@ -535,6 +580,10 @@ class Graph:
                 },
             )
         return perm, shared
+
+    def permissions_of_edge(self, edge: Edge) -> tuple[Perm, Perm]:
+        """What one parent does to a node, and lets others do."""
+        return self._edge_permissions(edge, self._perms)
 
     def _edge_permissions(
         self, edge: Edge, above: Mapping[NodeDriver, tuple[Perm, Perm]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum, IntFlag
 from typing import Any, ClassVar, Literal, Protocol
@@ -131,6 +132,13 @@ class NodeHost(Protocol):
         """Whether `drain_begin()` has been called for it and `drain_end()` not yet."""
 
 
+class CreateHost(Protocol):
+    """What a driver may ask of whoever has it create an image."""
+
+    def image(self, reference: str | dict[str, Any]) -> AbstractAsyncContextManager[Child]:
+        """A node to write the image to, by name or from options, as long as that takes."""
+
+
 class Child:
     """A node as its parent sees it: a role, a size, and I/O."""
 
@@ -222,6 +230,8 @@ class NodeDriver:
     driver: ClassVar[str]
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     child_roles: ClassVar[Mapping[str, ChildRole]] = {}
+    CreateOptions: ClassVar[type[Model] | None] = None
+    """What `blockdev-create` takes for this driver, `driver` included; None: it creates nothing."""
     is_filter: ClassVar[bool] = False  # stays on top of a snapshot of the drive
     child_class: ClassVar[type[Child]] = Child
     reopenable: ClassVar[frozenset[str]] = frozenset(INHERITED)
@@ -236,6 +246,13 @@ class NodeDriver:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+    # ---- creating images
+
+    @classmethod
+    async def create(cls, host: CreateHost, options: Any) -> None:
+        """Create an image as `options`, an instance of `CreateOptions`, describe it."""
+        raise NotImplementedError
 
     # ---- life
 

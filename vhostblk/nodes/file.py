@@ -16,11 +16,13 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vhostblk.nodes.driver import NodeDriver, NodeOptions, Perm
+from vhostblk.engine import NodeHandle
+from vhostblk.nodes._create_file import FileCreateOptions, create_file
+from vhostblk.nodes.driver import CreateHost, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
-from vhostblk.schema import OnOff, UInt32, VhostblkError
+from vhostblk.schema import Model, OnOff, UInt32, VhostblkError
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
@@ -60,36 +62,68 @@ class File(NodeDriver):
 
     driver = "file"
     Options = FileOptions
+    CreateOptions: ClassVar[type[Model] | None] = FileCreateOptions
+    reopenable = NodeDriver.reopenable - {"force-share"} | {"aio", "aio-max-batch", "drop-cache"}
     options: FileOptions
     _wants_block_device = False
 
+    @classmethod
+    async def create(cls, host: CreateHost, options: FileCreateOptions) -> None:
+        await asyncio.to_thread(create_file, options)
+
     async def open(self) -> None:
-        self._check_options()
-        self._perm = (Perm.NONE, Perm.ALL)
-        opened = await asyncio.to_thread(self._open_file)
+        self._check_options(self.options)
+        opened = await asyncio.to_thread(self._open_file, self.options, self.options.filename)
         self._read_only = opened.read_only
         self._size = opened.size
-        self._fd = fcntl.fcntl(opened.fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        self._fd = _duplicate(opened.fd)
+        self._lock_fd = _duplicate(opened.fd)
         try:
             self._locks = self._make_locks()
-            self.handle = self.engine.new_file(
-                opened.fd,
-                read_only=opened.read_only,
-                direct=self.options.cache.direct,
-                no_flush=self.options.cache.no_flush,
-                discard_unmap=self.options.discard == "unmap",
-                detect_zeroes=_DETECT_ZEROES[self.options.detect_zeroes],
-                memory_align=opened.memory_align,
-                request_align=opened.request_align,
-            )
+            self.handle = self._make_half(self.options, opened)
         except BaseException:
-            os.close(opened.fd)
-            os.close(self._fd)
+            for fd in (opened.fd, self._fd, self._lock_fd):
+                os.close(fd)
             raise
+
+    def _make_half(self, options: FileOptions, opened: _Opened) -> NodeHandle:
+        return self.engine.new_file(
+            opened.fd,
+            read_only=opened.read_only,
+            direct=options.cache.direct,
+            no_flush=options.cache.no_flush,
+            discard_unmap=options.discard == "unmap",
+            detect_zeroes=_DETECT_ZEROES[options.detect_zeroes],
+            memory_align=opened.memory_align,
+            request_align=opened.request_align,
+        )
 
     async def close(self) -> None:
         await super().close()
-        os.close(self._fd)  # the locks go with it
+        os.close(self._fd)
+        os.close(self._lock_fd)  # the locks go with it
+
+    async def reopen_prepare(self, options: FileOptions) -> None:
+        await super().reopen_prepare(options)
+        self._check_options(options)
+        # The same file, whatever has become of its name. The locks stay on the first descriptor.
+        same = f"/proc/self/fd/{self._lock_fd}"
+        opened = await asyncio.to_thread(self._open_file, options, same)
+        try:
+            fd = _duplicate(opened.fd)
+            try:
+                handle = self._make_half(options, opened)
+            except BaseException:
+                os.close(fd)
+                raise
+        except BaseException:
+            os.close(opened.fd)
+            raise
+        self.prepared.update(handle=handle, _fd=fd, _read_only=opened.read_only)
+
+    async def reopen_dispose(self, attributes: dict[str, Any]) -> None:
+        await super().reopen_dispose(attributes)
+        os.close(attributes["_fd"])
 
     @property
     def size(self) -> int:
@@ -102,13 +136,16 @@ class File(NodeDriver):
     def filename(self) -> str:
         return self.options.filename
 
+    def state_options(self) -> dict[str, Any]:
+        options = super().state_options()
+        return {**options, "filename": os.path.abspath(self.options.filename)}
+
     def describe(self) -> dict[str, Any]:
         return {"aio": self.options.aio}
 
     # ---- opening
 
-    def _check_options(self) -> None:
-        options = self.options
+    def _check_options(self, options: FileOptions) -> None:
         if options.aio == "native" and not options.cache.direct:
             raise VhostblkError(
                 "Parameter 'aio': aio=native was specified, but it requires cache.direct=on, "
@@ -127,36 +164,36 @@ class File(NodeDriver):
                 data={"code": "bad-value", "parameter": "force-share"},
             )
 
-    def _open_file(self) -> _Opened:
+    def _open_file(self, options: FileOptions, path: str) -> _Opened:
         """Everything that may wait for a disk; runs in a thread."""
-        path = self.options.filename
-        read_only = self.options.read_only
+        read_only = options.read_only
+        direct = options.cache.direct
         try:
-            fd = self._open_fd(path, read_only)
+            fd = self._open_fd(path, read_only, direct)
         except OSError as error:
-            if not (self.options.auto_read_only and not read_only) or error.errno not in (
+            if not (options.auto_read_only and not read_only) or error.errno not in (
                 errno.EACCES,
                 errno.EPERM,
                 errno.EROFS,
             ):
-                raise self._open_error(error) from None
+                raise self._open_error(error, options) from None
             read_only = True
             try:
-                fd = self._open_fd(path, True)
+                fd = self._open_fd(path, True, direct)
             except OSError as second:
-                raise self._open_error(second) from None
+                raise self._open_error(second, options) from None
         try:
             size = self._probe_size(fd)
-            memory_align, request_align = self._probe_alignment(fd, size)
+            memory_align, request_align = self._probe_alignment(fd, direct)
         except BaseException:
             os.close(fd)
             raise
         return _Opened(fd, read_only, size, memory_align, request_align)
 
-    def _open_fd(self, path: str, read_only: bool) -> int:
+    def _open_fd(self, path: str, read_only: bool, direct: bool) -> int:
         # Never wait for a FIFO's other end; has no effect on files and disks.
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
-        if self.options.cache.direct:
+        if direct:
             flags |= os.O_DIRECT
         fd = os.open(path, flags)
         mode = os.fstat(fd).st_mode
@@ -186,9 +223,9 @@ class File(NodeDriver):
         # A guest's disk consists of whole sectors; a read beyond the end gives zeroes.
         return -(-os.fstat(fd).st_size // SECTOR) * SECTOR
 
-    def _probe_alignment(self, fd: int, size: int) -> tuple[int, int]:
+    def _probe_alignment(self, fd: int, direct: bool) -> tuple[int, int]:
         """What O_DIRECT asks of memory, and of offset and length."""
-        if not self.options.cache.direct:
+        if not direct:
             return 1, 1
         request = 1
         if self._wants_block_device:
@@ -215,14 +252,14 @@ class File(NodeDriver):
         mode = self.options.locking
         if mode == "off" or self.options.force_share:
             return None
-        if not ofd_locks_work(self._fd):
+        if not ofd_locks_work(self._lock_fd):
             if mode == "auto":
                 return None
             raise self._error(
                 f"Image locks cannot be taken on '{self.options.filename}' (locking=on)",
                 "its file system does not support them; locking=off does without",
             )
-        return ImageLocks(self._fd)
+        return ImageLocks(self._lock_fd)
 
     # ---- permissions
 
@@ -283,8 +320,8 @@ class File(NodeDriver):
 
     # ---- errors
 
-    def _open_error(self, error: OSError) -> VhostblkError:
-        path = self.options.filename
+    def _open_error(self, error: OSError, options: FileOptions) -> VhostblkError:
+        path = options.filename
         hint: str | None = None
         if error.errno == errno.ENOENT:
             directory = os.path.dirname(path) or "."
@@ -294,9 +331,9 @@ class File(NodeDriver):
                 hint = f"create it with: qemu-img create -f raw '{path}' SIZE"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "check its mode and owner, or use read-only=on or auto-read-only=on"
-            if self.options.read_only:
+            if options.read_only:
                 hint = "check the mode and owner of the file and of the directories above it"
-        elif error.errno == errno.EINVAL and self.options.cache.direct:
+        elif error.errno == errno.EINVAL and options.cache.direct:
             hint = "its file system does not support O_DIRECT: use cache.direct=off"
         elif error.errno in (errno.ENXIO, errno.ENODEV):
             hint = "it is not a file or a disk"
@@ -322,7 +359,12 @@ class HostDevice(File):
     """A block device of the host."""
 
     driver = "host_device"
+    CreateOptions = None
     _wants_block_device = True
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def _first_that_works(alignments: tuple[int, ...], attempt: Any) -> int:

@@ -53,10 +53,10 @@ class Document(Model):
     format: Literal["vhostblk-state"]
     version: int
     program: str = ""
-    objects: list[dict[str, Any]] = []
-    objects_with_secrets: list[MentionedObject] = []
-    nodes: list[NodeEntry] = []
-    exports: list[dict[str, Any]] = []
+    objects: tuple[dict[str, Any], ...] = ()
+    objects_with_secrets: tuple[MentionedObject, ...] = ()
+    nodes: tuple[NodeEntry, ...] = ()
+    exports: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str, file: StateFile) -> Document:

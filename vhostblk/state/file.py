@@ -13,6 +13,7 @@ itself: that is another file after each change.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import stat
@@ -135,10 +136,8 @@ class StateFile:
 
     def _write_temporary(self, path: str, data: bytes) -> None:
         # Left over from a process that was killed, or somebody's trap: never written through.
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        except FileNotFoundError:
-            pass
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
             fault_point("state-begun")
