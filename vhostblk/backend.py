@@ -21,11 +21,14 @@ from vhostblk.events import EventBus
 from vhostblk.export import Export, export_type
 from vhostblk.export import export_types as known_export_types
 from vhostblk.graph import Graph
+from vhostblk.graph.describe import describe_drive, describe_graph
+from vhostblk.jobs import JobStore
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import IOThreadObject, ObjectStore, object_types
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.state import Document, StateFile, describe, restore
+from vhostblk.transaction import run_actions
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Backend:
         self._started: float | None = None
         self._closing = False
         self._state: StateFile | None = None
+        self.jobs = JobStore(self.events)
         # Made by start(), which has a running event loop.
         self.engine: Engine
         self.graph: Graph
@@ -69,6 +73,7 @@ class Backend:
         if self._started is None:
             return
         self._closing = True
+        await self.jobs.close()
         async with self.graph.lock:
             closing = [self._close_export(export) for export in self._exports.values()]
             await asyncio.gather(*closing)
@@ -206,10 +211,39 @@ class Backend:
         async with self.changing():
             await self.graph.delete(node_name)
 
+    async def transaction(self, actions: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        """All of these actions (vhostblk/transaction.py) in one change, or none."""
+        result: dict[str, Any] = {}
+
+        async def attempt() -> None:
+            async with self.changing():
+                result.update(await run_actions(self, actions))
+
+        await self._when_unlocked(attempt)
+        return result
+
+    async def blockdev_reopen(self, options: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """blockdev-reopen."""
+        return await self.transaction([("blockdev-reopen", {"options": options, **more})])
+
     async def block_resize(self, node_name: str, size: int) -> None:
         """block_resize."""
         async with self.changing():
             await self.graph.resize(self.graph.node(node_name), size)
+
+    # ---- jobs
+
+    async def blockdev_create(self, job_id: str, options: dict[str, Any]) -> None:
+        """blockdev-create: begins the job."""
+        from vhostblk.jobs.create import CreateJob
+
+        self._refuse_when_closing()
+        self.jobs.check_id(job_id)
+        self.jobs.start(CreateJob(job_id, self.graph, self._registry, options))
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        """query-jobs."""
+        return [job.describe() for job in self.jobs]
 
     # ---- exports
 
@@ -302,6 +336,24 @@ class Backend:
     def query_named_block_nodes(self) -> list[dict[str, Any]]:
         """query-named-block-nodes."""
         return [self._describe_node(node) for node in self.graph.nodes.values()]
+
+    def query_block(self) -> list[dict[str, Any]]:
+        """query-block: the drives, which are called as their exports."""
+        return [
+            {
+                "device": drive.name,
+                "type": drive.what,
+                "removable": False,
+                "locked": False,
+                "inserted": self._describe_node(drive.root),
+                **describe_drive(self.graph, drive),
+            }
+            for drive in self.graph.backends
+        ]
+
+    def query_block_graph(self) -> dict[str, Any]:
+        """query-block-graph."""
+        return describe_graph(self.graph)
 
     def query_block_exports(self) -> list[dict[str, Any]]:
         """query-block-exports."""

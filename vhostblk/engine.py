@@ -367,9 +367,13 @@ class NodeHandle:
 class UpcallHandle(NodeHandle):
     """A node whose requests, those in its mask, come to Python."""
 
-    def __init__(self, engine: Engine, pointer: Any, cookie: int) -> None:
+    def __init__(
+        self, engine: Engine, pointer: Any, cookie: int, operations: Sequence[str]
+    ) -> None:
         super().__init__(engine, pointer)
         self._cookie = cookie
+        self.operations = operations
+        """Names of those in the mask."""
 
     def free(self) -> None:
         """No request is on its way up or down."""
@@ -648,7 +652,12 @@ class Engine:
         cookie = next(self._cookies)
         mask = sum(1 << op for op in set(ops))
         pointer = lib.vb_node_upcall_new(self._engine, mask, cookie, self.error)
-        handle = UpcallHandle(self, self._made(pointer), cookie)
+        handle = UpcallHandle(
+            self,
+            self._made(pointer),
+            cookie,
+            [n for op, n in enumerate(OP_NAMES) if mask >> op & 1],
+        )
         self._upcalls[cookie] = sink
         return handle
 

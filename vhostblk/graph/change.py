@@ -25,13 +25,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.graph.block_backend import BlockBackend, split
 from vhostblk.graph.edge import Edge
 from vhostblk.graph.options import check_detect_zeroes, inherit, sentence
-from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind
+from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind, changed_options
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, validate
 
@@ -66,6 +67,7 @@ class Change:
         self._added: list[NodeDriver] = []
         self._deleted: list[NodeDriver] = []
         self._inside: list[tuple[Step, Step | None]] = []
+        self._around: list[AbstractAsyncContextManager[None]] = []
         self._after: list[Step] = []
         self._undo: list[Step] = []
         # While it is carried out:
@@ -94,6 +96,13 @@ class Change:
         if parent in self._plan:
             return self._plan[parent]
         return {role: child.node for role, child in self._live(parent).items()}
+
+    def child(self, parent: Parent, role: str) -> NodeDriver:
+        """One child, or an error that names those there are."""
+        children = self.children_of(parent)
+        if role not in children:
+            raise _no_child(parent, role, children)
+        return children[role]
 
     def parents_of(self, node: NodeDriver) -> list[tuple[Parent, str]]:
         """Who will use a node, and in what role."""
@@ -131,9 +140,9 @@ class Change:
 
     # ---- steps
 
-    async def add(self, options: dict[str, Any]) -> NodeDriver:
+    async def add(self, options: dict[str, Any], *, owned: bool = True) -> NodeDriver:
         """Make a node, now; it goes again if the change fails."""
-        node = await self.graph.add(options)
+        node = await self.graph.add(options, owned=owned)
         self._added.append(node)
         return node
 
@@ -146,9 +155,7 @@ class Change:
 
     def replace_child(self, parent: Parent, role: str, new: NodeDriver) -> None:
         """Put another node in the place of a child."""
-        children = self.children_of(parent)
-        if role not in children:
-            raise _no_child(parent, role, children)
+        self.child(parent, role)
         self._planned(parent)[role] = self.node(new.name)
 
     def set_child(self, parent: NodeDriver, role: str, new: NodeDriver | None) -> None:
@@ -193,10 +200,7 @@ class Change:
         self, filter: NodeDriver, parent: Parent, role: str, inner: str = "file"
     ) -> None:
         """Put a filter between a parent and its child in `role`."""
-        children = self.children_of(parent)
-        if role not in children:
-            raise _no_child(parent, role, children)
-        self._set_inner(filter, inner, children[role])
+        self._set_inner(filter, inner, self.child(parent, role))
         self.replace_child(parent, role, filter)
 
     def insert_filter_above(
@@ -235,7 +239,7 @@ class Change:
         """
         if keep:
             options = {"driver": node.driver, **self._given(node), **options}
-        self._reopen(node, options, "", frozenset(), keep_children=keep)
+        self._reopen(node, options, "", frozenset(), keep_children=keep, asked=True)
 
     def _given(self, node: NodeDriver) -> dict[str, Any]:
         """The options of a node without those that name children, as planned so far."""
@@ -251,32 +255,36 @@ class Change:
         inherited: frozenset[str],
         *,
         keep_children: bool,
+        asked: bool,
     ) -> None:
         prefix = f"{where}." if where else ""
-        whole = dict(options)
-        if keep_children:
-            # Only for the check that nothing is missing.
-            for role, child in self.children_of(node).items():
-                whole.setdefault(role.partition(".")[0], child.name)
-            for role, kind in node.child_roles.items():
-                if kind.many and isinstance(whole.get(role), str):
-                    whole[role] = [whole[role]]
-        if whole.get("driver") not in (None, node.driver):
-            raise _cannot_change(f"{prefix}driver", node)
-        checked = validate(type(node).Options, whole, where)
-        if checked.node_name not in (None, node.name):
+        if options.get("node-name", node.name) != node.name:
             raise _cannot_change(f"{prefix}node-name", node)
+        if options.get("driver", node.driver) != node.driver:
+            raise _cannot_change(f"{prefix}driver", node)
+        whole = {name: value for name, value in options.items() if name != "node-name"}
+        if keep_children:  # as what is said about them is not needed, but must not be missing
+            whole = {**self._references(node), **whole}
+        checked = validate(type(node).Options, whole, where)
         check_detect_zeroes(type(node), checked, prefix)
-        given = {name: value for name, value in options.items() if name not in inherited}
-        self._reopenings[node] = Reopening(checked, given)
+        changed = [n for n in changed_options(node.options, checked) if n not in node.child_roles]
+        if asked or changed or node in self._reopenings:
+            given = {name: value for name, value in options.items() if name not in inherited}
+            self._reopenings[node] = Reopening(checked, given)
         wanted = _wanted_children(node, options)
         for role in list(self.children_of(node)):
+            name = role.partition(".")[0]
             if role in wanted:
                 self._reopen_child(node, role, wanted.pop(role), options, prefix)
-            elif keep_children or role.partition(".")[0] not in options:
+            elif name in options and not keep_children:
+                self.set_child(node, role, None)
+            elif keep_children or node.child_roles[name].kind is not RoleKind.BACKING:
                 self._reopen_child(node, role, None, options, prefix)
             else:
-                self.set_child(node, role, None)
+                raise VhostblkError(
+                    f"{role} is missing for '{node.name}': name the node, or null for none",
+                    data={"code": "missing-parameter", "parameter": f"{prefix}{role}"},
+                )
         for role, reference in wanted.items():
             if isinstance(reference, dict):
                 raise VhostblkError(
@@ -302,17 +310,34 @@ class Change:
         if isinstance(reference, dict):
             wanted, inherited = inherit(reference, options)
             wanted.setdefault("driver", child.driver)
-            self._reopen(child, wanted, f"{prefix}{role}", inherited, keep_children=False)
+            self._reopen(
+                child, wanted, f"{prefix}{role}", inherited, keep_children=False, asked=True
+            )
         elif not self.graph.is_owned(child) and self.parents_of(child) == [(parent, role)]:
             # Defined inside its parent: what it does not say itself it takes from there.
             wanted, inherited = inherit({"driver": child.driver, **self._given(child)}, options)
-            before = self.graph.given_options(child)
-            if inherited or any(name not in before for name in wanted):
-                self._reopen(child, wanted, f"{prefix}{role}", inherited, keep_children=True)
+            self._reopen(
+                child, wanted, f"{prefix}{role}", inherited, keep_children=True, asked=False
+            )
+
+    def _references(self, node: NodeDriver) -> dict[str, Any]:
+        """A node's children as options would name them."""
+        references: dict[str, Any] = {}
+        for role, child in self.children_of(node).items():
+            name, _, index = role.partition(".")
+            if index:
+                references.setdefault(name, []).append(child.name)
+            else:
+                references[name] = child.name
+        return references
 
     def inside(self, do: Step, undo: Step | None = None) -> None:
         """Run `do` in the pause, before anything is changed; `undo` if something fails later."""
         self._inside.append((do, undo))
+
+    def around(self, context: AbstractAsyncContextManager[None]) -> None:
+        """Enter `context` before the pause, and leave it at once after it, whatever happened."""
+        self._around.append(context)
 
     def after(self, do: Step) -> None:
         """Run `do` when the change is complete and guests run again. It cannot fail."""
@@ -360,7 +385,10 @@ class Change:
                         await node.reopen_prepare(reopening.options)
                     self._prepared.append(node)
                 if self._plan or self._reopenings or self._inside:
-                    await self._pause_and_switch()
+                    async with AsyncExitStack() as around:
+                        for context in self._around:
+                            await around.enter_async_context(context)
+                        await self._pause_and_switch()
             except BaseException:
                 await self._abort_reopenings()
                 raise
@@ -410,6 +438,10 @@ class Change:
         for parent, children in self._plan.items():
             self._retie(parent, children)
         self._disturbed.update(graph.above(nodes)[0])
+        for node, reopening in self._reopenings.items():
+            graph.set_given_options(node, reopening.given)
+        for node in self._deleted:
+            graph.disown(node)
         for node in graph.bottom_up():
             for child in graph.children_of(node).values():
                 child.refresh()
@@ -424,12 +456,12 @@ class Change:
         with graph.new_permissions():
             for backend in graph.backends:
                 backend.relink()
-        for backend in graph.backends:
-            backend.refresh_size()
         graph.release_newcomers()
         if graph.on_switched is not None:
             # What guests write from now on must be found again after a crash.
             await graph.on_switched()
+        for backend in graph.backends:
+            backend.refresh_size()
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
         for role, child in list(self._live(parent).items()):
@@ -480,6 +512,8 @@ class Change:
             for backend in graph.backends:
                 backend.relink()
                 backend.refresh_size()
+            with _logged("putting back permissions"):
+                graph.update_permissions()
         for undo in reversed(self._undo_inside):
             with _logged("undoing a change"):
                 await undo()
@@ -502,8 +536,7 @@ class Change:
 
     async def _finish(self) -> None:
         graph = self.graph
-        for node, reopening in self._reopenings.items():
-            graph.set_given_options(node, reopening.given)
+        for node in self._reopenings:
             with _logged(f"cleaning up after the reopening of node '{node.name}'"):
                 await node.reopen_clean()
         for child in self._untied:

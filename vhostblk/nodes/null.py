@@ -8,6 +8,7 @@ Engine half: cffi_build/engine/nodes/null.c.
 
 from __future__ import annotations
 
+from vhostblk.engine import NodeHandle
 from vhostblk.nodes.driver import NodeDriver, NodeOptions
 from vhostblk.schema import OnOff, Size, UInt64, VhostblkError
 
@@ -28,13 +29,21 @@ class NullCo(NodeDriver):
 
     driver = "null-co"
     Options = NullOptions
+    reopenable = NodeDriver.reopenable | {"size", "latency-ns", "read-zeroes"}
     options: NullOptions
 
     async def open(self) -> None:
         self._size = self.options.size
-        self.handle = self.engine.new_null(
-            latency_ns=self.options.latency_ns, read_zeroes=self.options.read_zeroes
-        )
+        self.handle = self._make_half(self.options)
+
+    def _make_half(self, options: NullOptions) -> NodeHandle:
+        return self.engine.new_null(latency_ns=options.latency_ns, read_zeroes=options.read_zeroes)
+
+    async def reopen_prepare(self, options: NullOptions) -> None:
+        await super().reopen_prepare(options)
+        if options.size != self.options.size:
+            self.prepared["_size"] = options.size
+        self.prepared["handle"] = self._make_half(options)
 
     @property
     def size(self) -> int:
