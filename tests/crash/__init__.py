@@ -8,9 +8,11 @@ multitude of possible crashes:
 * `recorder`, a filter between a format and its file, records every change of the file in order;
 * `Recording` rebuilds the file as it could be on disk after a cut at any moment;
 * `History` knows what the guest did, hence what each sector may read as after the cut;
+* `Drive` is a guest that makes many requests at once and keeps its history;
 * `PowerCut` chooses cuts (seeded) and lets QEMU's tools and our own driver judge the image.
 """
 
+from .drive import Drive, read_all
 from .history import History, WrongContentError
 from .judge import BrokenImageError, PowerCut, Report
 from .recorder import Recorder
@@ -21,6 +23,7 @@ __all__ = [
     "BrokenImageError",
     "Change",
     "Clock",
+    "Drive",
     "History",
     "PowerCut",
     "Recorder",
@@ -31,4 +34,5 @@ __all__ = [
     "WrongContentError",
     "all_tools",
     "newest_tools",
+    "read_all",
 ]

@@ -50,9 +50,15 @@ class Tools:
         return f"qemu-{self.version[0]}.{self.version[1]}"
 
     def run(self, *arguments: str | Path, ok: tuple[int, ...] = (0,)) -> str:
-        """Run a tool, whose path comes first; what it prints."""
+        """Run a tool, whose path comes first; what it prints.
+
+        It runs in the directory of the image: QEMU takes the name of an external data file, unlike
+        that of a backing file, relative to its own directory.
+        """
+        images = [argument for argument in arguments if isinstance(argument, Path)]
         done = subprocess.run(
             [str(argument) for argument in arguments],
+            cwd=images[-1].parent if images else None,
             env=plain_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
