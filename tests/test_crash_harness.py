@@ -16,10 +16,12 @@ import pytest
 from crash import (
     BrokenImageError,
     Clock,
+    Drive,
     History,
     PowerCut,
     Recorder,
     Recording,
+    Stage,
     Survival,
     WrongContentError,
     newest_tools,
@@ -27,6 +29,7 @@ from crash import (
 from in_process import Host, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES
+from vhostblk.filter import Request
 
 CLUSTER = 4096
 SIZE = 64 * CLUSTER
@@ -244,3 +247,37 @@ def test_the_recorder_sees_every_change() -> None:
         assert len(image) == node.size == 16384
 
     with_host(test, Recorder)
+
+
+async def work(drive: Drive) -> None:
+    for _ in range(8):
+        await drive.batch(12)
+        await drive.flush()
+
+
+class TestStage:
+    """The whole of it, with raw in the place of a format."""
+
+    def stage(self, directory: Path) -> Stage:
+        image = directory / "disk.raw"
+        image.write_bytes(random.Random(1).randbytes(1 << 20))
+        return Stage(image, driver="raw")
+
+    def test_raw_passes(self, tmp_path: Path) -> None:
+        assert self.stage(tmp_path).play(work, seed=1).cuts == 64
+
+    def test_a_node_that_forgets_flushes_is_caught(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def flush(self: Recorder, request: Request) -> None:
+            pass
+
+        async def write(self: Recorder, request: Request) -> None:
+            data = request.data()
+            with self._recording.during(self._name, "write", request.offset, len(data), data):
+                await self.file.write(request.offset, data)
+
+        monkeypatch.setattr(Recorder, "flush", flush)
+        monkeypatch.setattr(Recorder, "write", write)
+        with pytest.raises(BrokenImageError, match="reads as"):
+            self.stage(tmp_path).play(work, seed=1)

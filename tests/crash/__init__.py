@@ -9,7 +9,8 @@ multitude of possible crashes:
 * `Recording` rebuilds the file as it could be on disk after a cut at any moment;
 * `History` knows what the guest did, hence what each sector may read as after the cut;
 * `Drive` is a guest that makes many requests at once and keeps its history;
-* `PowerCut` chooses cuts (seeded) and lets QEMU's tools and our own driver judge the image.
+* `PowerCut` chooses cuts (seeded) and lets QEMU's tools and our own driver judge the image;
+* `Stage` puts all of them together for one test.
 """
 
 from .drive import Drive, read_all
@@ -17,6 +18,7 @@ from .history import History, WrongContentError
 from .judge import BrokenImageError, PowerCut, Report
 from .recorder import Recorder
 from .recording import Change, Clock, Recording, Survival
+from .stage import Stage
 from .tools import Tools, all_tools, newest_tools
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "Report",
+    "Stage",
     "Survival",
     "Tools",
     "WrongContentError",

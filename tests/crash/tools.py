@@ -96,6 +96,8 @@ class Tools:
         return path
 
     def check(self, path: Path, *arguments: str, format: str = "qcow2") -> Check:
+        if format == "raw":
+            return Check(0, 0, 0, "nothing to check")
         text = self.img("check", "-f", format, "--output=json", *arguments, path, ok=(0, 1, 2, 3))
         # Messages come before the JSON, on the same stream.
         start = text.find("{\n")
