@@ -6,6 +6,7 @@ The area's contents are those of the protocol text, "Inflight I/O tracking".
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import struct
@@ -16,6 +17,7 @@ from frontend import (
     Daemon,
     Device,
     InflightArea,
+    Message,
     ProtocolFeature,
     Request,
     Status,
@@ -25,6 +27,8 @@ from frontend import (
 from frontend.device import CONFIG_WCE_OFFSET
 from frontend.inflight import Entry, QueueRegion
 from frontend.lab import DISK_SIZE, NULL_SIZE, Lab, export_options, node_options
+from frontend.protocol import vring_state
+from in_process import Host, with_host
 
 pytest_plugins = ["frontend.fixtures"]
 
@@ -244,11 +248,17 @@ class Crash:
             entry.inflight = 0
             self.area.set_entry(self.heads[number], entry)
 
-    def recover(self) -> list[int]:
-        """Start; numbers of the requests in the order of the used ring."""
+    def hand_over(self) -> None:
+        """Tell the back-end of it all; the ring is not enabled."""
         self.area.set_region(self.region)
         self.queue.base = self.queue.used_idx
-        self.device.start()
+        self.device.start_device()
+        self.device.start_queue(self.queue)
+
+    def recover(self) -> list[int]:
+        """Start; numbers of the requests in the order of the used ring."""
+        self.hand_over()
+        self.device.enable_queue(self.queue)
         self.device.wait(*self.requests)
         order = []
         for position in range(len(self.requests)):
@@ -358,6 +368,78 @@ def test_nothing_in_flight_and_new_requests(device: Device) -> None:
     assert crash.recover() == [0, 1, 2, 3]
 
 
+# ---- stopped before anything of it was started
+
+
+def test_stopped_before_the_ring_was_enabled(device: Device) -> None:
+    """GET_VRING_BASE promises that what came before it is done: nobody will ask again."""
+    crash = Crash(device, 4)
+    crash.hand_over()
+    base = device.stop_queue(crash.queue)
+    assert base == crash.queue.used_idx == 4
+    device.reap()
+    assert {request.status for request in crash.requests} == {Status.OK}
+
+
+async def paused_with_owed_requests(host: Host, device: Device) -> Crash:
+    """Handed over and enabled, but the drive is paused: nothing can be started."""
+    crash = await asyncio.to_thread(Crash, device, 4)
+    await asyncio.to_thread(crash.hand_over)
+    await asyncio.to_thread(device.enable_queue, crash.queue)
+    return crash
+
+
+def test_stopped_while_the_drive_is_paused() -> None:
+    async def scenario(host: Host) -> None:
+        await host.null()
+        await host.export("null")
+        device = Device(host.path("e.sock"), queue_size=32)
+        try:
+            async with host.backend.graph.drained([host.backend.graph.node("null")]):
+                crash = await paused_with_owed_requests(host, device)
+                stopping = asyncio.create_task(asyncio.to_thread(device.stop_queue, crash.queue))
+                await asyncio.sleep(0.2)
+                assert not stopping.done()
+                assert crash.queue.used_idx == 0
+            base = await stopping
+            assert base == crash.queue.used_idx == 4
+            device.reap()
+            assert {request.status for request in crash.requests} == {Status.OK}
+        finally:
+            device.close()
+
+    with_host(scenario)
+
+
+@pytest.mark.parametrize("end", ["hang up", "disconnect"])
+def test_a_connection_that_ends_while_the_drive_is_paused(end: str) -> None:
+    """What was not started stays in the record, and nobody waits for it."""
+
+    async def scenario(host: Host) -> None:
+        await host.null()
+        await host.export("null")
+        gone = "VHOSTBLK_EXPORT_DISCONNECTED"
+        device = Device(host.path("e.sock"), queue_size=32)
+        try:
+            async with host.backend.graph.drained([host.backend.graph.node("null")]):
+                crash = await paused_with_owed_requests(host, device)
+                if end == "disconnect":
+                    device.channel.send(Message.GET_VRING_BASE, vring_state(0, 0))
+                    await asyncio.sleep(0.1)  # it waits
+                    host.backend._exports["e"]._handle.disconnect()
+                else:
+                    device.disconnect()
+                await host.until(lambda: len(host.named(gone)) == 1)
+                assert crash.area.heads() == crash.heads
+            device.disconnect()
+            await asyncio.to_thread(device.reconnect)
+            await asyncio.to_thread(device.wait, *crash.requests)
+        finally:
+            device.close()
+
+    with_host(scenario)
+
+
 def test_an_area_inside_a_larger_file(lab: Lab) -> None:
     with lab.device("null", queues=2) as device:
         device.stop()
@@ -382,15 +464,17 @@ def test_without_the_feature_there_is_no_area(lab: Lab) -> None:
 
 def test_the_write_cache_setting_survives_a_kill() -> None:
     """The guest switched it off and flushes no more; QEMU does not tell the next back-end."""
-    arguments = [*node_options("null"), *export_options("null")]
+    arguments = [*node_options("null"), *export_options("null"), "--log-level", "debug"]
     with vhostblk(*arguments) as daemon:
         with Device(daemon.socket("null")) as device:
             device.set_config(CONFIG_WCE_OFFSET, b"\0")
             device.write(0, bytes(512))
             daemon.kill()
             daemon.restart()
+            mark = daemon.mark()
             device.reconnect()
             assert not device.writeback
+            daemon.wait_line("write cache off", since=mark)  # as if the guest had said it now
             device.write(0, bytes(512))
             device.set_config(CONFIG_WCE_OFFSET, b"\1")
             daemon.kill()

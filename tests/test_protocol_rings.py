@@ -144,6 +144,22 @@ def test_a_ring_is_not_processed_before_it_is_enabled(lab: Lab) -> None:
         device.wait(request)
 
 
+def test_nor_without_the_features_that_libvhost_user_mistakes_for_that_bit(lab: Lab) -> None:
+    """It takes 30, the number of VHOST_USER_F_PROTOCOL_FEATURES, for a mask: SEG_MAX is in it."""
+    with lab.device(features=WANTED & ~(1 << Feature.SEG_MAX)) as device:
+        device.disconnect()
+        device.connect()  # nothing has been enabled on this connection yet
+        queue = device.queues[0]
+        device.start_device()
+        device.start_queue(queue)
+        request = device.submit(Type.IN, length=512)
+        queue.kick()
+        device.settle(seconds=0.2)
+        assert queue.used_idx == 0
+        device.enable_queue(queue)
+        device.wait(request)
+
+
 def test_disable_and_enable_while_running(lab: Lab) -> None:
     with lab.device() as device:
         queue = device.queues[0]

@@ -35,7 +35,7 @@
 struct vb_park {
     struct vb_message message;
     struct vb_lane *lane;
-    bool drain;
+    enum vb_message_needs needs;
     sem_t *done;
 };
 
@@ -48,6 +48,33 @@ struct vb_pause {
 
 /* ---- lanes, on their I/O threads ------------------------------------------------------ */
 
+/*
+ * Requests that a dead predecessor took from a ring are in flight for everybody but us
+ * until they are started. At the end of a connection they stay in the front-end's record.
+ */
+static bool lane_owes(const struct vb_lane *lane)
+{
+    if (lane->broken || atomic_load_explicit(&lane->device->stop, memory_order_relaxed)) {
+        return false;
+    }
+    for (const struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
+        if (queue->mapped && queue->resubmit_next < queue->resubmit_num) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Also of rings that are not, or no longer, enabled: they were when the requests were taken. */
+static void lane_start_owed(struct vb_lane *lane)
+{
+    for (struct vb_queue *queue = lane->queues; queue && lane_owes(lane); queue = queue->next) {
+        if (queue->mapped) {
+            vb_queue_resubmit(queue);
+        }
+    }
+}
+
 /* Nothing is in flight: tell whoever waits for that. */
 static void lane_settle(struct vb_lane *lane)
 {
@@ -58,7 +85,7 @@ static void lane_settle(struct vb_lane *lane)
         vb_pause_settled(pause->round);
         free(pause);
     }
-    if (lane->parking) {
+    if (lane->parking && !(lane->parking->needs == VB_NEEDS_FINISH && lane_owes(lane))) {
         struct vb_park *park = lane->parking;
 
         lane->parking = NULL;
@@ -150,19 +177,16 @@ static void run_park(struct vb_message *message, void *context)
     struct vb_lane *lane = park->lane;
 
     (void)context;
-    if (!park->drain) {
+    if (park->needs == VB_NEEDS_PARK) {
         lane->parked = true;
         sem_post(park->done);
         return;
     }
-    /* What a dead predecessor left in flight counts as in flight here. */
-    for (struct vb_queue *queue = lane->queues; lane_may_pop(lane) && queue; queue = queue->next) {
-        if (queue->running) {
-            vb_queue_resubmit(queue);
-        }
+    if (park->needs == VB_NEEDS_FINISH && lane->paused == 0) { /* paused: see run_resume() */
+        lane_start_owed(lane);
     }
     lane->parked = false; /* may flush */
-    lane->parking = park; /* may not pop; settled by the next flush */
+    lane->parking = park; /* may not pop; settled by a flush when nothing is in flight */
 }
 
 static void run_unpark(struct vb_message *message, void *context)
@@ -192,10 +216,21 @@ static void run_pause(struct vb_message *message, void *context)
 static void run_resume(struct vb_message *message, void *context)
 {
     struct vb_pause *resume = vb_container_of(message, struct vb_pause, message);
+    struct vb_lane *lane = resume->lane;
 
     (void)context;
-    resume->lane->paused--;
+    lane->paused--;
+    if (lane->paused == 0 && lane->parking && lane->parking->needs == VB_NEEDS_FINISH) {
+        lane_start_owed(lane);
+    }
     free(resume);
+}
+
+/* Awake, the thread flushes, and sees that it owes nothing any more. */
+static void run_nudge(struct vb_message *message, void *context)
+{
+    (void)context;
+    free(vb_container_of(message, struct vb_pause, message));
 }
 
 void vb_device_violation(struct vb_lane *lane, const char *what)
@@ -319,25 +354,25 @@ static void wait_for_lanes(struct vb_device *device, sem_t *done, bool drain)
     }
 }
 
-static void park_lanes(struct vb_device *device, bool drain)
+static void park_lanes(struct vb_device *device, enum vb_message_needs needs)
 {
     struct vb_park parks[VB_MAX_IOTHREADS];
     sem_t done;
 
     sem_init(&done, 0, 0);
     for (uint32_t i = 0; i < device->num_lanes; i++) {
-        parks[i] = (struct vb_park){{.run = run_park}, &device->lanes[i], drain, &done};
+        parks[i] = (struct vb_park){{.run = run_park}, &device->lanes[i], needs, &done};
         vb_iothread_send(device->lanes[i].thread, &parks[i].message);
     }
-    wait_for_lanes(device, &done, drain);
+    wait_for_lanes(device, &done, needs != VB_NEEDS_PARK);
     sem_destroy(&done);
-    device->parked = drain ? VB_NEEDS_DRAIN : VB_NEEDS_PARK;
+    device->parked = needs;
 }
 
 static void park(struct vb_device *device, enum vb_message_needs needs)
 {
     if (needs > device->parked) {
-        park_lanes(device, needs == VB_NEEDS_DRAIN);
+        park_lanes(device, needs);
     }
 }
 
@@ -354,15 +389,15 @@ static void unpark(struct vb_device *device)
 /* The ring's addresses in this process; false if it is not, or no longer, mapped. */
 static bool resolve_ring(struct vb_device *device, struct vb_queue *queue)
 {
-    const struct vhost_vring_addr *addr = &queue->vq->vra;
-    uint64_t num = queue->num;
+    struct vb_ring ring;
 
-    queue->desc = vb_qva_to_va(&device->vu, addr->desc_user_addr,
-                               num * sizeof(struct vring_desc));
-    queue->avail = vb_qva_to_va(&device->vu, addr->avail_user_addr, (num + 3) * sizeof(uint16_t));
-    queue->used = vb_qva_to_va(&device->vu, addr->used_user_addr,
-                               3 * sizeof(uint16_t) + num * sizeof(struct vring_used_elem));
-    return queue->desc && queue->avail && queue->used;
+    if (!vb_ring_resolve(&device->vu, &queue->vq->vra, queue->num, &ring)) {
+        return false;
+    }
+    queue->desc = ring.desc;
+    queue->avail = ring.avail;
+    queue->used = ring.used;
+    return true;
 }
 
 static void free_requests(struct vb_queue *queue)
@@ -403,9 +438,10 @@ static void on_queue_started(VuDev *vu, int index, bool started)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
     struct vb_queue *queue = &device->queues[index];
+    bool writeback = atomic_load(&device->export_->writeback_wanted);
 
     if (!started) {
-        queue->running = false;
+        queue->running = queue->mapped = false;
         return;
     }
     join_lane(queue);
@@ -416,6 +452,9 @@ static void on_queue_started(VuDev *vu, int index, bool started)
     queue->kicks_wanted = false;
     queue->signalled_valid = false;
     vb_queue_recover(queue);
+    if (atomic_load(&device->export_->writeback_wanted) != writeback) {
+        post_note(device->export_, VB_EVENT_WRITEBACK, !writeback);
+    }
 }
 
 static void watch_kick(struct vb_device *device, struct vb_queue *queue)
@@ -460,11 +499,11 @@ static void on_remove_watch(VuDev *vu, int fd)
 /* What the lane reads of the library's state, after a message may have changed it. */
 static void refresh_queue(struct vb_device *device, struct vb_queue *queue)
 {
-    VuVirtq *vq = queue->vq;
     uint64_t features = device->vu.features;
-    bool enabled = vq->enable || !(features & 1ull << VHOST_USER_F_PROTOCOL_FEATURES);
+    bool enabled = queue->enabled || !(features & 1ull << VHOST_USER_F_PROTOCOL_FEATURES);
 
-    queue->running = vq->started && enabled && queue->requests && resolve_ring(device, queue);
+    queue->mapped = queue->vq->started && queue->requests && resolve_ring(device, queue);
+    queue->running = queue->mapped && enabled;
     queue->event_idx = features & 1ull << VIRTIO_RING_F_EVENT_IDX;
     queue->indirect = features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
     queue->log = device->vu.log_table && (features & 1ull << VHOST_F_LOG_ALL);
@@ -492,7 +531,7 @@ static void refresh(struct vb_device *device)
         post_note(device->export_, VB_EVENT_CONNECTED, 0);
     }
     /* A lane that is drained and has no ring to serve may as well stay parked. */
-    if (device->parked == VB_NEEDS_PARK || (device->parked == VB_NEEDS_DRAIN && running > 0)) {
+    if (device->parked == VB_NEEDS_PARK || (device->parked != VB_NEEDS_NOTHING && running > 0)) {
         unpark(device);
     }
 }
@@ -547,6 +586,23 @@ static int set_writeback(struct vb_device *device, const VhostUserMsg *message)
         post_note(device->export_, VB_EVENT_WRITEBACK, wanted);
     }
     return 1;
+}
+
+/*
+ * The library keeps this too, but it enables all rings when the front-end negotiates
+ * VHOST_USER_F_PROTOCOL_FEATURES without SIZE_MAX, SEG_MAX and GEOMETRY: it takes the
+ * number of the bit (30) for its mask.
+ */
+static void set_enabled(struct vb_device *device, const VhostUserMsg *message)
+{
+    device->queues[message->payload.state.index].enabled = message->payload.state.num;
+}
+
+static void disable_all(struct vb_device *device)
+{
+    for (uint16_t i = 0; i < device->num_queues; i++) {
+        device->queues[i].enabled = false;
+    }
 }
 
 /* The library keeps pointers into an old area, or the area itself, for ever. */
@@ -611,6 +667,12 @@ static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
     case VHOST_USER_SET_INFLIGHT_FD:
         forget_inflight_area(vu); /* also of queues that the new one does not cover */
         choose_inflight_size(device, message);
+        break;
+    case VHOST_USER_SET_VRING_ENABLE:
+        set_enabled(device, message);
+        break;
+    case VHOST_USER_RESET_OWNER:
+        disable_all(device);
         break;
     case VHOST_USER_SET_VRING_KICK:
         check_inflight_size(device, message->payload.u64 & VHOST_USER_VRING_IDX_MASK);
@@ -756,13 +818,6 @@ void vb_device_wake(struct vb_device *device)
     eventfd_write(device->wake_fd, 1);
 }
 
-void vb_device_stop(struct vb_device *device)
-{
-    atomic_store(&device->stop, true);
-    shutdown(device->shutdown_fd, SHUT_RDWR);
-    vb_device_wake(device);
-}
-
 static void send_to_lanes(struct vb_device *device, void (*run)(struct vb_message *, void *),
                           struct vb_pause_round *round)
 {
@@ -776,6 +831,14 @@ static void send_to_lanes(struct vb_device *device, void (*run)(struct vb_messag
         *pause = (struct vb_pause){{.run = run}, &device->lanes[i], round, NULL};
         vb_iothread_send(device->lanes[i].thread, &pause->message);
     }
+}
+
+void vb_device_stop(struct vb_device *device)
+{
+    atomic_store(&device->stop, true);
+    shutdown(device->shutdown_fd, SHUT_RDWR);
+    vb_device_wake(device);
+    send_to_lanes(device, run_nudge, NULL); /* the device thread may wait for a lane that is paused */
 }
 
 void vb_device_pause(struct vb_device *device, struct vb_pause_round *round)

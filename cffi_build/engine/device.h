@@ -33,9 +33,16 @@
 #define VB_BLK_INLINE_IOV 8
 /* Buffers may cross memory regions, so a chain can have a few more parts than descriptors. */
 #define VB_CHAIN_IOV_MAX (VB_QUEUE_SIZE_MAX + 64)
+/* x86-64's, and by definition that of vhost-user's dirty log. */
+#define VB_PAGE_SIZE 4096
 
 /* What a message needs of the lanes before the library may see it; also their state now. */
-enum vb_message_needs { VB_NEEDS_NOTHING, VB_NEEDS_PARK, VB_NEEDS_DRAIN };
+enum vb_message_needs {
+    VB_NEEDS_NOTHING,
+    VB_NEEDS_PARK,
+    VB_NEEDS_DRAIN,  /* nothing is in flight */
+    VB_NEEDS_FINISH, /* and what a dead predecessor left in flight has been done too */
+};
 
 /* A guest's request, from pop to push. One per ring entry, indexed by the head descriptor. */
 struct vb_blk_request {
@@ -59,8 +66,10 @@ struct vb_queue {
     uint16_t index;
     VuVirtq *vq;
     int kick_fd;           /* watched; the device thread's view */
+    bool enabled;          /* SET_VRING_ENABLE; the device thread's */
     /* Set by the device thread while the lane is parked. */
-    bool running;
+    bool mapped;           /* started, with its ring in guest memory */
+    bool running;          /* mapped and enabled */
     bool event_idx;
     bool indirect;
     bool log;              /* dirty pages are recorded */
@@ -140,8 +149,6 @@ struct vb_export {
     _Atomic(struct vb_stats *) stats[VB_MAX_IOTHREADS];
 };
 
-
-
 /* Shared by the lanes of one vb_export_pause(); the last one posts the event and frees it. */
 struct vb_pause_round {
     struct vb_message paused;
@@ -175,8 +182,14 @@ bool vb_message_read(VuDev *vu, int sock, VhostUserMsg *message);
 enum vb_message_needs vb_message_needs(int request);
 /* Of one queue in the in-flight area, as libvhost-user lays it out: header, descriptors, on 64. */
 uint64_t vb_inflight_bytes(uint16_t queue_size);
-/* Address of guest memory [qva, qva + length) if one region holds it all, else NULL. */
-void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length);
+/* A ring's three parts in this process; false if one is unaligned or not inside one region. */
+struct vb_ring {
+    struct vring_desc *desc;
+    struct vring_avail *avail;
+    struct vring_used *used;
+};
+bool vb_ring_resolve(const VuDev *vu, const struct vhost_vring_addr *addr, uint32_t num,
+                     struct vb_ring *ring);
 
 /* ---- guest_fault.c ----------------------------------------------------------------- */
 

@@ -17,7 +17,6 @@
 #include <sys/mman.h>
 
 #define RANGES_MAX 4096
-#define PAGE 4096
 
 /* Written under the lock by device threads; read by the handler, which may not take it. */
 struct shared_range {
@@ -69,7 +68,7 @@ static struct vb_device *replace_memory(uintptr_t address)
         return put_zeroes(atomic_load(&range->start), atomic_load(&range->length)) ? device : NULL;
     }
     if (handling) {
-        return put_zeroes(address & ~(uintptr_t)(PAGE - 1), PAGE) ? handling : NULL;
+        return put_zeroes(address & ~(uintptr_t)(VB_PAGE_SIZE - 1), VB_PAGE_SIZE) ? handling : NULL;
     }
     return NULL;
 }

@@ -35,7 +35,8 @@ struct message_rule {
 
 /* ---- memory -------------------------------------------------------------------------- */
 
-void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length)
+/* Address of guest memory [qva, qva + length) if one region holds it all, else NULL. */
+static void *qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length)
 {
     for (uint32_t i = 0; i < vu->nregions; i++) {
         const VuDevRegion *region = &vu->regions[i];
@@ -48,12 +49,24 @@ void *vb_qva_to_va(const VuDev *vu, uint64_t qva, uint64_t length)
     return NULL;
 }
 
+/* virtio 1.2, 2.7: sizes and alignments of the three parts; each of the last two ends in an index. */
+bool vb_ring_resolve(const VuDev *vu, const struct vhost_vring_addr *addr, uint32_t num,
+                     struct vb_ring *ring)
+{
+    const uint64_t n = num;
+
+    ring->desc = qva_to_va(vu, addr->desc_user_addr, n * sizeof(struct vring_desc));
+    ring->avail = qva_to_va(vu, addr->avail_user_addr, (n + 3) * sizeof(uint16_t));
+    ring->used = qva_to_va(vu, addr->used_user_addr,
+                           3 * sizeof(uint16_t) + n * sizeof(struct vring_used_elem));
+    return ring->desc && ring->avail && ring->used && (uintptr_t)ring->desc % 16 == 0 &&
+           (uintptr_t)ring->avail % 2 == 0 && (uintptr_t)ring->used % 4 == 0;
+}
+
 static bool overflows(uint64_t start, uint64_t length)
 {
     return start + length < start;
 }
-
-#define PAGE 4096
 
 /* Can it be mapped, all of it? Touching a mapping behind the end of its file is SIGBUS. */
 static bool file_covers(int fd, uint64_t offset, uint64_t length)
@@ -61,7 +74,7 @@ static bool file_covers(int fd, uint64_t offset, uint64_t length)
     struct stat status;
 
     return fstat(fd, &status) == 0 && S_ISREG(status.st_mode) &&
-           (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR && offset % PAGE == 0 &&
+           (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR && offset % VB_PAGE_SIZE == 0 &&
            !overflows(offset, length) && offset + length <= (uint64_t)status.st_size;
 }
 
@@ -149,8 +162,8 @@ static bool check_base(struct vb_device *device, const VhostUserMsg *message)
 static bool check_addr(struct vb_device *device, const VhostUserMsg *message)
 {
     struct vhost_vring_addr addr = message->payload.addr;
-    const void *desc, *avail, *used;
-    uint64_t num;
+    struct vb_ring ring;
+    uint32_t num;
 
     if (!check_index(device, message, addr.index)) {
         return false;
@@ -159,12 +172,7 @@ static bool check_addr(struct vb_device *device, const VhostUserMsg *message)
     if (num == 0) {
         return vb_device_drop(device, "SET_VRING_ADDR before SET_VRING_NUM");
     }
-    desc = vb_qva_to_va(&device->vu, addr.desc_user_addr, num * sizeof(struct vring_desc));
-    avail = vb_qva_to_va(&device->vu, addr.avail_user_addr, (num + 3) * sizeof(uint16_t));
-    used = vb_qva_to_va(&device->vu, addr.used_user_addr,
-                        3 * sizeof(uint16_t) + num * sizeof(struct vring_used_elem));
-    if (!desc || !avail || !used || (uintptr_t)desc % 16 || (uintptr_t)avail % 2 ||
-        (uintptr_t)used % 4) {
+    if (!vb_ring_resolve(&device->vu, &addr, num, &ring)) {
         return vb_device_drop(device, "ring of queue %u is unaligned or not inside one memory region",
                               addr.index);
     }
@@ -360,7 +368,7 @@ static const struct message_rule rules[] = {
     {VHOST_USER_SET_VRING_NUM, STATE, 0, 0, VB_NEEDS_DRAIN, check_num},
     {VHOST_USER_SET_VRING_ADDR, sizeof(struct vhost_vring_addr), 0, 0, VB_NEEDS_DRAIN, check_addr},
     {VHOST_USER_SET_VRING_BASE, STATE, 0, 0, VB_NEEDS_DRAIN, check_base},
-    {VHOST_USER_GET_VRING_BASE, STATE, 0, 0, VB_NEEDS_DRAIN, check_state},
+    {VHOST_USER_GET_VRING_BASE, STATE, 0, 0, VB_NEEDS_FINISH, check_state},
     {VHOST_USER_SET_VRING_KICK, U64, 0, 1, VB_NEEDS_DRAIN, check_kick},
     {VHOST_USER_SET_VRING_CALL, U64, 0, 1, VB_NEEDS_PARK, check_call},
     {VHOST_USER_SET_VRING_ERR, U64, 0, 1, VB_NEEDS_PARK, check_vring_fd},

@@ -109,14 +109,12 @@ static uint64_t region_gpa(const VuDev *vu, const void *va)
 
 /* ---- dirty log (vhost-user.rst, "Migration") ----------------------------------------- */
 
-#define LOG_PAGE 4096
-
 static void log_gpa(VuDev *vu, uint64_t gpa, uint64_t length)
 {
     if (!vu->log_table || length == 0 || gpa + length < gpa) {
         return;
     }
-    for (uint64_t page = gpa / LOG_PAGE; page <= (gpa + length - 1) / LOG_PAGE; page++) {
+    for (uint64_t page = gpa / VB_PAGE_SIZE; page <= (gpa + length - 1) / VB_PAGE_SIZE; page++) {
         if (page / 8 >= vu->log_size) {
             return;
         }
