@@ -73,15 +73,19 @@ async def run_actions(
     The result: `pause-us`, and `results`, one for each action, if any has one.
     """
     results: list[dict[str, Any]] = []
-    prepared = [(_find(name), data) for name, data in actions]
+    wanted = [_checked(name, data) for name, data in actions]
     async with backend.graph.change() as change:
-        for kind, data in prepared:
-            arguments = data if kind.arguments is None else validate(kind.arguments, data)
+        for kind, arguments in wanted:
             results.append(await kind.run(backend, change, arguments) or {})
     answer: dict[str, Any] = {"pause-us": change.pause_us}
     if any(results):
         answer["results"] = results
     return answer
+
+
+def _checked(name: str, data: dict[str, Any]) -> tuple[Action, Any]:
+    kind = _find(name)
+    return kind, data if kind.arguments is None else validate(kind.arguments, data)
 
 
 def _find(name: str) -> Action:
@@ -244,7 +248,9 @@ async def _the_filter(
 ) -> NodeDriver:
     if isinstance(arguments.filter, str):
         return change.node(arguments.filter)
-    return await change.add({arguments.filter_child: below.name, **arguments.filter})
+    role, _, index = arguments.filter_child.partition(".")
+    child = {role: [below.name] if index else below.name}
+    return await change.add({**child, **arguments.filter})
 
 
 class BlockFilterRemove(Model):
