@@ -223,6 +223,7 @@ class Graph:
                     "'node-name' must be specified for the root node",
                     data={"code": "missing-parameter", "parameter": "node-name"},
                 )
+            self.update_permissions()
         except BaseException:
             for node in reversed(made):
                 await self.unmake(node)
@@ -231,7 +232,6 @@ class Graph:
             raise
         if owned:
             self._owned.add(node)
-        self.update_permissions()
         return node
 
     async def restore(
@@ -246,13 +246,13 @@ class Graph:
         made: list[NodeDriver] = []
         try:
             node = await self._make(options, "", made, inherited, name)
+            self.update_permissions()
         except BaseException:
             for node in reversed(made):
                 await self.unmake(node)
             raise
         if owned:
             self._owned.add(node)
-        self.update_permissions()
         return node
 
     async def delete(self, name: str) -> None:
@@ -346,7 +346,6 @@ class Graph:
             self.update_permissions()
         await self._add_implied(node, options, made)
         await self._activate(node)
-        node.relink()
         return node
 
     async def _add_implied(
@@ -438,7 +437,8 @@ class Graph:
     async def _activate(self, node: NodeDriver) -> None:
         with sentence(f"Could not open node '{node.name}' ({node.driver})", "open-failed", node):
             await node.activate()
-        self._active.add(node)
+            self._active.add(node)
+            node.relink()
 
     async def _child_node(
         self,
@@ -539,7 +539,9 @@ class Graph:
         try:
             for node in self._top_down():
                 wanted[node] = self._combine(node, wanted)
-                node.prepare_permissions(*wanted[node])
+                text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
+                with sentence(text, "permissions-failed", node):
+                    node.prepare_permissions(*wanted[node])
                 prepared.append(node)
             yield
         except BaseException:
