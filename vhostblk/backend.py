@@ -27,6 +27,7 @@ from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import IOThreadObject, ObjectStore, object_types
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
+from vhostblk.snapshot import actions as _  # noqa: F401  known to transactions once loaded
 from vhostblk.state import Document, StateFile, describe, restore
 from vhostblk.transaction import run_actions
 
@@ -287,7 +288,10 @@ class Backend:
                 await self._close_export(export)
 
     async def _close_export(self, export: Export) -> None:
+        assert export.backend is not None
+        root = export.backend.root
         await export.close()
+        await self.graph.drop([root])
         del self._exports[export.id]
         self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
@@ -308,6 +312,11 @@ class Backend:
             raise VhostblkError("The backend is shutting down", data={"code": "closing"})
 
     # ---- what there is to know
+
+    @property
+    def driver_registry(self) -> DriverRegistry:
+        """Where drivers are found by name."""
+        return self._registry
 
     def drivers(self) -> dict[str, type[NodeDriver]]:
         """All block drivers by name."""

@@ -14,6 +14,7 @@ from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
 from vhostblk.schema import Model, OnOff, Size
+from vhostblk.snapshot.actions import BlockdevSnapshot, BlockdevSnapshotSync
 from vhostblk.transaction import (
     BlockdevDel,
     BlockdevReopen,
@@ -117,6 +118,18 @@ async def block_filter_insert(context: Context, arguments: BlockFilterInsert) ->
 async def block_filter_remove(context: Context, arguments: BlockFilterRemove) -> Any:
     """Take a filter out and delete it; its users get its child instead."""
     return await context.run_action("block-filter-remove", arguments)
+
+
+@command("blockdev-snapshot-sync")
+async def blockdev_snapshot_sync(context: Context, arguments: BlockdevSnapshotSync) -> Any:
+    """Make an overlay and put it on a node; with `device` on all legs of a drive at once."""
+    return await context.run_action("blockdev-snapshot-sync", arguments)
+
+
+@command("blockdev-snapshot")
+async def blockdev_snapshot(context: Context, arguments: BlockdevSnapshot) -> Any:
+    """Put an overlay that is open on a node; with `device` one on each leg of a drive."""
+    return await context.run_action("blockdev-snapshot", arguments)
 
 
 class Transaction(Model):

@@ -214,6 +214,30 @@ class FilterInfo(ChangeInfo):
     node_name: str
 
 
+class SnapshotOfNode(Model):
+    """One node that has been covered, and by what."""
+
+    node: str
+    overlay: str
+    filename: str | None = None
+
+
+class FreezeInfo(Model):
+    """How a guest's file systems were frozen: how many, how long; what went wrong with thawing."""
+
+    guest_agent: str
+    filesystems: int
+    frozen_us: int | None = None
+    error: str | None = None
+
+
+class SnapshotInfo(ChangeInfo):
+    """Result of blockdev-snapshot-sync and blockdev-snapshot (ours)."""
+
+    snapshots: list[SnapshotOfNode]
+    freeze: FreezeInfo | None = None
+
+
 class TransactionInfo(ChangeInfo):
     """Result of transaction: `results` has those of the actions, if any has one."""
 
@@ -373,6 +397,8 @@ RESULTS: dict[str, Any] = {
     "query-block-exports": list[BlockExportInfo],
     "query-iothreads": list[IOThreadInfo],
     "query-jobs": list[JobInfo],
+    "blockdev-snapshot-sync": SnapshotInfo,
+    "blockdev-snapshot": SnapshotInfo,
     "qom-list": list[ObjectPropertyInfo],
     "qom-get": Any,
 }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from vhostblk.events import EventBus
@@ -49,7 +49,7 @@ class JobStore:
         """Begin a new job."""
         self.check_id(job.id)
         self._jobs[job.id] = job
-        job.start(self._events, self._forget(job.id))
+        job.start(self._events, lambda: self._forget(job.id))
 
     def get(self, id: str) -> Job:
         """The job called `id`."""
@@ -69,5 +69,5 @@ class JobStore:
         await asyncio.gather(*(job.stop() for job in list(self._jobs.values())))
         self._jobs.clear()
 
-    def _forget(self, id: str) -> Callable[[], None]:
-        return lambda: self._jobs.pop(id, None) and None
+    def _forget(self, id: str) -> None:
+        self._jobs.pop(id, None)

@@ -47,6 +47,10 @@ def create_file(options: FileCreateOptions, *, exclusive: bool = False) -> None:
         try:
             _fill(fd, options)
             os.fsync(fd)
+        except OSError:
+            if exclusive:
+                os.unlink(path)
+            raise
         finally:
             os.close(fd)
         _sync_directory(os.path.dirname(os.path.abspath(path)))

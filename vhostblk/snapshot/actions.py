@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""blockdev-snapshot-sync and blockdev-snapshot: what they ask of a change of the graph.
+
+With a node's name they do what QEMU's do. With the id of an export they look for
+the nodes below its filters, and cover all of them in one pause; filters stay where
+they are. Several of them in one `transaction` share that pause: one point in time.
+
+    overlays created, synced, opened on top of what they cover     guests run
+    covered nodes flushed                                          guests run
+    file systems frozen, if asked for                              guests wait for writes
+    pause begins
+      covered nodes flushed: what was written but not yet flushed
+      overlays take the place of the covered nodes
+      state file written
+    pause ends, file systems thawed
+    covered nodes become read-only
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from vhostblk.engine import OP_FLUSH
+from vhostblk.fault import fault_point
+from vhostblk.graph import Change
+from vhostblk.nodes.driver import NodeDriver, Perm, RoleKind
+from vhostblk.schema import Model, NodeName, UInt32, VhostblkError
+from vhostblk.snapshot import names, overlay
+from vhostblk.snapshot.guest_agent import DEFAULT_TIMEOUT, Freeze
+from vhostblk.transaction import action
+
+if TYPE_CHECKING:
+    from vhostblk.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+
+class FreezeOptions(Model):
+    """What both commands have for guests with an agent."""
+
+    guest_agent: str | None = None
+    """Socket of the guest's agent: freeze its file systems for the time of the pause (ours)."""
+    freeze_timeout: UInt32 = DEFAULT_TIMEOUT
+    """Seconds that freezing may take (ours)."""
+
+
+class BlockdevSnapshotSync(FreezeOptions):
+    """Arguments of blockdev-snapshot-sync."""
+
+    device: str | None = None
+    """An export: all nodes below its filters."""
+    node_name: str | None = None
+    """One node."""
+    snapshot_file: str | None = None
+    """Path of the new image; for an export with several legs see snapshot-file-template."""
+    snapshot_file_template: str | None = None
+    """The same with fields in braces; {directory}/{stem}.{node}.{timestamp}.{format} if absent."""
+    snapshot_node_name: str | None = None
+    """Name of the new node, or a template; {node}-{number} if absent."""
+    format: str = "qcow2"
+    """Driver of the new image."""
+    mode: Literal["absolute-paths", "existing"] = "absolute-paths"
+    """Create the image, or take one that has been prepared."""
+
+
+class BlockdevSnapshot(FreezeOptions):
+    """Arguments of blockdev-snapshot."""
+
+    node: str | None = None
+    """One node."""
+    overlay: NodeName | None = None
+    """The node that is to cover it: one without a backing node (`backing: null`)."""
+    device: str | None = None
+    """An export: all nodes below its filters (ours)."""
+    overlays: list[str] | None = None
+    """With device: one overlay for each of them, in the order of query-block (ours)."""
+
+
+# ---- the actions
+
+
+@action("blockdev-snapshot-sync", BlockdevSnapshotSync)
+async def blockdev_snapshot_sync(
+    backend: Backend, change: Change, arguments: BlockdevSnapshotSync
+) -> dict[str, Any]:
+    """Make overlays, and put them on top of a node or of all legs of a drive."""
+    legs = _legs(backend, change, arguments.device, arguments.node_name, "node-name")
+    _check_file(arguments, legs)
+    common = _common(change)
+    result: dict[str, Any] = {"snapshots": []}
+    for leg in legs:
+        named = names.Names(
+            leg,
+            device=arguments.device,
+            format=arguments.format,
+            moment=common.moment,
+            taken=backend.graph.nodes,
+        )
+        if arguments.snapshot_file is not None:
+            filename = names.absolute(arguments.snapshot_file)
+        else:
+            filename = named.file(arguments.snapshot_file_template or names.DEFAULT_FILE)
+        wanted = overlay.Wanted(
+            below=leg,
+            filename=filename,
+            node_name=named.node(arguments.snapshot_node_name or names.DEFAULT_NODE),
+            format=arguments.format,
+            existing=arguments.mode == "existing",
+        )
+        new = await overlay.make(backend, change, wanted)
+        change.replace_node(leg, new)
+        result["snapshots"].append(
+            {"node": leg.name, "overlay": new.name, "filename": wanted.filename}
+        )
+    await _cover(backend, change, legs)
+    _freeze(change, arguments, result)
+    return result
+
+
+@action("blockdev-snapshot", BlockdevSnapshot)
+async def blockdev_snapshot(
+    backend: Backend, change: Change, arguments: BlockdevSnapshot
+) -> dict[str, Any]:
+    """Put overlays that are open already on top of a node or of all legs of a drive."""
+    legs = _legs(backend, change, arguments.device, arguments.node, "node")
+    wanted = arguments.overlays
+    if arguments.overlay is not None:
+        if wanted is not None:
+            raise _unexpected("overlays")
+        wanted = [arguments.overlay]
+    if wanted is None:
+        raise VhostblkError(
+            "Parameter 'overlay' is missing",
+            data={"code": "missing-parameter", "parameter": "overlay"},
+        )
+    if len(wanted) != len(legs):
+        raise VhostblkError(
+            f"{len(wanted)} overlays for {len(legs)} nodes: {', '.join(n.name for n in legs)}",
+            data={"code": "wrong-number", "nodes": [node.name for node in legs]},
+        )
+    result: dict[str, Any] = {"snapshots": []}
+    for leg, name in zip(legs, wanted, strict=True):
+        new = change.node(name)
+        change.set_child(new, _backing_role(change, new), leg)
+        change.replace_node(leg, new)
+        result["snapshots"].append({"node": leg.name, "overlay": new.name})
+    await _cover(backend, change, legs)
+    _freeze(change, arguments, result)
+    return result
+
+
+def _legs(
+    backend: Backend, change: Change, device: str | None, node: str | None, parameter: str
+) -> list[NodeDriver]:
+    """What is to be covered."""
+    if (device is None) == (node is None):
+        raise VhostblkError(
+            f"One of 'device' (an export) and '{parameter}' must be given",
+            data={"code": "missing-parameter", "parameter": parameter},
+        )
+    if node is not None:
+        return [change.node(node)]
+    assert device is not None
+    try:
+        drive = backend.graph.backend(device)
+    except VhostblkError as error:
+        if device in backend.graph.nodes:
+            error.desc += f"; '{device}' is a node: use {parameter}={device}"
+        raise
+    return change.top_nodes_below_filters(drive)
+
+
+def _check_file(arguments: BlockdevSnapshotSync, legs: list[NodeDriver]) -> None:
+    if arguments.snapshot_file is None:
+        return
+    if arguments.snapshot_file_template is not None:
+        raise _unexpected("snapshot-file-template")
+    if len(legs) > 1:
+        raise VhostblkError(
+            f"Parameter 'snapshot-file' is one name, and '{arguments.device}' has {len(legs)} "
+            f"nodes below its filters: {', '.join(leg.name for leg in legs)}; use "
+            "snapshot-file-template",
+            data={"code": "several-legs", "nodes": [leg.name for leg in legs]},
+        )
+
+
+def _backing_role(change: Change, node: NodeDriver) -> str:
+    """Where an overlay has what it covers; refused if it cannot or must not cover anything."""
+    role = next(
+        (name for name, kind in node.child_roles.items() if kind.kind is RoleKind.BACKING), None
+    )
+    if role is None:
+        raise VhostblkError(
+            f"The overlay '{node.name}' ({node.driver}) does not support backing images",
+            data={"code": "no-overlay", "node": node.name},
+        )
+    if change.parents_of(node):
+        raise VhostblkError(
+            f"The overlay '{node.name}' is already in use",
+            data={"code": "node-in-use", "node": node.name},
+        )
+    if role in change.children_of(node):
+        raise VhostblkError(
+            f"The overlay '{node.name}' already has a backing image; open it with backing=null",
+            data={"code": "has-backing", "node": node.name},
+        )
+    return role
+
+
+def _unexpected(parameter: str) -> VhostblkError:
+    return VhostblkError(
+        f"Parameter '{parameter}' is unexpected",
+        data={"code": "unexpected-parameter", "parameter": parameter},
+    )
+
+
+# ---- what happens around and inside the pause
+
+
+class _Common:
+    """What the actions of one transaction share."""
+
+    def __init__(self) -> None:
+        self.moment = names.timestamp()
+        self.freezes: dict[str, Freeze] = {}
+
+
+_commons: WeakKeyDictionary[Change, _Common] = WeakKeyDictionary()
+
+
+def _common(change: Change) -> _Common:
+    if change not in _commons:
+        _commons[change] = _Common()
+    return _commons[change]
+
+
+async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> None:
+    """Flush what is covered: most of it now, the rest in the pause."""
+
+    async def flush() -> None:
+        submit = backend.engine.submit
+        written = [leg for leg in legs if not leg.read_only]
+        await asyncio.gather(*(_wait(submit(leg.effective, OP_FLUSH, 0, None)) for leg in written))
+
+    async def in_the_pause() -> None:
+        # A guest's next flush reaches the overlay only, and promises this too.
+        fault_point("snapshot-paused")
+        await flush()
+        fault_point("snapshot-flushed")
+
+    async def afterwards() -> None:
+        for leg in legs:
+            await _make_read_only(backend, change, leg)
+
+    await flush()
+    change.inside(in_the_pause)
+    change.after(afterwards)
+
+
+async def _wait(io: Any) -> None:
+    await io
+
+
+async def _make_read_only(backend: Backend, change: Change, leg: NodeDriver) -> None:
+    """As QEMU does: others may look at a snapshot. What cannot be is left as it is."""
+    perm, _ = backend.graph.permissions_of(leg)
+    formats = any(role.kind is RoleKind.STORAGE for role in leg.child_roles.values())
+    if not formats or leg.read_only or perm & (Perm.WRITE | Perm.RESIZE):
+        return
+    try:
+        async with backend.graph.change() as second:
+            second.reopen(leg, {"read-only": True}, keep=True)
+    except VhostblkError as error:
+        logger.warning("snapshot '%s' stays open for writing: %s", leg.name, error.desc)
+    else:
+        change.pause_us = max(change.pause_us, second.pause_us)
+
+
+def _freeze(change: Change, arguments: FreezeOptions, result: dict[str, Any]) -> None:
+    if arguments.guest_agent is None:
+        return
+    freezes = _common(change).freezes
+    path = names.absolute(arguments.guest_agent)
+    if path not in freezes:
+        freezes[path] = Freeze(path, arguments.freeze_timeout)
+        change.around(freezes[path])
+    # Filled in when it has happened.
+    result["freeze"] = freezes[path].report
