@@ -125,17 +125,34 @@ class DiskServer:
         """
         name = f"disk{next(self._numbers)}"
         image = self._workspace.image(f"{name}.raw", size)
-        socket = self._workspace.path / f"{name}.sock"
         node = top = f"{name}-file"
         base = f"driver=file,node-name={node},filename={image},discard=unmap"
         arguments = [*options, "--blockdev", f"{base},{file}" if file else base]
         for number, text in enumerate(filters):
             top, below = f"{name}-filter{number}", top
             arguments += ["--blockdev", f"{text},node-name={top},file={below}"]
+        return self.serve(name, image, node, top, arguments, export, num_queues, plug=plug)
+
+    def serve(
+        self,
+        name: str,
+        image: Path,
+        node: str,
+        top: str,
+        arguments: Sequence[str],
+        export: str = "writable=on",
+        num_queues: int | None = None,
+        *,
+        plug: bool = True,
+    ) -> ServedDisk:
+        """The same for nodes, `top` the highest of them, that `arguments` describe.
+
+        The export is called `name`.
+        """
+        socket = self._workspace.path / f"{name}.sock"
         address = f"addr.type=unix,addr.path={socket}"
-        arguments.append("--export")
-        arguments.append(f"type=vhost-user-blk,id={name},node-name={top},{address},{export}")
-        backend = Backend(self._workspace, arguments, name=name)
+        exported = f"type=vhost-user-blk,id={name},node-name={top},{address},{export}"
+        backend = Backend(self._workspace, [*arguments, "--export", exported], name=name)
         served = ServedDisk(self._guest, backend, Disk(name, socket, num_queues), image, node)
         self._served.append(served)
         backend.start()
