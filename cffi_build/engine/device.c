@@ -858,6 +858,7 @@ static void device_free(struct vb_device *device)
     for (uint16_t i = 0; device->queues && i < device->num_queues; i++) {
         free_requests(&device->queues[i]);
     }
+    vb_guest_fault_forget(device);
     if (device->wake_fd >= 0) {
         close(device->wake_fd);
     }
@@ -907,7 +908,7 @@ static int device_prepare(struct vb_device *device, int sock)
     device->queues = calloc(export_->num_queues, sizeof(device->queues[0]));
     device->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     device->shutdown_fd = fcntl(sock, F_DUPFD_CLOEXEC, 0);
-    if (!device->lanes || !device->queues) {
+    if (!device->lanes || !device->queues || vb_guest_fault_protect(device) < 0) {
         return -ENOMEM;
     }
     if (device->wake_fd < 0 || device->shutdown_fd < 0) {

@@ -126,6 +126,7 @@ struct vb_device {
     uint16_t num_queues;
     struct vb_lane *lanes;   /* [num_lanes] */
     struct vb_queue *queues; /* [num_queues] */
+    struct vb_shared *shared; /* guest_fault.c's */
     struct vb_message gone;
 };
 
@@ -193,10 +194,11 @@ bool vb_ring_resolve(const VuDev *vu, const struct vhost_vring_addr *addr, uint3
 
 /* ---- guest_fault.c ----------------------------------------------------------------- */
 
-void vb_guest_fault_init(void); /* control, once */
+void vb_guest_fault_init(void); /* control; more than once does no harm */
+int vb_guest_fault_protect(struct vb_device *device); /* control: 0, or -ENOMEM */
 void vb_guest_fault_handling(struct vb_device *device); /* device thread: NULL when it is done */
 void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is mapped has changed */
-void vb_guest_fault_forget(struct vb_device *device); /* device thread: before it is unmapped */
+void vb_guest_fault_forget(struct vb_device *device); /* before it is unmapped; again does no harm */
 
 /* ---- virtqueue.c -------------------------------------------------------------------- */
 

@@ -6,39 +6,82 @@
  * new end is SIGBUS, which would end the process and with it all the other guests.
  * The handler here looks the address up among what front-ends have shared. If it
  * finds it, zero pages take the mapping's place and that one connection is ended;
- * any other SIGBUS is what it always was.
+ * any other SIGBUS goes to whoever handled it before, or ends the process as ever.
  */
 #include "device.h"
-#include "file_map.h"
 
+#include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-#define RANGES_MAX 4096
+/* Of one device: every memory region there can be, the in-flight area, the dirty log. */
+#define RANGES_MAX (VHOST_USER_MAX_RAM_SLOTS + 2)
 
-/* Written under the lock by device threads; read by the handler, which may not take it. */
-struct shared_range {
-    _Atomic uintptr_t start; /* 0: unused */
-    _Atomic size_t length;
+/*
+ * What one device has mapped. Its device thread writes it, the handler reads it on any
+ * thread and may not take a lock: the writer makes `version` odd, writes, makes it even
+ * again, and who has read under an odd or changed version reads once more. Never freed, since
+ * a handler may be looking; another device takes it over.
+ */
+struct vb_shared {
+    struct vb_shared *next;
+    bool taken; /* under the lock */
+    _Atomic uint32_t version;
     _Atomic(struct vb_device *) device;
-    bool current;            /* under the lock: still mapped */
+    _Atomic uint32_t count;
+    struct {
+        _Atomic uintptr_t start;
+        _Atomic size_t length;
+    } ranges[RANGES_MAX];
 };
 
-static struct shared_range ranges[RANGES_MAX];
-static pthread_mutex_t ranges_lock = PTHREAD_MUTEX_INITIALIZER;
+struct range {
+    uintptr_t start;
+    size_t length;
+};
 
-static struct shared_range *find_range(uintptr_t address)
+static _Atomic(struct vb_shared *) first_shared;
+static pthread_mutex_t shared_lock = PTHREAD_MUTEX_INITIALIZER; /* of the list, for those who add */
+
+/* ---- the handler: only what a signal handler may do ------------------------------------- */
+
+/* What had SIGBUS before us. */
+static struct sigaction previous;
+
+static struct vb_device *search(struct vb_shared *shared, uintptr_t address, struct range *range)
 {
-    for (size_t i = 0; i < RANGES_MAX; i++) {
-        uintptr_t start = atomic_load(&ranges[i].start);
+    uint32_t count = atomic_load(&shared->count);
 
-        if (start && address - start < atomic_load(&ranges[i].length)) {
-            return &ranges[i];
+    for (uint32_t i = 0; i < count; i++) {
+        range->start = atomic_load(&shared->ranges[i].start);
+        range->length = atomic_load(&shared->ranges[i].length);
+        if (address - range->start < range->length) {
+            return atomic_load(&shared->device);
         }
     }
     return NULL;
+}
+
+static struct vb_device *find_range(uintptr_t address, struct range *range)
+{
+    struct vb_shared *shared = atomic_load(&first_shared);
+    struct vb_device *found = NULL;
+
+    for (; shared && !found; shared = shared->next) {
+        uint32_t version;
+
+        do {
+            while ((version = atomic_load(&shared->version)) & 1) {
+                sched_yield(); /* the writer touches no memory of a guest's: it will finish */
+            }
+            found = search(shared, address, range);
+        } while (atomic_load(&shared->version) != version);
+    }
+    return found;
 }
 
 /*
@@ -61,104 +104,159 @@ static bool put_zeroes(uintptr_t start, size_t length)
 
 static struct vb_device *replace_memory(uintptr_t address)
 {
-    struct shared_range *range = find_range(address);
+    struct range range;
+    struct vb_device *device = find_range(address, &range);
 
-    if (range) {
-        struct vb_device *device = atomic_load(&range->device);
-        return put_zeroes(atomic_load(&range->start), atomic_load(&range->length)) ? device : NULL;
+    if (!device && handling) {
+        device = handling;
+        range = (struct range){address & ~(uintptr_t)(VB_PAGE_SIZE - 1), VB_PAGE_SIZE};
     }
-    if (handling) {
-        return put_zeroes(address & ~(uintptr_t)(VB_PAGE_SIZE - 1), VB_PAGE_SIZE) ? handling : NULL;
+    return device && put_zeroes(range.start, range.length) ? device : NULL;
+}
+
+/*
+ * The same signal again, with all that it says, and nobody to catch it: it arrives when the handler
+ * returns. Only to restore the default and return would leave the process without protection
+ * if the cause does not come again (somebody sent it, another thread has mapped something).
+ */
+static void die(int signal_number, siginfo_t *info)
+{
+    signal(signal_number, SIG_DFL);
+    if (syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signal_number, info) < 0) {
+        raise(signal_number);
     }
-    return NULL;
+}
+
+static void pass_on(int signal_number, siginfo_t *info, void *context)
+{
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(signal_number, info, context);
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+        previous.sa_handler(signal_number);
+    } else if (previous.sa_handler == SIG_DFL || info->si_code > 0) { /* a fault is never ignored */
+        die(signal_number, info);
+    }
 }
 
 static void on_sigbus(int signal_number, siginfo_t *info, void *context)
 {
-    struct vb_device *device = replace_memory((uintptr_t)info->si_addr);
+    struct vb_device *device = NULL;
     const char *none = NULL;
+    int saved = errno;
 
-    (void)context;
-    if (!device && vb_file_map_fault((uintptr_t)info->si_addr)) {
-        return;
+    if (info->si_code > 0) { /* a fault, not somebody's kill(): there is an address */
+        device = replace_memory((uintptr_t)info->si_addr);
     }
-    if (!device) {
-        signal(signal_number, SIG_DFL); /* happens again on return, and then it counts */
-        return;
+    if (device) {
+        atomic_compare_exchange_strong(
+            &device->violation, &none, "shared memory that was taken away (its file was truncated)");
+        vb_device_wake(device);
+    } else {
+        pass_on(signal_number, info, context);
     }
-    atomic_compare_exchange_strong(&device->violation, &none,
-                                   "shared memory that was taken away (its file was truncated)");
-    vb_device_wake(device);
+    errno = saved;
 }
 
 void vb_guest_fault_init(void)
 {
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESTART};
+    struct sigaction before;
 
-    sigaction(SIGBUS, &action, NULL);
-}
-
-static bool is_range(const struct shared_range *range, const struct vb_device *device,
-                     uintptr_t start, size_t length)
-{
-    return atomic_load(&range->start) == start && atomic_load(&range->length) == length &&
-           atomic_load(&range->device) == device;
-}
-
-static void keep_range(struct vb_device *device, const void *start, size_t length)
-{
-    struct shared_range *unused = NULL;
-
-    for (size_t i = 0; start && i < RANGES_MAX; i++) {
-        if (is_range(&ranges[i], device, (uintptr_t)start, length)) {
-            ranges[i].current = true;
-            return;
-        }
-        if (!unused && atomic_load(&ranges[i].start) == 0) {
-            unused = &ranges[i];
-        }
-    }
-    if (start && unused) {
-        unused->current = true;
-        atomic_store(&unused->length, length);
-        atomic_store(&unused->device, device);
-        atomic_store(&unused->start, (uintptr_t)start);
+    sigaction(SIGBUS, NULL, &before);
+    if (!(before.sa_flags & SA_SIGINFO) || before.sa_sigaction != on_sigbus) {
+        previous = before;
+        sigaction(SIGBUS, &action, NULL);
     }
 }
 
-/* Forgets the device's ranges that nobody has called current since the last time. */
-static void sweep_ranges(const struct vb_device *device)
+/* ---- what is mapped ------------------------------------------------------------------------ */
+
+int vb_guest_fault_protect(struct vb_device *device)
 {
-    for (size_t i = 0; i < RANGES_MAX; i++) {
-        if (atomic_load(&ranges[i].device) == device) {
-            if (!ranges[i].current) {
-                atomic_store(&ranges[i].start, 0);
-                atomic_store(&ranges[i].device, NULL);
-            }
-            ranges[i].current = false;
+    struct vb_shared *shared;
+
+    pthread_mutex_lock(&shared_lock);
+    for (shared = atomic_load(&first_shared); shared && shared->taken; shared = shared->next) {
+    }
+    if (!shared) {
+        shared = calloc(1, sizeof(*shared));
+        if (shared) {
+            shared->next = atomic_load(&first_shared);
+            atomic_store(&first_shared, shared);
         }
+    }
+    if (shared) {
+        shared->taken = true;
+        device->shared = shared;
+    }
+    pthread_mutex_unlock(&shared_lock);
+    return shared ? 0 : -ENOMEM;
+}
+
+static void add_range(struct range *ranges, uint32_t *count, const void *start, size_t length)
+{
+    if (start) {
+        ranges[(*count)++] = (struct range){(uintptr_t)start, length};
     }
 }
 
-/* What stays is never missing in between: lanes may be writing to it. */
+static uint32_t mapped_now(const VuDev *vu, struct range ranges[RANGES_MAX])
+{
+    uint32_t count = 0;
+
+    for (uint32_t i = 0; i < vu->nregions; i++) {
+        add_range(ranges, &count, (const void *)(uintptr_t)vu->regions[i].mmap_addr,
+                  vu->regions[i].size + vu->regions[i].mmap_offset);
+    }
+    add_range(ranges, &count, vu->inflight_info.addr, vu->inflight_info.size);
+    add_range(ranges, &count, vu->log_table, vu->log_size);
+    return count;
+}
+
+static bool same(struct vb_shared *shared, const struct range *ranges, uint32_t count)
+{
+    if (atomic_load(&shared->count) != count) {
+        return false;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        if (atomic_load(&shared->ranges[i].start) != ranges[i].start ||
+            atomic_load(&shared->ranges[i].length) != ranges[i].length) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void replace_ranges(struct vb_shared *shared, struct vb_device *device,
+                           const struct range *ranges, uint32_t count)
+{
+    atomic_fetch_add(&shared->version, 1);
+    atomic_store(&shared->device, device);
+    atomic_store(&shared->count, count);
+    for (uint32_t i = 0; i < count; i++) {
+        atomic_store(&shared->ranges[i].start, ranges[i].start);
+        atomic_store(&shared->ranges[i].length, ranges[i].length);
+    }
+    atomic_fetch_add(&shared->version, 1);
+}
+
 void vb_guest_fault_watch(struct vb_device *device)
 {
-    const VuDev *vu = &device->vu;
+    struct range ranges[RANGES_MAX];
+    uint32_t count = mapped_now(&device->vu, ranges);
 
-    pthread_mutex_lock(&ranges_lock);
-    for (uint32_t i = 0; i < vu->nregions; i++) {
-        keep_range(device, (const void *)(uintptr_t)vu->regions[i].mmap_addr,
-                   vu->regions[i].size + vu->regions[i].mmap_offset);
+    if (!same(device->shared, ranges, count)) {
+        replace_ranges(device->shared, device, ranges, count);
     }
-    keep_range(device, vu->inflight_info.addr, vu->inflight_info.size);
-    keep_range(device, vu->log_table, vu->log_size);
-    sweep_ranges(device);
-    pthread_mutex_unlock(&ranges_lock);
 }
 
 void vb_guest_fault_forget(struct vb_device *device)
 {
-    pthread_mutex_lock(&ranges_lock);
-    sweep_ranges(device);
-    pthread_mutex_unlock(&ranges_lock);
+    if (device->shared) {
+        replace_ranges(device->shared, NULL, NULL, 0);
+        pthread_mutex_lock(&shared_lock);
+        device->shared->taken = false;
+        pthread_mutex_unlock(&shared_lock);
+        device->shared = NULL;
+    }
 }
