@@ -67,11 +67,16 @@ _EVENT_DISCONNECTED: int = lib.VB_EVENT_DISCONNECTED
 _EVENT_WRITEBACK: int = lib.VB_EVENT_WRITEBACK
 _EVENT_DRAINING: int = lib.VB_EVENT_DRAINING
 _EVENT_UNRECORDED: int = lib.VB_EVENT_UNRECORDED
+_EVENT_REPORT: int = lib.VB_EVENT_REPORT
+QUORUM_ALL: int = lib.VB_QUORUM_ALL
 _COMMAND_COMPLETE: int = lib.VB_COMMAND_COMPLETE
 _COMMAND_FORWARD: int = lib.VB_COMMAND_FORWARD
 _COMMAND_SUBMIT: int = lib.VB_COMMAND_SUBMIT
 
 Buffer = bytes | bytearray | memoryview
+
+ReportSink = Callable[[int, int, int, int, int], None]
+"""Takes what a quorum node tells: leg, error, operation, offset, bytes."""
 
 UpcallSink = Callable[[int, int, int, int, int, int, int], None]
 """Takes an upcall: request handle, operation, flags, offset, bytes, iovec address, iovec count."""
@@ -364,6 +369,24 @@ class NodeHandle:
         self._children.clear()
 
 
+class QuorumHandle(NodeHandle):
+    """Legs with the same data."""
+
+    def __init__(self, engine: Engine, pointer: Any, cookie: int) -> None:
+        super().__init__(engine, pointer)
+        self._cookie = cookie
+
+    def set(self, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool) -> None:
+        """Other options; only while every export that reaches this node is paused."""
+        given = (self._cookie, legs, threshold, fifo, rewrite_corrupted)
+        lib.vb_node_quorum_set(self.pointer, ffi.new("struct vb_quorum_options *", given))
+
+    def free(self) -> None:
+        """Nothing reaches it any more."""
+        self._engine.forget_reports(self._cookie)
+        super().free()
+
+
 class UpcallHandle(NodeHandle):
     """A node whose requests, those in its mask, come to Python."""
 
@@ -543,6 +566,7 @@ class Engine:
         self._cookies = itertools.count(1)
         self._ios: dict[int, IO] = {}
         self._upcalls: dict[int, UpcallSink] = {}
+        self._reports: dict[int, ReportSink] = {}
         self._exports: dict[int, ExportHandle] = {}
         self._iothreads: list[IOThread] = []
         self._default_iothread: IOThread | None = None
@@ -646,6 +670,21 @@ class Engine:
     def new_raw(self, *, offset: int) -> NodeHandle:
         """A `raw` node that adds `offset`."""
         return NodeHandle(self, self._made(lib.vb_node_raw_new(self._engine, offset, self.error)))
+
+    def new_quorum(
+        self, sink: ReportSink, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool
+    ) -> QuorumHandle:
+        """A `quorum` node; what its legs do wrong goes to `sink`."""
+        cookie = next(self._cookies)
+        given = (cookie, legs, threshold, fifo, rewrite_corrupted)
+        options = ffi.new("struct vb_quorum_options *", given)
+        pointer = self._made(lib.vb_node_quorum_new(self._engine, options, self.error))
+        self._reports[cookie] = sink
+        return QuorumHandle(self, pointer, cookie)
+
+    def forget_reports(self, cookie: int) -> None:
+        """Called by QuorumHandle.free()."""
+        del self._reports[cookie]
 
     def new_upcall(self, ops: Iterable[int], sink: UpcallSink) -> UpcallHandle:
         """A node that hands requests of the kinds `ops` to `sink`, the rest to child 0."""
@@ -891,6 +930,10 @@ class Engine:
                 upcalls[cookie](request, op, flags, offset, size, iov, niov)
             elif kind == _EVENT_DONE:
                 ios.pop(cookie).complete(ret)
+            elif kind == _EVENT_REPORT:
+                sink = self._reports.get(cookie)
+                if sink is not None:  # else its node has gone meanwhile
+                    sink(request, ret, op, offset, size)
             else:
                 export = self._exports.get(cookie)
                 if export is not None:

@@ -129,6 +129,22 @@ vb_node *vb_node_raw_new(vb_engine *engine, uint64_t offset, char *error);
  */
 vb_node *vb_node_upcall_new(vb_engine *engine, uint32_t op_mask, uint64_t cookie, char *error);
 
+/*
+ * quorum: children 0 to legs - 1 hold the same data. What a leg does wrong is told in
+ * VB_EVENT_REPORT events.
+ */
+struct vb_quorum_options {
+    uint64_t cookie;        /* of the reports */
+    uint32_t legs;          /* 1 to VB_MAX_CHILDREN */
+    uint32_t threshold;     /* legs that must agree (reads) or succeed (everything else) */
+    bool fifo;              /* a read is answered by the first leg that can, without a vote */
+    bool rewrite_corrupted; /* legs that are outvoted get the winner's data */
+};
+
+vb_node *vb_node_quorum_new(vb_engine *engine, const struct vb_quorum_options *options, char *error);
+/* Only while every export that reaches the node is paused. */
+void vb_node_quorum_set(vb_node *node, const struct vb_quorum_options *options);
+
 #define VB_MAX_CHILDREN 32
 void vb_node_set_child(vb_node *node, uint32_t index, vb_node *child);
 void vb_node_stats(vb_node *node, struct vb_stats *stats);
@@ -207,6 +223,13 @@ void vb_export_free(vb_export *export_); /* disconnected, not paused */
 #define VB_EVENT_DRAINING 7
 /* Queue `ret` has more entries than the record of requests in flight: a kill would lose some. */
 #define VB_EVENT_UNRECORDED 8
+
+/*
+ * A quorum node has something to tell: leg `request` (or VB_QUORUM_ALL: the whole) was bad, for
+ * op, offset, bytes; ret is its error, 0 if it was outvoted.
+ */
+#define VB_EVENT_REPORT 10
+#define VB_QUORUM_ALL 0xffffffff
 
 #define VB_EVENT_TEXT 160
 

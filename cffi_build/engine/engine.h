@@ -97,6 +97,15 @@ void vb_submit(struct vb_node *node, struct vb_request *request);
 /* Ends the request: counts it for every node on its path, then calls done(). */
 void vb_complete(struct vb_request *request, int ret);
 
+/*
+ * Page-aligned memory for data that a node must hold itself; NULL if there is none. Give it
+ * back with the same size, on the same thread.
+ */
+#define VB_BUFFER_CLASSES 9
+void *vb_buffer_get(struct vb_iothread *thread, size_t size);
+void vb_buffer_put(struct vb_iothread *thread, void *memory, size_t size);
+void vb_buffers_free(struct vb_iothread *thread); /* the thread has ended */
+
 /* ---- nodes ---------------------------------------------------------------------- */
 
 struct vb_node_ops {
@@ -215,6 +224,8 @@ struct vb_iothread {
     uint32_t aio_threads_max; /* VB_AIO_THREADS: most threads in the pool */
     struct vb_poller *pollers;
     struct vb_request *free_requests;
+    struct free_buffer *free_buffers[VB_BUFFER_CLASSES];
+    uint32_t free_buffer_counts[VB_BUFFER_CLASSES];
     struct vb_timer **timers; /* binary heap, earliest first */
     uint32_t timers_used, timers_size;
     struct vb_timer trim;     /* file_map.c's */

@@ -308,6 +308,7 @@ static void release(struct vb_iothread *thread)
         free(thread->free_requests);
         thread->free_requests = next;
     }
+    vb_buffers_free(thread);
     free(thread->timers);
     if (thread->epoll_fd >= 0) {
         close(thread->epoll_fd);

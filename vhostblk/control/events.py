@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vhostblk.schema import Model
 
@@ -50,6 +50,24 @@ class FilterError(Model):
     errno: int | None = None
 
 
+class QuorumReportBad(Model):
+    """A leg of a quorum failed or was outvoted (then without `error`)."""
+
+    type: Literal["read", "write", "flush"]
+    error: str | None = None
+    node_name: str
+    sector_num: int
+    sectors_count: int
+
+
+class QuorumFailure(Model):
+    """Not enough legs of a quorum agreed, or succeeded; the request has failed."""
+
+    reference: str
+    sector_num: int
+    sectors_count: int
+
+
 class JobStatusChange(Model):
     """A job has entered another state."""
 
@@ -60,6 +78,8 @@ class JobStatusChange(Model):
 EVENTS: dict[str, type[Model]] = {
     "BLOCK_EXPORT_DELETED": BlockExportDeleted,
     "JOB_STATUS_CHANGE": JobStatusChange,
+    "QUORUM_FAILURE": QuorumFailure,
+    "QUORUM_REPORT_BAD": QuorumReportBad,
     "VHOSTBLK_EXPORT_CONNECTED": ExportConnected,
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
     "VHOSTBLK_FILTER_ERROR": FilterError,
@@ -77,6 +97,8 @@ class Limit:
 # Coming and going share a limit, so that the last event told is the last thing that happened.
 _CONNECTION = Limit("VHOSTBLK_EXPORT", ("id",))
 LIMITED: dict[str, Limit] = {
+    "QUORUM_FAILURE": Limit("QUORUM_FAILURE", ("reference",)),
+    "QUORUM_REPORT_BAD": Limit("QUORUM_REPORT_BAD", ("node-name", "type")),
     "VHOSTBLK_EXPORT_CONNECTED": _CONNECTION,
     "VHOSTBLK_EXPORT_DISCONNECTED": _CONNECTION,
     "VHOSTBLK_FILTER_ERROR": Limit("VHOSTBLK_FILTER_ERROR", ("node-name", "operation")),
