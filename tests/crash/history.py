@@ -47,26 +47,31 @@ class History:
         self.content = bytearray(content)
         """What the guest would read now. (A discarded sector counts as zeroes.)"""
 
-    @contextlib.contextmanager
-    def during(
-        self,
-        kind: Kind,
-        offset: int = 0,
-        length: int = 0,
-        data: bytes = b"",
-        *,
-        fua: bool = False,
-    ) -> Iterator[None]:
-        """A request that begins now, and has ended well if no exception leaves the block."""
+    def begin(
+        self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"", *, fua: bool = False
+    ) -> Op:
         op = Op(kind, offset, length, data, fua, self.clock.tick())
         self.ops.append(op)
-        yield
+        return op
+
+    def end(self, op: Op) -> None:
+        """It has ended well; one that failed never ends."""
         op.end = self.clock.tick()
-        if kind == "resize":
-            del self.content[length:]
-            self.content.extend(bytes(length - len(self.content)))
-        elif kind != "flush":
-            self.content[offset : offset + length] = data if kind == "write" else bytes(length)
+        if op.kind == "resize":
+            del self.content[op.length :]
+            self.content.extend(bytes(op.length - len(self.content)))
+        elif op.kind != "flush":
+            data = op.data if op.kind == "write" else bytes(op.length)
+            self.content[op.offset : op.offset + op.length] = data
+
+    @contextlib.contextmanager
+    def during(
+        self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"", *, fua: bool = False
+    ) -> Iterator[None]:
+        """A request that begins now, and has ended well if no exception leaves the block."""
+        op = self.begin(kind, offset, length, data, fua=fua)
+        yield
+        self.end(op)
 
     # ---- shorthands for sequences made by hand
 

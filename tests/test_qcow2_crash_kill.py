@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""kill -9 of a backend that serves qcow2, at random moments under load.
+
+A guest that lives on finds all that it was told had been written, flushed or not: for a running
+guest a disk does not go back in time. What is on disk right after the kill is judged, too, as
+somebody else would find it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backend_process import BackendProcess
+from crash import Clock, History, newest_tools
+from crash.history import Op
+from crash.judge import is_dirty
+from crash.stage import SEED_VARIABLE
+from frontend import Device, Request, Type
+
+KIB = 1 << 10
+MIB = 1 << 20
+SIZE = 8 * MIB
+DEPTH = 24
+
+Start = Callable[..., BackendProcess]
+
+
+class Load:
+    """A front-end with many writes in flight, and the history of its disk."""
+
+    def __init__(self, socket: Path, content: bytes, seed: int) -> None:
+        self.rnd = random.Random(seed)
+        self.history = History(Clock(), content)
+        self.device = Device(socket, queues=2, timeout=30)
+        self.flying: dict[Request, Op] = {}
+
+    def work(self, count: int) -> None:
+        """That many more requests; up to DEPTH are left in flight."""
+        for _ in range(count):
+            self._start_one()
+            self.device.reap()
+            self._collect()
+            while len(self.flying) >= DEPTH:
+                self.device.wait(next(iter(self.flying)))
+                self._collect()
+
+    def settle(self) -> None:
+        """Wait for all that is in flight."""
+        self.device.wait(*self.flying)
+        self._collect()
+
+    def _start_one(self) -> None:
+        queue = self.rnd.randrange(2)
+        if self.rnd.random() < 0.03:
+            request = self.device.submit(Type.FLUSH, queue=queue)
+            self.flying[request] = self.history.begin("flush")
+            return
+        length = 512 * self.rnd.choice((1, 3, 8, 8, 8, 16, 128, self.rnd.randint(1, 256)))
+        offset = 512 * self.rnd.randint(0, (SIZE - length) // 512)
+        for op in self.flying.values():
+            if (
+                op.kind != "flush"
+                and offset < op.offset + op.length
+                and op.offset < offset + length
+            ):
+                return
+        data = self.rnd.randbytes(length)
+        request = self.device.submit(Type.OUT, offset // 512, data, queue=queue)
+        self.flying[request] = self.history.begin("write", offset, length, data)
+
+    def _collect(self) -> None:
+        for request in [request for request in self.flying if request.done]:
+            op = self.flying.pop(request)
+            assert request.status == 0, f"{op.kind} at {op.offset:#x} ended with {request.status}"
+            self.history.end(op)
+
+    def check(self) -> None:
+        """Everything, through the device."""
+        step = 256 * KIB
+        for at in range(0, SIZE, step):
+            read = self.device.read(at, step)
+            expected = self.history.content[at : at + step]
+            if read != expected:
+                wrong = next(i for i in range(step) if read[i] != expected[i])
+                raise AssertionError(f"byte {at + wrong:#x} is not what was written")
+
+
+def arguments(image: Path, **options: Any) -> list[str]:
+    """A backend's command line."""
+    more = "".join(f",{key.replace('_', '-')}={value}" for key, value in options.items())
+    export = "type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2"
+    return [
+        *("--control", "none"),
+        *("--blockdev", f"driver=file,node-name=storage,filename={image}"),
+        *("--blockdev", f"driver=qcow2,node-name=disk,file=storage{more}"),
+        *("--export", f"{export},addr.type=unix,addr.path={{dir}}/disk.sock"),
+    ]
+
+
+@pytest.fixture
+def seed() -> Iterator[int]:
+    value = int(os.environ.get(SEED_VARIABLE, 1))
+    print(f"{SEED_VARIABLE}={value}")
+    yield value
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "64k": {},
+    "4k": {"cluster_size": 4 * KIB},
+    "512": {"cluster_size": 512},
+    "lazy": {"lazy_refcounts": "on", "cluster_size": 4 * KIB},
+    "extended": {"extended_l2": "on", "cluster_size": 16 * KIB},
+    "backing": {"cluster_size": 16 * KIB, "backing": "below.raw"},
+    "data-file": {"data_file": "disk.data", "cluster_size": 4 * KIB},
+}
+
+
+def image_of(directory: Path, variant: str) -> Path:
+    below = directory / "below.raw"
+    below.write_bytes(random.Random(3).randbytes(SIZE - 300 * KIB))
+    return newest_tools().create(directory / "disk.qcow2", SIZE, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_guest_that_lives_on(
+    short_dir: Path, start_backend: Start, seed: int, variant: str
+) -> None:
+    image = image_of(short_dir, variant)
+    tools = newest_tools()
+    load = Load(short_dir / "disk.sock", tools.content(image), seed)
+    backend = start_backend(*arguments(image))
+    with load.device:
+        for _ in range(6):
+            load.work(load.rnd.randint(50, 250))
+            backend.stop(signal.SIGKILL)
+            found = tools.check(image)
+            if not is_dirty(image.read_bytes()[:512], "qcow2"):
+                assert not found.corruptions and not found.errors, found.text
+            backend = start_backend(*arguments(image))
+            load.device.reconnect()
+            load.settle()
+            load.check()
+        load.work(100)
+        load.settle()
+        load.check()
+    assert backend.stop() == 0
+    found = tools.check(image)
+    assert not found.corruptions and not found.errors, found.text
+    assert tools.content(image) == load.history.content
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_others_find(short_dir: Path, start_backend: Start, seed: int, variant: str) -> None:
+    """Nobody of ours comes back: QEMU opens the image. What was flushed is there."""
+    image = image_of(short_dir, variant)
+    tools = newest_tools()
+    load = Load(short_dir / "disk.sock", tools.content(image), seed)
+    for _ in range(4):
+        backend = start_backend(*arguments(image))
+        with load.device:
+            load.work(load.rnd.randint(30, 200))
+            time.sleep(load.rnd.random() * 0.01)
+            backend.stop(signal.SIGKILL)
+        if is_dirty(image.read_bytes()[:512], "qcow2"):
+            tools.check(image, "-r", "all")
+        found = tools.check(image)
+        assert not found.corruptions and not found.errors, found.text
+        content = tools.content(image)
+        load.history.judge(content, load.history.clock.now)
+        load = Load(short_dir / "disk.sock", content, seed + 1)
