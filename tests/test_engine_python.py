@@ -129,12 +129,12 @@ def test_percentiles() -> None:
     bucket = next(i for i, floor in enumerate(floors) if floor >= 1000)
     histogram[bucket] = 98
     histogram[bucket + 40] = 2
-    op = OpStats(100, 0, 0, 100_000, tuple(histogram))
+    op = OpStats(100, 0, 0, 100_000, 0, tuple(histogram))
     assert floors[bucket] <= op.percentile(50) <= floors[bucket + 1]
     assert op.percentile(99) >= floors[bucket + 40]
     assert op.mean_ns == 1000
     assert op.buckets() == [(floors[bucket], 98), (floors[bucket + 40], 2)]
-    empty = OpStats(0, 0, 0, 0, tuple([0] * len(floors)))
+    empty = OpStats(0, 0, 0, 0, 0, tuple([0] * len(floors)))
     assert empty.percentile(50) == 0 and empty.mean_ns == 0 and empty.buckets() == []
 
 

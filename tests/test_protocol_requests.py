@@ -400,3 +400,48 @@ def test_random_requests_keep_the_model(lab: Lab) -> None:
         device.flush()
     with lab.file("disk").open("rb") as file:
         assert file.read(size) == model
+
+
+def counters(lab: Lab, export: str) -> dict[str, int]:
+    """What the export has counted so far, by QAPI's names."""
+    with lab.qmp() as qmp:
+        stats = next(e for e in qmp.command("query-blockstats") if e.get("export") == export)
+        described = next(e for e in qmp.command("query-block-exports") if e["id"] == export)
+    found = {name: n for name, n in stats["stats"].items() if name.endswith("_operations")}
+    return {**found, "unsupported": described["unsupported-requests"]}
+
+
+@pytest.mark.parametrize(
+    ("export", "type_", "sector", "data", "length", "counted"),
+    [
+        ("disk", Type.IN, SECTORS, b"", 512, "invalid_rd_operations"),
+        ("disk", Type.IN, 0, b"", 100, "invalid_rd_operations"),
+        ("disk", Type.OUT, SECTORS - 1, bytes(1024), 0, "invalid_wr_operations"),
+        ("ro", Type.OUT, 0, bytes(512), 0, "invalid_wr_operations"),
+        ("sectors", Type.OUT, 1, bytes(4096), 0, "invalid_wr_operations"),
+        ("disk", Type.DISCARD, 0, bytes(15), 0, "invalid_unmap_operations"),
+        ("disk", Type.DISCARD, 0, DISCARD_SEGMENT.pack(0, 8, 1), 0, "invalid_unmap_operations"),
+        (
+            "disk",
+            Type.DISCARD,
+            0,
+            DISCARD_SEGMENT.pack(SECTORS, 1, 0),
+            0,
+            "invalid_unmap_operations",
+        ),
+        ("disk", Type.WRITE_ZEROES, 0, DISCARD_SEGMENT.pack(0, 1, 2), 0, "invalid_wr_operations"),
+        ("disk", Type.GET_ID, 0, b"", 19, "invalid_rd_operations"),
+        ("disk", 99, 0, b"", 0, "unsupported"),
+    ],
+)
+def test_what_is_refused_is_counted(
+    lab: Lab, export: str, type_: int, sector: int, data: bytes, length: int, counted: str
+) -> None:
+    """As QEMU does: refused is neither done nor failed, and has a number of its own."""
+    before = counters(lab, export)
+    with lab.device(export) as device:
+        for _ in range(3):
+            assert device.run(type_, sector, data, length=length).status != Status.OK
+    after = counters(lab, export)
+    changed = {name: after[name] - count for name, count in before.items() if after[name] != count}
+    assert changed == {counted: 3}

@@ -134,12 +134,13 @@ def histogram_floors() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class OpStats:
-    """What one kind of operation amounts to so far."""
+    """What one kind of operation amounts to so far; `invalid` are those refused unstarted."""
 
     ops: int
     errors: int
     bytes: int
     total_ns: int
+    invalid: int
     histogram: tuple[int, ...]
 
     @property
@@ -181,11 +182,11 @@ class Stats:
 
 
 def _stats(raw: Any) -> Stats:
-    # Five operations, each four counters and the histogram: all are uint64.
-    size = 4 + int(lib.VB_HISTOGRAM_BUCKETS)
+    # Five operations, each five counters and the histogram: all are uint64.
+    size = 5 + int(lib.VB_HISTOGRAM_BUCKETS)
     values = struct.unpack(f"={5 * size}Q", ffi.buffer(raw))
     rows = [values[i * size : (i + 1) * size] for i in range(5)]
-    return Stats(*(OpStats(row[0], row[1], row[2], row[3], row[4:]) for row in rows))
+    return Stats(*(OpStats(*row[:5], row[5:]) for row in rows))
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class ExportInfo:
     resubmitted: int
     connections: int
     broken: int
+    unsupported: int
 
 
 # ---- requests of Python's own -------------------------------------------------------
@@ -507,6 +509,7 @@ class ExportHandle:
             raw.resubmitted,
             raw.connections,
             raw.broken,
+            raw.unsupported,
         )
 
     def stats(self) -> Stats:

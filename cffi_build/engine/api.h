@@ -87,6 +87,7 @@ struct vb_stats_op {
     uint64_t errors;   /* completed with an error */
     uint64_t bytes;    /* of the successful ones */
     uint64_t total_ns; /* sum of the latencies */
+    uint64_t invalid;  /* refused before they were started, in none of the other numbers */
     uint64_t histogram[VB_HISTOGRAM_BUCKETS];
 };
 
@@ -178,6 +179,7 @@ struct vb_export_info {
     uint64_t resubmitted;      /* requests taken over from a dead predecessor */
     uint64_t connections;      /* accepted so far */
     uint64_t broken;           /* connections dropped because of a protocol violation */
+    uint64_t unsupported;      /* requests of a type that there is none of */
 };
 
 vb_export *vb_export_new(vb_engine *engine, const struct vb_export_options *options, char *error);

@@ -146,7 +146,7 @@ struct vb_export {
     struct vb_device *device;      /* control's */
     uint32_t pause_depth;          /* control's */
     char reason[VB_EVENT_TEXT];    /* control's copy of the last device's */
-    _Atomic uint64_t connections, broken, resubmitted;
+    _Atomic uint64_t connections, broken, resubmitted, unsupported;
     _Atomic(struct vb_stats *) stats[VB_MAX_IOTHREADS];
 };
 

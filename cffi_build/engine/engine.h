@@ -134,6 +134,9 @@ void *vb_node_alloc(struct vb_engine *engine, const struct vb_node_ops *ops, siz
 /* One completed operation into this thread's own statistics; `stats` is created on demand. */
 void vb_stats_account(_Atomic(struct vb_stats *) *stats, const struct vb_iothread *thread,
                       unsigned op, int ret, uint64_t bytes, uint64_t latency_ns);
+/* One that the device refused: out of bounds, not aligned, a write to a read-only disk. */
+void vb_stats_refused(_Atomic(struct vb_stats *) *stats, const struct vb_iothread *thread,
+                      unsigned op);
 /* Control: the sum over the threads, read without disturbing them. */
 void vb_stats_sum(_Atomic(struct vb_stats *) *stats, struct vb_stats *sum);
 void vb_stats_free(_Atomic(struct vb_stats *) *stats); /* control */

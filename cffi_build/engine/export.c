@@ -140,6 +140,7 @@ void vb_export_query(struct vb_export *export_, struct vb_export_info *info)
         .resubmitted = atomic_load_explicit(&export_->resubmitted, memory_order_relaxed),
         .connections = atomic_load_explicit(&export_->connections, memory_order_relaxed),
         .broken = atomic_load_explicit(&export_->broken, memory_order_relaxed),
+        .unsupported = atomic_load_explicit(&export_->unsupported, memory_order_relaxed),
     };
     if (!device) {
         return;

@@ -75,6 +75,16 @@ void vb_stats_account(_Atomic(struct vb_stats *) *stats, const struct vb_iothrea
     add(&count->histogram[bucket_of(latency_ns)], 1);
 }
 
+void vb_stats_refused(_Atomic(struct vb_stats *) *stats, const struct vb_iothread *thread,
+                      unsigned op)
+{
+    struct vb_stats *mine = stats_of_thread(stats, thread->index);
+
+    if (mine) {
+        add(&mine->op[op].invalid, 1);
+    }
+}
+
 void vb_stats_sum(_Atomic(struct vb_stats *) *stats, struct vb_stats *sum)
 {
     uint64_t *to = (uint64_t *)sum;

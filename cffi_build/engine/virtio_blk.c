@@ -171,6 +171,21 @@ static struct vb_export *export_of(const struct vb_blk_request *blk)
     return blk->queue->lane->device->export_;
 }
 
+/* Not started: what is wrong with it is the guest's affair, and worth a number for the operator. */
+static void refuse(struct vb_blk_request *blk, uint8_t op, uint8_t status)
+{
+    blk->request.op = op;
+    vb_stats_refused(export_of(blk)->stats, blk->request.thread, op);
+    answer(blk, status);
+}
+
+static void refuse_unknown(struct vb_blk_request *blk)
+{
+    blk->request.op = VB_OP_FLUSH; /* no buffers were written, for the dirty log */
+    atomic_fetch_add_explicit(&export_of(blk)->unsupported, 1, memory_order_relaxed);
+    answer(blk, VIRTIO_BLK_S_UNSUPP);
+}
+
 /* Without a write cache every write is on stable storage when the guest hears of it. */
 static bool writethrough(const struct vb_blk_request *blk)
 {
@@ -198,8 +213,13 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
 
     request->op = op;
     if (unaligned || !in_bounds(export_, sector, bytes) ||
-        (op == VB_OP_WRITE && !export_->writable) || !keep_iov(blk, iov, niov)) {
-        answer(blk, VIRTIO_BLK_S_IOERR);
+        (op == VB_OP_WRITE && !export_->writable)) {
+        refuse(blk, op, VIRTIO_BLK_S_IOERR);
+        return;
+    }
+    if (!keep_iov(blk, iov, niov)) {
+        request->ret = -ENOMEM;
+        blk_done(request);
         return;
     }
     request->flags = op == VB_OP_WRITE && writethrough(blk) ? VB_REQ_FUA : 0;
@@ -220,7 +240,7 @@ static void start_get_id(struct vb_blk_request *blk, struct iovec *in, uint32_t 
     size_t left = VIRTIO_BLK_ID_BYTES;
 
     if (iov_bytes(in, nin) < left) {
-        answer(blk, VIRTIO_BLK_S_IOERR);
+        refuse(blk, VB_OP_READ, VIRTIO_BLK_S_IOERR);
         return;
     }
     for (uint32_t i = 0; left > 0; i++) {
@@ -294,9 +314,8 @@ static void start_ranges(struct vb_blk_request *blk, uint8_t op, struct iovec *o
     uint32_t count = (uint32_t)(bytes / sizeof(ranges[0]));
     uint16_t flags = op == VB_OP_WRITE_ZEROES && writethrough(blk) ? VB_REQ_FUA : 0;
 
-    blk->request.op = op;
     if (bytes % sizeof(ranges[0]) || bytes == 0 || bytes > sizeof(ranges) || !export_->writable) {
-        answer(blk, VIRTIO_BLK_S_IOERR);
+        refuse(blk, op, VIRTIO_BLK_S_IOERR);
         return;
     }
     iov_take(&out, &nout, ranges, bytes);
@@ -304,7 +323,7 @@ static void start_ranges(struct vb_blk_request *blk, uint8_t op, struct iovec *o
         uint8_t status = check_range(export_, op, &ranges[i]);
 
         if (status != VIRTIO_BLK_S_OK) {
-            answer(blk, status);
+            refuse(blk, op, status);
             return;
         }
     }
@@ -364,8 +383,7 @@ bool vb_blk_start(struct vb_blk_request *blk, struct iovec *out, uint32_t nout,
         start_ranges(blk, VB_OP_WRITE_ZEROES, out, nout);
         break;
     default:
-        blk->request.op = VB_OP_FLUSH; /* no buffers were written */
-        answer(blk, VIRTIO_BLK_S_UNSUPP);
+        refuse_unknown(blk);
         break;
     }
     return true;

@@ -345,6 +345,7 @@ class BlockExportInfo(Model):
     resubmitted: int
     connections: int
     broken_connections: int
+    unsupported_requests: int
 
 
 class IOThreadInfo(Model):

@@ -314,6 +314,7 @@ class VhostUserBlkExport(Export):
             "resubmitted": info.resubmitted,
             "connections": info.connections,
             "broken-connections": info.broken,
+            "unsupported-requests": info.unsupported,
         }
 
 
