@@ -13,7 +13,7 @@ given on the command line again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from vhostblk import __version__
@@ -98,6 +98,7 @@ class Document(Model):
 def describe(backend: Backend) -> str:
     """The state of a backend, as the text of a state file."""
     objects, mentioned = [], []
+    roots = [export.backend.root for export in backend.exports() if export.backend is not None]
     for entry in backend.objects:
         options = entry.state_options()
         if options is None:
@@ -110,27 +111,43 @@ def describe(backend: Backend) -> str:
         "program": f"vhostblk {__version__}",
         "objects": objects,
         "objects-with-secrets": mentioned,
-        "nodes": [_describe_node(backend.graph, node) for node in _kept_nodes(backend.graph)],
+        "nodes": [
+            _describe_node(backend.graph, node) for node in _kept_nodes(backend.graph, roots)
+        ],
         "exports": [export.state_options() for export in backend.exports()],
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def _kept_nodes(graph: Graph) -> Iterator[NodeDriver]:
-    """Children first, and without those that are about to go with the parent they had."""
-    kept: dict[NodeDriver, None] = {}
-    waiting = [node for node in graph.nodes.values() if graph.is_owned(node)]
-    waiting += [backend.root for backend in graph.backends]
+def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
+    """Children first, else in the order in which they were made.
+
+    Without those that are about to go with the parent they had.
+    """
+    needed: dict[NodeDriver, None] = {}
+    waiting = [*(node for node in graph.nodes.values() if graph.is_owned(node)), *roots]
     while waiting:
         node = waiting.pop()
-        if node not in kept:
-            kept[node] = None
+        if node not in needed:
+            needed[node] = None
             waiting += [child.node for child in graph.children_of(node).values()]
-    return (node for node in graph.bottom_up() if node in kept)
+    kept: dict[NodeDriver, None] = {}
+    for top in graph.nodes.values():
+        waiting = [top] if top in needed else []
+        while waiting:
+            node = waiting[-1]
+            missing = [c.node for c in graph.children_of(node).values() if c.node not in kept]
+            if missing:
+                waiting += reversed(missing)
+            else:
+                kept[waiting.pop()] = None
+    return list(kept)
 
 
 def _describe_node(graph: Graph, node: NodeDriver) -> dict[str, Any]:
     options = node.state_options()
+    if not node.name.startswith("#"):
+        options["node-name"] = node.name
     # Where it came from does not matter any more: children are the nodes they are now.
     children = graph.children_of(node)
     for role, kind in node.child_roles.items():

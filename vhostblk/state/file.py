@@ -79,12 +79,14 @@ class StateFile:
             return None
         except OSError as error:
             raise self._error(f"Cannot open '{self.path}': {error.strerror}") from None
-        with open(fd, "rb") as file:
+        try:
             self._check_owner(os.fstat(fd))
-            try:
+            with open(fd, "rb", closefd=False) as file:
                 data = file.read(MAX_SIZE + 1)
-            except OSError as error:
-                raise self._error(f"Cannot read '{self.path}': {error.strerror}") from None
+        except OSError as error:
+            raise self._error(f"Cannot read '{self.path}': {error.strerror}") from None
+        finally:
+            os.close(fd)
         if len(data) > MAX_SIZE:
             raise self._error(f"'{self.path}' is larger than {MAX_SIZE} bytes: no state file")
         try:
