@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Images of QEMU's served by a backend process to libblkio, an independent vhost-user-blk client."""
+"""Images of QEMU's served to libblkio, a vhost-user-blk client that is not ours."""
 
 from __future__ import annotations
 
