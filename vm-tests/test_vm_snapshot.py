@@ -67,30 +67,62 @@ class Progress:
         wait_until(more, f"{writes} more writes", 40, every=0.1)
 
 
-def serve_qcow2(
-    disks: DiskServer, workspace: Workspace, *, filters: tuple[str, ...] = (), state: bool = False
-) -> ServedDisk:
-    """A qcow2 image that QEMU has created, under filters."""
-    image = workspace.path / "base.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
-    arguments = ["--blockdev", f"driver=file,node-name=storage,filename={image}"]
-    arguments += ["--blockdev", "driver=qcow2,node-name=base,file=storage"]
-    top = "base"
-    for number, text in enumerate(filters):
-        arguments += ["--blockdev", f"{text},node-name=filter{number},file={top}"]
-        top = f"filter{number}"
-    if state:
-        arguments += ["--state", str(workspace.path / "state.json")]
-    return disks.serve("drive", image, "base", top, arguments)
+class Legs:
+    """The chains of images under a drive: one, or one for each leg of a quorum."""
 
+    def __init__(self, workspace: Workspace, count: int) -> None:
+        self.chains = [[workspace.path / f"base{number}.qcow2"] for number in range(count)]
+        for (image,) in self.chains:
+            qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
+        self.pauses: list[int] = []
 
-def judge_snapshots(images: list[Path], timeline: Timeline, writes: list[int]) -> None:
-    """Every image as it was when the next one covered it, and the last as it is now."""
-    for number, image in enumerate(images):
-        qemu_img("check", "-f", "qcow2", image)
-        counts = timeline.judge(as_qemu_reads(image, "qcow2"), image.name)
-        assert number == 0 or sum(counts) > 0
-    assert timeline.counts == writes, "the last image is not what the guest has written"
+    def serve(
+        self, disks: DiskServer, *, filters: tuple[str, ...] = (), state: Path | None = None
+    ) -> ServedDisk:
+        """All of them under filters."""
+        arguments: list[str] = []
+        top = "leg0"
+        for number, (image,) in enumerate(self.chains):
+            file = f"driver=file,node-name=storage{number},filename={image}"
+            arguments += ["--blockdev", file]
+            format = f"driver=qcow2,node-name=leg{number},file=storage{number}"
+            arguments += ["--blockdev", format]
+        if len(self.chains) > 1:
+            legs = "".join(f",children.{n}=leg{n}" for n in range(len(self.chains)))
+            arguments += ["--blockdev", f"driver=quorum,node-name=quorum,vote-threshold=2{legs}"]
+            top = "quorum"
+        for number, text in enumerate(filters):
+            arguments += ["--blockdev", f"{text},node-name=filter{number},file={top}"]
+            top = f"filter{number}"
+        if state is not None:
+            arguments += ["--state", str(state)]
+        return disks.serve("drive", self.chains[0][0], "leg0", top, arguments)
+
+    def snapshot(self, disk: ServedDisk) -> None:
+        """Of the drive: all legs at once, below the filters."""
+        number = len(self.chains[0])
+        template = "{directory}/" + f"overlay{number}" + ".{node}.{format}"
+        result = disk.backend.qmp.command(
+            "blockdev-snapshot-sync",
+            {"device": disk.disk.id, "snapshot-file-template": template},
+        )
+        self.pauses.append(result["pause-us"])
+        assert len(result["snapshots"]) == len(self.chains)
+        for chain, taken in zip(self.chains, result["snapshots"], strict=True):
+            chain.append(Path(taken["filename"]))
+
+    def judge(self, writes: list[int]) -> None:
+        """Every image is as it was when the next one covered it, and the last as it is now."""
+        timelines = [Timeline(BLOCKS) for _ in self.chains]
+        for images in zip(*self.chains, strict=True):
+            moments = []
+            for image, timeline in zip(images, timelines, strict=True):
+                qemu_img("check", "-f", "qcow2", image)
+                moments.append(timeline.judge(as_qemu_reads(image, "qcow2"), image.name))
+            assert all(moment == moments[0] for moment in moments), (
+                f"the legs of one snapshot are of different moments: {images[0].name} {moments}"
+            )
+        assert moments[0] == writes, "the last image is not what the guest has written"
 
 
 class TestFilters:
@@ -125,6 +157,7 @@ class TestFilters:
 
 class TestSnapshots:
     @pytest.mark.timeout(240)
+    @pytest.mark.parametrize("legs", [1, 3])
     @pytest.mark.parametrize("kills", [False, True], ids=["running", "killed-between"])
     def test_twenty_snapshots(
         self,
@@ -133,54 +166,39 @@ class TestSnapshots:
         workspace: Workspace,
         record_property: object,
         kills: bool,
+        legs: int,
     ) -> None:
-        """A filter on top, and every snapshot below it; killed, the backend comes back the same."""
-        disk = serve_qcow2(disks, workspace, filters=("driver=delay,write-ns=50000",), state=True)
-        program = install("stamp", guest, disks, workspace)
-        stamper = Stamper(guest, program, disk.dev, BLOCKS)
+        """A filter on top, and snapshots below it; killed, the backend comes back the same."""
+        tree = Legs(workspace, legs)
+        delay = "driver=delay,write-ns=50000"
+        disk = tree.serve(disks, filters=(delay,), state=workspace.path / "state.json")
+        stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
-        images = [workspace.path / "base.qcow2"]
-        pauses = []
         for number in range(SNAPSHOTS):
-            progress.wait(300)
-            images.append(workspace.path / f"overlay{number}.qcow2")
-            result = disk.backend.qmp.command(
-                "blockdev-snapshot-sync",
-                {
-                    "device": disk.disk.id,
-                    "snapshot-file": str(images[-1]),
-                    "snapshot-node-name": f"overlay{number}",
-                    "format": "qcow2",
-                },
-            )
-            pauses.append(result["pause-us"])
+            progress.wait(200)
+            tree.snapshot(disk)
             if kills and number % 4 == 3:
                 progress.wait(100)
                 disk.backend.kill()
                 disk.backend.start()
         progress.wait(300)
         summary = stamper.finish(90)
-        report(record_property, "20 snapshots", summary.longest_us, pauses)
-        drive = next(
-            entry
-            for entry in disk.backend.qmp.command("query-block-exports")
-            if entry["id"] == disk.disk.id
-        )
-        assert drive["node-name"] == "filter0", "the filter is not on top any more"
+        report(record_property, "20 snapshots", summary.longest_us, tree.pauses)
+        export = disk.backend.export(disk.disk.id)
+        assert export["node-name"] == "filter0", "the filter is not on top any more"
         disk.unplug()
         disk.backend.terminate()
-        judge_snapshots(images, Timeline(BLOCKS), summary.writes)
+        tree.judge(summary.writes)
         disk.backend.start()
 
     @pytest.mark.timeout(240)
     def test_filters_and_snapshots_and_kills_together(
         self, guest: Guest, disks: DiskServer, workspace: Workspace, record_property: object
     ) -> None:
-        disk = serve_qcow2(disks, workspace, state=True)
-        program = install("stamp", guest, disks, workspace)
-        stamper = Stamper(guest, program, disk.dev, BLOCKS)
+        tree = Legs(workspace, 1)
+        disk = tree.serve(disks, state=workspace.path / "state.json")
+        stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
-        images = [workspace.path / "base.qcow2"]
         for number in range(6):
             options = {"driver": "delay", "node-name": f"delay{number}", "write-ns": 100000}
             disk.backend.qmp.command(
@@ -190,21 +208,17 @@ class TestSnapshots:
             disk.backend.kill()
             disk.backend.start()
             progress.wait(200)
-            images.append(workspace.path / f"overlay{number}.qcow2")
-            disk.backend.qmp.command(
-                "blockdev-snapshot-sync",
-                {"device": disk.disk.id, "snapshot-file": str(images[-1])},
-            )
+            tree.snapshot(disk)
             if number % 2:
                 disk.backend.kill()
                 disk.backend.start()
             disk.backend.qmp.command("block-filter-remove", {"node-name": f"delay{number}"})
         progress.wait(300)
         summary = stamper.finish(90)
-        report(record_property, "filters, snapshots and kills", summary.longest_us, [])
+        report(record_property, "filters, snapshots, kills", summary.longest_us, tree.pauses)
         disk.unplug()
         disk.backend.terminate()
-        judge_snapshots(images, Timeline(BLOCKS), summary.writes)
+        tree.judge(summary.writes)
         disk.backend.start()
 
     @pytest.mark.timeout(180)
@@ -212,21 +226,16 @@ class TestSnapshots:
         self, guest: Guest, disks: DiskServer, workspace: Workspace
     ) -> None:
         """Snapshots are read by QEMU's server while the guest goes on writing above them."""
-        disk = serve_qcow2(disks, workspace)
-        program = install("stamp", guest, disks, workspace)
-        stamper = Stamper(guest, program, disk.dev, BLOCKS)
+        tree = Legs(workspace, 1)
+        disk = tree.serve(disks)
+        stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
         timeline = Timeline(BLOCKS)
-        image = workspace.path / "base.qcow2"
-        for number in range(3):
+        for _ in range(3):
             progress.wait(400)
-            overlay = workspace.path / f"overlay{number}.qcow2"
-            disk.backend.qmp.command(
-                "blockdev-snapshot-sync",
-                {"device": disk.disk.id, "snapshot-file": str(overlay)},
-            )
-            timeline.judge(self._through_nbd(image, workspace), image.name)
-            image = overlay
+            tree.snapshot(disk)
+            covered = tree.chains[0][-2]
+            timeline.judge(self._through_nbd(covered, workspace), covered.name)
         stamper.finish()
 
     def _through_nbd(self, image: Path, workspace: Workspace) -> bytes:
