@@ -41,24 +41,30 @@ class Through(Filter):
 async def load(guest: Guest) -> AsyncIterator[None]:
     """A guest that writes and verifies all the time; every request succeeds."""
     stop = threading.Event()
+    rounds = 0
 
-    def work(device: Device) -> int:
-        rounds = 0
+    def work(device: Device) -> None:
+        nonlocal rounds
         while not stop.is_set():
-            rounds += 1
             data = [(rounds * 8 + sector).to_bytes(4) * 128 for sector in range(8)]
             device.wait(*(device.submit(1, sector, data[sector]) for sector in range(8)))
             for sector in range(8):
                 assert device.read(sector * 512, 512) == data[sector]
-        return rounds
+            rounds += 1
+
+    async def one_more() -> None:
+        wanted = rounds + 2
+        while rounds < wanted and not working.done():
+            await asyncio.sleep(0.001)
 
     working = asyncio.create_task(asyncio.to_thread(work, guest.device))
-    await asyncio.sleep(0.01)
+    await one_more()
     try:
         yield
+        await one_more()
     finally:
         stop.set()
-        assert await working > 1
+        await working
 
 
 def picture(graph: Graph) -> Any:

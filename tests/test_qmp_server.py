@@ -160,6 +160,23 @@ SAME = [
     {"execute": "blockdev-add", "arguments": {"driver": "null-cx"}},
     {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "n0"}},
     {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "a", "size": []}},
+    {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "a", "size": "1M"}},
+    {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "a", "size": "1"}},
+    {
+        "execute": "blockdev-add",
+        "arguments": {"driver": "null-co", "node-name": "a", "read-zeroes": "on"},
+    },
+    {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "null-co"}]}},
+    {
+        "execute": "blockdev-reopen",
+        "arguments": {"options": [{"driver": "null-co", "node-name": "zz"}]},
+    },
+    {"execute": "blockdev-reopen", "arguments": {}},
+    {"execute": "blockdev-reopen", "arguments": {"options": {}}},
+    {"execute": "transaction", "arguments": {"actions": [{"type": "abort", "data": {}}]}},
+    {"execute": "transaction", "arguments": {"actions": [{"type": "abort"}]}},
+    {"execute": "transaction", "arguments": {"actions": [{"type": "nope", "data": {}}]}},
+    {"execute": "transaction", "arguments": {}},
     {"execute": "blockdev-del", "arguments": {"node-name": "zz"}},
     {"execute": "blockdev-del"},
     {"execute": "block-export-del", "arguments": {"id": "zz"}},
@@ -253,6 +270,27 @@ def _missing(theirs: Any, ours: Any, where: str) -> list[str]:
             )
         ]
     return [] if type(theirs) is type(ours) else [where]
+
+
+def test_a_transaction_over_the_socket(path: str) -> None:
+    null = {"driver": "null-co", "node-name": "t", "size": 4096}
+    with ControlClient(path) as client:
+        before = client.execute("query-block-graph")
+        assert client.execute("transaction", {"actions": []}) == {"pause-us": 0}
+        actions: list[dict[str, Any]] = [
+            {"type": "blockdev-add", "data": null},
+            {"type": "blockdev-reopen", "data": {"options": [{**null, "latency-ns": 1000}]}},
+        ]
+        with pytest.raises(Refused, match="Transaction aborted"):
+            client.execute("transaction", {"actions": [*actions, {"type": "abort", "data": {}}]})
+        assert client.execute("query-block-graph") == before
+        properties = {"completion-mode": "grouped"}
+        result = client.execute("transaction", {"actions": actions, "properties": properties})
+        validate(results.TransactionInfo, result)
+        client.execute(
+            "transaction", {"actions": [{"type": "blockdev-del", "data": {"node-name": "t"}}]}
+        )
+        assert client.execute("query-block-graph") == before
 
 
 # ---- the protocol on its own ----------------------------------------------------------------
@@ -624,6 +662,8 @@ def test_schema_has_the_form_of_qemus(path: str, reference: str) -> None:
         "block-export-del",
         "query-named-block-nodes",
         "query-blockstats",
+        "blockdev-reopen",
+        "transaction",
     ):
         want = {m["name"] for m in theirs_by[theirs_by[name]["arg-type"]]["members"]}
         have = {m["name"] for m in ours_by[ours_by[name]["arg-type"]]["members"]}
@@ -651,6 +691,8 @@ def _types(entry: dict[str, Any]) -> Iterator[str]:
         ("query-block-exports", results.BlockExportInfo),
         ("query-blockstats", results.BlockStats),
         ("query-iothreads", results.IOThreadInfo),
+        ("query-block", results.DriveInfo),
+        ("query-block-graph", results.BlockGraph),
     ],
 )
 def test_results_are_what_the_schema_says(

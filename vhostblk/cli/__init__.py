@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "start a backend and QEMU together, end with QEMU",
     "qemu-args": "print the QEMU options for a running backend",
     "status": "show exports, nodes, rates and latencies of running backends",
+    "graph": "draw the block graph of a running backend",
     "ls": "list running backends",
     "qmp": "send one command to a running backend's control socket",
     "doctor": "check this machine and say how to repair what is wrong",

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.schema import CommandNotFound, Model, VhostblkError, validate
+from vhostblk.schema import CommandNotFound, Model, VhostblkError, json_types, validate
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
@@ -74,10 +74,11 @@ class Command:
 
     async def run(self, context: Context, arguments: dict[str, Any]) -> Any:
         """Check the arguments and carry the command out."""
-        if isinstance(self.arguments, Union):
-            result = await self.handler(context, arguments)
-        else:
-            result = await self.handler(context, validate(self.arguments, arguments, ""))
+        with json_types():
+            if isinstance(self.arguments, Union):
+                result = await self.handler(context, arguments)
+            else:
+                result = await self.handler(context, validate(self.arguments, arguments, ""))
         return {} if result is None else result
 
 

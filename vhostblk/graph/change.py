@@ -23,6 +23,7 @@ relations, options, permissions, and no node that was made for the change.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -34,7 +35,7 @@ from vhostblk.graph.edge import Edge
 from vhostblk.graph.options import check_detect_zeroes, inherit, sentence
 from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind, changed_options
 from vhostblk.origin import origin
-from vhostblk.schema import VhostblkError, did_you_mean, validate
+from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
 
 if TYPE_CHECKING:
     from vhostblk.graph.graph import Graph
@@ -265,7 +266,9 @@ class Change:
         whole = {name: value for name, value in options.items() if name != "node-name"}
         if keep_children:  # as what is said about them is not needed, but must not be missing
             whole = {**self._references(node), **whole}
-        checked = validate(type(node).Options, whole, where)
+        # What was given earlier may have been key=value, where numbers are text.
+        with json_types(False) if keep_children else contextlib.nullcontext():
+            checked = validate(type(node).Options, whole, where)
         check_detect_zeroes(type(node), checked, prefix)
         changed = [n for n in changed_options(node.options, checked) if n not in node.child_roles]
         if asked or changed or node in self._reopenings:

@@ -28,7 +28,7 @@ from vhostblk.graph.options import check_detect_zeroes, inherit, references, sen
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names
 from vhostblk.origin import origin
-from vhostblk.schema import VhostblkError, did_you_mean, validate
+from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
 from vhostblk.schema.validation import wrong_type_error
 
 logger = logging.getLogger(__name__)
@@ -369,10 +369,11 @@ class Graph:
             )
         self._chain.append(path)
         try:
-            for role, reference in implied.items():
-                kind = node.child_roles[role].kind
-                child = await self._child_node(options, reference, "", made, kind)
-                self.tie(node, role, child)
+            with json_types(False):  # an image may say json:{"offset": "512"}
+                for role, reference in implied.items():
+                    kind = node.child_roles[role].kind
+                    child = await self._child_node(options, reference, "", made, kind)
+                    self.tie(node, role, child)
         finally:
             self._chain.pop()
 

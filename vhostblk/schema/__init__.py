@@ -25,6 +25,7 @@ from vhostblk.schema.model import (
     UInt32,
     UInt64,
     id_wellformed,
+    json_types,
     parse_size,
 )
 from vhostblk.schema.validation import validate
@@ -46,6 +47,7 @@ __all__ = [
     "VhostblkError",
     "did_you_mean",
     "id_wellformed",
+    "json_types",
     "parse_size",
     "validate",
 ]

@@ -3,12 +3,16 @@
 
 Values written as key=value are all strings, those from JSON have a type. Each
 type here accepts both, and nothing that would surprise: `"4"` is an integer,
-`true` is not, and `"on"` is a boolean.
+`true` is not, and `"on"` is a boolean. Inside `json_types()`, where the control
+socket checks arguments, strings are strings, as with QEMU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -29,6 +33,19 @@ _BOOLEANS = {
     "n": False,
 }
 NODE_NAME_MAX = 31
+
+
+_json_types: ContextVar[bool] = ContextVar("json_types", default=False)
+
+
+@contextlib.contextmanager
+def json_types(strict: bool = True) -> Iterator[None]:
+    """Inside, numbers and booleans must be JSON's."""
+    token = _json_types.set(strict)
+    try:
+        yield
+    finally:
+        _json_types.reset(token)
 
 
 def _kebab(name: str) -> str:
@@ -76,7 +93,7 @@ def parse_size(text: str) -> int:
 
 
 def _to_size(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) and not _json_types.get():
         try:
             value = parse_size(value)
         except ValueError:
@@ -89,7 +106,7 @@ def _to_size(value: Any) -> Any:
 
 
 def _integer(value: Any, low: int, high: int) -> int:
-    if isinstance(value, str) and _INTEGER.match(value):
+    if isinstance(value, str) and _INTEGER.match(value) and not _json_types.get():
         value = int(value, 16 if "x" in value.lower() else 10)
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type("integer")
@@ -115,10 +132,10 @@ def _to_uint64(value: Any) -> Any:
 
 
 def _to_bool(value: Any) -> Any:
-    if isinstance(value, str) and value in _BOOLEANS:
+    if isinstance(value, str) and value in _BOOLEANS and not _json_types.get():
         return _BOOLEANS[value]
     if not isinstance(value, bool):
-        if isinstance(value, str):
+        if isinstance(value, str) and not _json_types.get():
             raise wrong_value("'on' or 'off'")
         raise wrong_type("boolean")
     return value
