@@ -163,6 +163,17 @@ def test_death_after_death(stuck: Daemon) -> None:
         assert device.queues[0].used_idx == 8
 
 
+def test_the_longest_latency_there_is() -> None:
+    """Added to the time it is now it must not be a time long ago."""
+    with (
+        vhostblk(*null_backend((1 << 64) - 1)) as daemon,
+        Device(daemon.socket("null")) as device,
+    ):
+        popped(device, [device.submit(Type.IN, length=512)])
+        device.settle(seconds=0.1)
+        assert device.queues[0].used_idx == 0
+
+
 def test_writes_across_a_kill_reach_the_file() -> None:
     rng = random.Random(21)
     arguments = [*node_options("disk"), *export_options("disk")]

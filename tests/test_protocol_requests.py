@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
+import psutil
 import pytest
 from frontend import Device, Status, Type
 from frontend.lab import DISK_SIZE, MIB, NULL_SIZE, SERIAL, Lab
-from frontend.protocol import DISCARD_SEGMENT, NO_STATUS
+from frontend.protocol import DISCARD_SEGMENT, NO_STATUS, REQUEST_HEADER
 from frontend.virtqueue import DESC_F_INDIRECT, Segment
 
 pytest_plugins = ["frontend.fixtures"]
@@ -445,3 +447,30 @@ def test_what_is_refused_is_counted(
     after = counters(lab, export)
     changed = {name: after[name] - count for name, count in before.items() if after[name] != count}
     assert changed == {counted: 3}
+
+
+@pytest.mark.skipif("VHOSTBLK_SANITIZED" in os.environ, reason="sanitizers keep freed memory")
+def test_memory_for_long_requests_is_given_back(lab: Lab) -> None:
+    """Every entry of a ring has had a request of 1000 buffers once: 16 MiB, if they were kept."""
+
+    def resident() -> int:
+        return psutil.Process(lab.daemon.pid).memory_info().rss
+
+    with lab.device("null", queue_size=1024) as device:
+        queue, memory = device.queues[0], device.memory
+        device.read(0, 512)
+        header, status = memory.alloc(16), memory.alloc(1)
+        memory.write(header, REQUEST_HEADER.pack(Type.IN, 0, 0))
+        data = [Segment(memory.alloc(512), 512, True)] * 1000
+        chain = queue.table([Segment(header, 16), *data, Segment(status, 1, True)])
+        table = memory.alloc(len(chain))
+        memory.write(table, chain)
+        for index in range(queue.size):
+            queue.set_descriptor(index, table, len(chain), DESC_F_INDIRECT)
+        before = resident()
+        queue.publish(*range(queue.size))
+        queue.kick()
+        while queue.used_idx != queue.size + 1:
+            device.settle(seconds=0.01)
+        assert memory.read(status, 1)[0] == Status.OK
+        assert resident() - before < 8 * MIB

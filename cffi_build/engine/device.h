@@ -31,6 +31,8 @@
 /* Of one discard or write-zeroes request. */
 #define VB_BLK_RANGES_MAX 32
 #define VB_BLK_INLINE_IOV 8
+/* Longer arrays of buffers are not kept: a ring of requests with 1000 each would hold 17 MiB. */
+#define VB_BLK_KEPT_IOV 64
 /* Buffers may cross memory regions, so a chain can have a few more parts than descriptors. */
 #define VB_CHAIN_IOV_MAX (VB_QUEUE_SIZE_MAX + 64)
 /* x86-64's, and by definition that of vhost-user's dirty log. */
@@ -220,6 +222,8 @@ void vb_queue_note_writeback(struct vb_queue *queue, bool writeback);
  */
 bool vb_blk_start(struct vb_blk_request *blk, struct iovec *out, uint32_t nout,
                   struct iovec *in, uint32_t nin);
+/* The request is in the used ring: give back what memory it has that most do not need. */
+void vb_blk_release(struct vb_blk_request *blk);
 uint64_t vb_blk_features(const struct vb_export *export_);
 #define VB_BLK_CONFIG_SIZE 60
 void vb_blk_config(const struct vb_export *export_, uint8_t config[VB_BLK_CONFIG_SIZE]);

@@ -149,6 +149,8 @@ struct vb_timer {
     uint32_t slot; /* place in the thread's heap */
 };
 
+/* `delay_ns` from now; one that is as good as for ever does not come round to the past. */
+static inline uint64_t vb_deadline(const struct vb_iothread *thread, uint64_t delay_ns);
 void vb_timer_start(struct vb_iothread *thread, struct vb_timer *timer, uint64_t deadline_ns);
 void vb_timer_stop(struct vb_iothread *thread, struct vb_timer *timer);
 
@@ -262,6 +264,11 @@ static inline void vb_count(_Atomic uint64_t *counter, uint64_t n)
 
 uint64_t vb_clock_ns(void); /* any */
 static inline void vb_refresh_now(struct vb_iothread *thread) { thread->now_ns = vb_clock_ns(); }
+
+static inline uint64_t vb_deadline(const struct vb_iothread *thread, uint64_t delay_ns)
+{
+    return delay_ns < UINT64_MAX - thread->now_ns ? thread->now_ns + delay_ns : UINT64_MAX;
+}
 
 void vb_iothread_send(struct vb_iothread *thread, struct vb_message *message); /* any */
 void vb_iothread_add_poller(struct vb_iothread *thread, struct vb_poller *poller);

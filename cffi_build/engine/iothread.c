@@ -339,6 +339,7 @@ static int prepare(struct vb_iothread *thread)
 struct vb_iothread *vb_iothread_new(struct vb_engine *engine, const char *name,
                                     const struct vb_iothread_options *options, char *error)
 {
+    struct vb_iothread_start *start;
     struct vb_iothread *thread;
     int slot = free_slot(engine), ret;
 
@@ -348,7 +349,14 @@ struct vb_iothread *vb_iothread_new(struct vb_engine *engine, const char *name,
         return NULL;
     }
     thread = calloc(1, sizeof(*thread));
-    thread->start = calloc(1, sizeof(*thread->start));
+    start = calloc(1, sizeof(*start));
+    if (!thread || !start) {
+        vb_error(error, -ENOMEM, "no memory for I/O thread '%s'", name);
+        free(thread);
+        free(start);
+        return NULL;
+    }
+    thread->start = start;
     sem_init(&thread->start->ready, 0, 0);
     thread->start->ret = (int)options->aio;
     thread->start->error = error;

@@ -127,6 +127,15 @@ static bool keep_iov(struct vb_blk_request *blk, const struct iovec *iov, uint32
     return true;
 }
 
+void vb_blk_release(struct vb_blk_request *blk)
+{
+    if (blk->iov_room > VB_BLK_KEPT_IOV) {
+        free(blk->iov);
+        blk->iov = blk->inline_iov;
+        blk->iov_room = VB_BLK_INLINE_IOV;
+    }
+}
+
 /* ---- completion -------------------------------------------------------------------------- */
 
 static void answer(struct vb_blk_request *blk, uint8_t status)

@@ -440,6 +440,7 @@ static void write_used(struct vb_queue *queue, uint16_t used_idx)
         }
         /* Not earlier: each head is in the batch once at most, whatever the guest makes available. */
         queue->requests[head].busy = false;
+        vb_blk_release(&queue->requests[head]);
     }
 }
 

@@ -42,7 +42,7 @@ static void null_submit(struct vb_node *node, struct vb_request *request)
         wait->request = request;
         wait->timer.expired = null_expired;
         vb_timer_start(request->thread, &wait->timer,
-                       request->thread->now_ns + null->latency_ns);
+                       vb_deadline(request->thread, null->latency_ns));
         return;
     }
     vb_complete(request, 0);
