@@ -123,7 +123,7 @@ def absolute(path: str) -> str:
 def plain_filename(node: NodeDriver) -> str | None:
     """The file a node's image is in, if it is simply in a file."""
     name = node.filename()
-    return name if name and not name.startswith("json:") else None
+    return name if name and not name.startswith("json:") and "://" not in name else None
 
 
 def _directory(node: NodeDriver) -> str | None:

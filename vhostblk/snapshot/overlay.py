@@ -27,8 +27,8 @@ from vhostblk.schema import VhostblkError
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
 
-# Drivers that another program understands when it finds them named in an image.
-_WELL_KNOWN = ("raw", "qcow2", "qed", "file", "host_device")
+# Drivers besides formats that a program understands when it finds them named in an image.
+_WELL_KNOWN = ("raw", "file", "host_device")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def backing_reference(node: NodeDriver) -> tuple[str, str]:
 
 def _as_options(node: NodeDriver) -> dict[str, Any]:
     """The data of a node as options that another program could open it with."""
-    if node.driver not in _WELL_KNOWN:
+    if node.driver not in _WELL_KNOWN and not can_be_overlay(type(node)):
         raise VhostblkError(
             f"An image cannot refer to node '{node.name}' ({node.driver}): other programs would "
             "not know how to open it; prepare the overlay yourself and use mode=existing",
