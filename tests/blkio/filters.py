@@ -8,27 +8,6 @@ import asyncio
 from vhostblk.filter import Filter, Request
 
 
-class HandOver(Filter):
-    """Hands every request over to the child without waiting for it."""
-
-    driver = "test-hand-over"
-
-    async def read(self, request: Request) -> None:
-        request.forward()
-
-    async def write(self, request: Request) -> None:
-        request.forward()
-
-    async def flush(self, request: Request) -> None:
-        request.forward()
-
-    async def discard(self, request: Request) -> None:
-        request.forward()
-
-    async def write_zeroes(self, request: Request) -> None:
-        request.forward()
-
-
 class Wait(Filter):
     """Waits for the child, in turns of the event loop that shuffle the order of requests."""
 

@@ -10,7 +10,10 @@ from blkio.server import JUDGE, Server
 
 MIB = 1 << 20
 SIZE = 8 * MIB
-PLUGIN = Path(__file__).with_name("filters.py")
+PLUGINS = (
+    Path(__file__).with_name("filters.py"),
+    Path(__file__).parents[2] / "scripts" / "bench.d" / "pass_through.py",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Stack:
             queues=queues,
             objects=self.objects,
             iothread=self.iothread,
-            plugins=[PLUGIN] if self.plugin else [],
+            plugins=PLUGINS if self.plugin else (),
         )
 
     def image(self, directory: Path) -> Path:
@@ -142,7 +145,7 @@ STACKS = (
         "python-hand-over",
         (
             f"{FILE},node-name=f,discard=unmap",
-            "driver=test-hand-over,node-name=disk,file=f,discard=unmap",
+            "driver=pass-through,node-name=disk,file=f,discard=unmap",
         ),
         discards="zero",
         plugin=True,

@@ -11,6 +11,7 @@ straight to its child.
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -196,8 +197,16 @@ class Child:
         if length is None:
             length = 0 if buffer is None else memoryview(buffer).nbytes
         self.check_range(offset, length)
+        return self._start(op, offset, buffer, length, flags)
+
+    def _start(
+        self, op: int, offset: int, buffer: Buffer | None, length: int, flags: int, request: int = 0
+    ) -> IO:
+        """What has been checked goes to the engine, on the thread of the upcall `request`."""
         assert self._target is not None
-        return self._host.engine.submit(self._target, op, offset, buffer, length, flags=flags)
+        return self._host.engine.submit(
+            self._target, op, offset, buffer, length, flags=flags, request=request
+        )
 
     def check_range(self, offset: int, length: int) -> None:
         """The engine's nodes trust their callers to stay inside."""
@@ -218,6 +227,20 @@ def changed_options(old: NodeOptions, new: NodeOptions) -> list[str]:
         for name, field in type(old).model_fields.items()
         if name not in ("driver", "node_name") and getattr(old, name) != getattr(new, name)
     ]
+
+
+@functools.cache  # few combinations, asked for every node at every change
+def _child_permissions(
+    kind: RoleKind, read_only: bool, perm: Perm, shared: Perm
+) -> tuple[Perm, Perm]:
+    if kind is RoleKind.FILTERED:
+        return perm, shared
+    if kind is RoleKind.BACKING:
+        return Perm.CONSISTENT_READ, shared | Perm.WRITE_UNCHANGED
+    perm |= Perm.CONSISTENT_READ
+    if not read_only:
+        perm |= Perm.WRITE | Perm.RESIZE
+    return perm, shared & ~(Perm.WRITE | Perm.RESIZE)
 
 
 class NodeDriver:
@@ -348,14 +371,7 @@ class NodeDriver:
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What this node does to a child in `role`, and lets others do, given its own parents."""
-        if role.kind is RoleKind.FILTERED:
-            return perm, shared
-        if role.kind is RoleKind.BACKING:
-            return Perm.CONSISTENT_READ, shared | Perm.WRITE_UNCHANGED
-        perm |= Perm.CONSISTENT_READ
-        if not self.read_only:
-            perm |= Perm.WRITE | Perm.RESIZE
-        return perm, shared & ~(Perm.WRITE | Perm.RESIZE)
+        return _child_permissions(role.kind, self.read_only, perm, shared)
 
     def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
         """Make sure that the new permissions can be had, from other processes too."""

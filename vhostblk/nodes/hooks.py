@@ -191,29 +191,17 @@ class HookedChild(Child):
             request.handle, request,
         )  # fmt: skip
 
-    def _submit(
-        self,
-        op: int,
-        offset: int,
-        buffer: Buffer | None,
-        length: int | None = None,
-        *,
-        flags: int = 0,
+    def _start(
+        self, op: int, offset: int, buffer: Buffer | None, length: int, flags: int, request: int = 0
     ) -> IO:
-        if length is None:
-            length = 0 if buffer is None else memoryview(buffer).nbytes
-        self.check_range(offset, length)
-        assert self._target is not None
-        request = _current.get()
-        if request is None or request.finished:
+        current = _current.get()
+        if current is None or current.finished:
             # Work of the node's own, that no request waits for.
-            return self._host.engine.submit(self._target, op, offset, buffer, length, flags=flags)
-        io = self._host.engine.submit(
-            self._target, op, offset, buffer, length, flags=flags, request=request.handle
-        )
+            return super()._start(op, offset, buffer, length, flags)
+        io = super()._start(op, offset, buffer, length, flags, current.handle)
         # The guest's memory must stay until this has finished, awaited or not.
-        request._inflight += 1
-        io.owner = request
+        current._inflight += 1
+        io.owner = current
         return io
 
 

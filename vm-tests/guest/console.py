@@ -7,12 +7,11 @@ The other end is scripts/guest/vmtest-shell, which also describes the protocol.
 from __future__ import annotations
 
 import re
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .process import wait_until
+from .unix_socket import connected
 
 READY = re.compile(rb"^VMTEST-READY\r?\n", re.MULTILINE)
 EXIT = re.compile(rb"\r?\nVMTEST-EXIT (\d+)\r?\n")
@@ -36,17 +35,7 @@ class Console:
 
     def __init__(self, path: Path, timeout: float = 20) -> None:
         self._buffer = b""
-        self._path = path
-        self._socket = wait_until(self._connect, f"the serial port on {path}", timeout)
-
-    def _connect(self) -> socket.socket | None:
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            client.connect(str(self._path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            client.close()
-            return None
-        return client
+        self._socket = connected(path, "the serial port", timeout)
 
     def close(self) -> None:
         self._socket.close()

@@ -9,13 +9,12 @@ to read without coroutines.
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .process import wait_until
+from .unix_socket import connected
 
 Event = dict[str, Any]
 
@@ -36,20 +35,11 @@ class QmpClient:
         self.events: list[Event] = []
         self._buffer = ""
         self._decoder = json.JSONDecoder()
-        self._socket = wait_until(self._connect, f"a listener on {path}", timeout)
+        self._socket = connected(path, "a listener", timeout)
         greeting = self._message(timeout)
         if "QMP" not in greeting:
             raise QmpError(f"{path}: no QMP greeting but {greeting}")
         self.command("qmp_capabilities")
-
-    def _connect(self) -> socket.socket | None:
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            client.connect(str(self.path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            client.close()
-            return None
-        return client
 
     def close(self) -> None:
         self._socket.close()
