@@ -159,6 +159,20 @@ def test_power_cuts(tmp_path: Path, name: str) -> None:
     assert report.cuts >= 60
 
 
+async def a_little_of_all(drive: Drive) -> None:
+    for _ in range(5):
+        await drive.batch(6)
+
+
+@pytest.mark.parametrize("name", ["mixed", "backing", "extended", "data-file", "refcounts-512"])
+def test_killed_at_every_write(tmp_path: Path, name: str) -> None:
+    """The process ends, the host lives on: everything it has written is there."""
+    _, create, options = SCENARIOS[name]
+    made = stage(tmp_path, create, **options)
+    made.cuts = None
+    made.play(a_little_of_all, seed=2)
+
+
 def test_compressed_clusters_are_replaced(tmp_path: Path) -> None:
     """Several compressed clusters share one host cluster, whose count must not go down too far."""
     made = stage(tmp_path)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crash.history import History, WrongContentError
-from crash.recording import MODES, Recording, Survival
+from crash.recording import MODES, Mode, Recording, Survival
 from crash.tools import Tools, newest_tools
 
 OpenOurs = Callable[[Path], Awaitable[bytes]]
@@ -78,15 +78,23 @@ class PowerCut:
     first: int = 1
     """The first tick that may be cut after."""
 
-    async def judge(self, *, seed: int, cuts: int) -> Report:
-        """Cut `cuts` times; raises BrokenImageError for the first image that is not sound."""
+    async def judge(self, *, seed: int, cuts: int | None) -> Report:
+        """Cut `cuts` times; raises BrokenImageError for the first image that is not sound.
+
+        Without a number: not the power is cut but the process killed, at each change of a file.
+        """
         rnd = random.Random(seed)
         report = Report(seed)
         self.directory.mkdir(exist_ok=True)
         for companion in self.companions:
             shutil.copy(companion, self.directory / companion.name)
-        for number, time in enumerate(self.recording.times(rnd, cuts, self.first)):
-            mode = MODES[number % len(MODES)]
+        plan: list[tuple[int, Mode]]
+        if cuts is None:
+            plan = [(change.begin, "all") for change in self.recording.changes]
+        else:
+            times = self.recording.times(rnd, cuts, self.first)
+            plan = [(time, MODES[number % len(MODES)]) for number, time in enumerate(times)]
+        for number, (time, mode) in enumerate(plan):
             report.modes[mode] += 1
             report.cuts += 1
             survival = Survival(mode, rnd)

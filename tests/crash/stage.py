@@ -36,7 +36,8 @@ class Stage:
     data_file: Path | None = None
     companions: tuple[Path, ...] = ()
     discards_show: bytes | None = None
-    cuts: int = 64
+    cuts: int | None = 64
+    """None: the process is killed, at each change of a file."""
     snapshots: Snapshots | None = None
     tools: Tools = field(default_factory=newest_tools)
     # Set while the scenario runs.
