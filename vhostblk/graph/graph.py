@@ -34,6 +34,7 @@ from vhostblk.schema.validation import wrong_type_error
 logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 64
+_WRITING = int(Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE)
 MAX_CHAIN = 256  # of images that name their backing file
 _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
 
@@ -540,6 +541,8 @@ class Graph:
         try:
             for node in self._top_down():
                 wanted[node] = self._combine(node, wanted)
+                if wanted[node] == self._perms.get(node):
+                    continue
                 text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
                 with sentence(text, "permissions-failed", node):
                     node.prepare_permissions(*wanted[node])
@@ -549,8 +552,8 @@ class Graph:
             for node in prepared:
                 node.abort_permissions()
             raise
-        for node, (perm, shared) in wanted.items():
-            node.commit_permissions(perm, shared)
+        for node in prepared:
+            node.commit_permissions(*wanted[node])
         self._perms = wanted
 
     def _combine(
@@ -559,7 +562,8 @@ class Graph:
         # The newest first: it is the one that gets told that it cannot have what it wants.
         edges = reversed(self._parents[node])
         uses = [(edge, *self._edge_permissions(edge, above)) for edge in edges]
-        for (one, perm, _), (other, _, shared) in itertools.permutations(uses, 2):
+        pairs = itertools.permutations(uses, 2) if len(uses) > 1 else ()
+        for (one, perm, _), (other, _, shared) in pairs:
             conflict = perm & ~shared
             if conflict:
                 raise VhostblkError(
@@ -569,11 +573,14 @@ class Graph:
                     f"(uses node '{node.name}' as '{other.role}' child).",
                     data={"code": "permission-conflict", "node": node.name},
                 )
-        perm, shared = Perm.NONE, Perm.ALL
-        for _, used, allowed in uses:
-            perm |= used
-            shared &= allowed
-        if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE) and node.read_only:
+        if len(uses) == 1:
+            _, perm, shared = uses[0]  # by far the most frequent
+        else:
+            perm, shared = Perm.NONE, Perm.ALL
+            for _, used, allowed in uses:
+                perm |= used
+                shared &= allowed
+        if int(perm) & _WRITING and node.read_only:
             raise VhostblkError(
                 f"Block node '{node.name}' is read-only",
                 data={
