@@ -541,8 +541,6 @@ class Graph:
         try:
             for node in self._top_down():
                 wanted[node] = self._combine(node, wanted)
-                if wanted[node] == self._perms.get(node):
-                    continue
                 text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
                 with sentence(text, "permissions-failed", node):
                     node.prepare_permissions(*wanted[node])

@@ -333,9 +333,10 @@ class NodeDriver:
     @property
     def effective(self) -> NodeHandle:
         """The engine node that a request for this node enters at."""
-        if self.handle is not None:
-            return self.handle
-        return self._only_child().node.effective
+        node = self
+        while node.handle is None:
+            node = node._only_child().node
+        return node.handle
 
     def _only_child(self) -> Child:
         return next(iter(self.children.values()))

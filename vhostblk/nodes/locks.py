@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 
@@ -51,6 +52,17 @@ def ofd_locks_work(fd: int) -> bool:
     return True
 
 
+@functools.cache
+def _bytes_for(perm: Perm, shared: Perm) -> frozenset[int]:
+    wanted = set()
+    for i, bit in enumerate(_BITS):
+        if perm & bit:
+            wanted.add(PERM_BASE + i)
+        if not shared & bit:
+            wanted.add(SHARED_BASE + i)
+    return frozenset(wanted)
+
+
 class ImageLocks:
     """The locks held on one open file."""
 
@@ -86,12 +98,9 @@ class ImageLocks:
         self._apply(self.perm, self.shared, unlock=True)
 
     def _apply(self, perm: Perm, shared: Perm, *, unlock: bool) -> None:
-        wanted = set()
-        for i, bit in enumerate(_BITS):
-            if perm & bit:
-                wanted.add(PERM_BASE + i)
-            if not shared & bit:
-                wanted.add(SHARED_BASE + i)
+        wanted = _bytes_for(perm, shared)
+        if wanted == self._locked:
+            return
         for byte in sorted(wanted - self._locked):
             _set(self._fd, fcntl.F_RDLCK, byte)
             self._locked.add(byte)
