@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from backend_process import BackendProcess
 from frontend import Device
@@ -783,3 +785,40 @@ def test_sigterm_ends_run_and_its_command(
     )
     assert process.stop() == 143
     assert not any(path.is_socket() for path in short_dir.rglob("*"))
+
+
+@needs_qemu
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_kill_9_of_run_ends_its_qemu(
+    start_backend: Start, short_dir: Path, image: Path, wrapped: bool
+) -> None:
+    command = [QEMU, "-S", "-nodefaults", "-display", "none", "-m", "80", "@VHOSTBLK@"]
+    if wrapped:
+        command = ["sh", "-c", f"exec {' '.join(command)}"]
+    run = start_backend(str(image), "--", *command, command="run")
+    child = only_child(run.process.pid, "qemu")
+    try:
+        run.process.kill()
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def only_child(pid: int, name: str) -> psutil.Process:
+    """The one process that it has started, as soon as that is the program called so."""
+    found: list[psutil.Process] = []
+
+    def started() -> bool:
+        found[:] = psutil.Process(pid).children()
+        return [child.name()[: len(name)] for child in found] == [name]
+
+    until(started)
+    return found[0]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)

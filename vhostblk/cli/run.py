@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import os
 import signal
 import sys
+from collections.abc import Callable
 
 from vhostblk.cli import options, places, qemu
 from vhostblk.cli.errors import USAGE, CliError
@@ -17,7 +20,8 @@ from vhostblk.cli.serving import Plan, Running, serve
 DESCRIPTION = """\
 Start a backend for IMAGE, then the command after '--' with the QEMU options for
 that backend in place of the mark @VHOSTBLK@. When the command ends, so does the
-backend; the status is that of the command (128 + number for a signal).
+backend; the status is that of the command (128 + number for a signal). If the
+backend is killed, the command gets a SIGTERM.
 
 A size given with QEMU's -m is used for the shared memory too; without one the
 guest gets the size of --memory. Memory the command line shares itself
@@ -100,7 +104,9 @@ async def _run_command(args: argparse.Namespace, running: Running) -> int:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     try:
-        child = await asyncio.create_subprocess_exec(*qemu.substitute(words, insert))
+        child = await asyncio.create_subprocess_exec(
+            *qemu.substitute(words, insert), preexec_fn=_end_with_us()
+        )
     except OSError as error:
         raise CliError(f"cannot run '{words[0]}': {error.strerror}", status=127) from None
     ended = asyncio.create_task(child.wait())
@@ -117,3 +123,24 @@ async def _run_command(args: argparse.Namespace, running: Running) -> int:
     stopped.cancel()
     code = await ended
     return code if code >= 0 else 128 - code
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _end_with_us() -> Callable[[], None]:
+    """What the command's process does before it becomes the command.
+
+    Even kill -9 of the backend may not leave a QEMU behind whose disk nobody will serve
+    again: the kernel sends it SIGTERM, on which QEMU ends in order.
+    """
+    # Everything is looked up before the fork; after it a lock may be held for ever.
+    prctl = ctypes.CDLL(None).prctl
+    getppid, leave, parent, ending = os.getppid, os._exit, os.getpid(), int(signal.SIGTERM)
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, ending)
+        if getppid() != parent:  # it was killed meanwhile
+            leave(1)
+
+    return prepare
