@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[list[tuple[str, dict[str, Any]]], dict[str, list[str]]]
         [("block-filter-insert", {"node-name": "high", "child": "file", "filter": FILTER})],
         {
             "new": ["open", "hooked_operations", "relink", "prepare_permissions"],
-            "high": ["children_changed", "relink", "prepare_permissions"],
+            "high": ["children_changed", "relink"],
         },
     ),
     "reopen": (
@@ -99,9 +99,8 @@ CHANGES: dict[str, tuple[list[tuple[str, dict[str, Any]]], dict[str, list[str]]]
                 "after reopen_commit",
                 "children_changed",
                 "relink",
-                "prepare_permissions",
             ],
-            "high": ["children_changed", "relink", "prepare_permissions"],
+            "high": ["children_changed", "relink"],
         },
     ),
     "several": (
@@ -110,15 +109,21 @@ CHANGES: dict[str, tuple[list[tuple[str, dict[str, Any]]], dict[str, list[str]]]
             ("blockdev-reopen", {"options": [REOPEN]}),
             (
                 "blockdev-replace",
-                {"parent-type": "driver", "node-name": "low", "child": "file", "new-child": "g"},
+                {
+                    "parent-type": "driver",
+                    "node-name": "low",
+                    "child": "file",
+                    "new-child": "spare",
+                },
             ),
             ("blockdev-add", {"driver": "null-co", "node-name": "another"}),
             ("block-filter-remove", {"node-name": "gone"}),
         ],
         {
             "new": ["open", "prepare_permissions"],
-            "low": ["reopen_prepare", "after reopen_commit", "prepare_permissions"],
-            "high": ["children_changed", "relink", "prepare_permissions"],
+            "low": ["reopen_prepare", "after reopen_commit"],
+            "high": ["children_changed", "relink"],
+            "spare": ["prepare_permissions"],
         },
     ),
 }
@@ -131,9 +136,10 @@ CASES = [
 
 
 async def tree(host: Host) -> None:
-    """high (exported) > gone > low > f"""
+    """high (exported) > gone > low > f, and spare > g"""
     await host.add("file", "f", filename=host.file("a"))
     await host.add("file", "g", filename=host.file("b"))
+    await host.add("failing", "spare", file="g")
     await host.add("failing", "low", file="f")
     await host.add("failing", "gone", file="low")
     await host.add("failing", "high", file="gone")
@@ -252,7 +258,7 @@ def test_abort() -> None:
         result = await transaction(host, *CHANGES["several"][0])
         assert result["pause-us"] > 0
         graph = host.backend.graph
-        assert [n.name for n in graph.backend("e").filters] == ["new", "high", "low"]
+        assert [n.name for n in graph.backend("e").filters] == ["new", "high", "low", "spare"]
         assert graph.backend("e").top_node_below_filters.name == "g"
         assert "gone" not in graph.nodes and "another" in graph.nodes
 
@@ -304,7 +310,7 @@ def test_a_filter_starts_afresh_with_new_options() -> None:
             assert low.seen == 0 and Failing.closed == ["low 0"]
             await guest.read(0, 512)
             assert low.seen == 1
-            Failing.victim, Failing.step = "high", "prepare_permissions"
+            Failing.victim, Failing.step = "high", "relink"
             with refused("on purpose"):
                 await act(host, "blockdev-reopen", options=[REOPEN])
             assert low.seen == 1  # with what it had before
