@@ -154,6 +154,34 @@ class TestFilters:
         content = disk.image.read_bytes()[: BLOCKS * BLOCK]
         assert Timeline(BLOCKS).judge(content, "the disk") == summary.writes
 
+    @pytest.mark.timeout(180)
+    def test_killed_between_insertions(
+        self, guest: Guest, disks: DiskServer, workspace: Workspace, record_property: object
+    ) -> None:
+        """A state file brings the tree back as it was last changed."""
+        disk = disks.add(SIZE, options=["--state", str(workspace.path / "state.json")])
+        stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
+        progress = Progress(disk, stamper)
+        names = [f"delay{number}" for number in range(8)]
+        for turn, name in enumerate(names):
+            options = {"driver": "delay", "node-name": name, "write-ns": 100000}
+            disk.backend.qmp.command(
+                "block-filter-insert", {"filter": options, "export-id": disk.disk.id}
+            )
+            progress.wait(100)
+            disk.backend.kill()
+            disk.backend.start()
+            assert disk.backend.export(disk.disk.id)["node-name"] == name
+            progress.wait(100)
+            if turn % 2:
+                for gone in names[turn - 1 : turn + 1]:
+                    disk.backend.qmp.command("block-filter-remove", {"node-name": gone})
+        summary = stamper.finish(90)
+        report(record_property, "filters and kills", summary.longest_us, [])
+        disk.unplug()
+        content = disk.image.read_bytes()[: BLOCKS * BLOCK]
+        assert Timeline(BLOCKS).judge(content, "the disk") == summary.writes
+
 
 class TestSnapshots:
     @pytest.mark.timeout(240)
