@@ -90,7 +90,8 @@ class StateFile:
         if len(data) > MAX_SIZE:
             raise self._error(f"'{self.path}' is larger than {MAX_SIZE} bytes: no state file")
         try:
-            return data.decode("utf-8")
+            self._written = data.decode("utf-8")
+            return self._written
         except UnicodeDecodeError:
             raise self._error(f"'{self.path}' is not a state file: it is not text") from None
 

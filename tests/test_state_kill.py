@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The state file and kill -9, at every step of a change: the next start serves the tree of
+before or of after, a guest's writes are all there, and what was said to be done is done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frontend import Daemon, Device, Qmp, vhostblk
+
+PLUGIN = str(Path(__file__).with_name("cow_driver.py"))
+MIB = 1 << 20
+VHOSTBLK = (sys.executable, "-m", "vhostblk")
+TREE = (
+    "--blockdev",
+    "raw,node-name=leg0,file.driver=file,file.filename={dir}/disk0.img",
+    "--blockdev",
+    "raw,node-name=leg1,file.driver=file,file.filename={dir}/disk1.img",
+    "--blockdev",
+    "mirror,node-name=m,children.0=leg0,children.1=leg1",
+    "--blockdev",
+    "null-co,node-name=spare",
+    "--export",
+    "vhost-user-blk,id=e,node-name=m,addr.type=unix,addr.path={dir}/e.sock,writable=on",
+)
+PROCESS = ("--plugin", PLUGIN, "--state", "{dir}/state", "--control", "{dir}/q.sock")
+STATE_POINTS = ("state-begun", "state-written", "state-synced", "state-renamed", "state-safe")
+SNAPSHOT_POINTS = (
+    "snapshot-file",
+    "snapshot-created",
+    "snapshot-opened",
+    "snapshot-paused",
+    "snapshot-flushed",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Path]:
+    """A directory with a state file and images, as a backend leaves them."""
+    with vhostblk(*TREE, *PROCESS, files={"disk0.img": MIB, "disk1.img": MIB}) as daemon:
+        with Device(daemon.socket("e")) as device:
+            device.write(0, b"before" + bytes(506))
+            device.flush()
+        daemon.terminate()
+        yield daemon.directory
+
+
+def start(directory: Path, fault: str | None = None) -> Daemon:
+    """The same command for each start: nothing of the tree is in it."""
+    command = [*VHOSTBLK, "serve", *(word.replace("{dir}", str(directory)) for word in PROCESS)]
+    daemon = Daemon(command, directory, env={"VHOSTBLK_FAULT": fault or ""})
+    try:
+        daemon.wait_line("vhostblk: ready")
+    except BaseException:
+        daemon.close()
+        raise
+    return daemon
+
+
+def document(directory: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((directory / "state").read_text())
+    return data
+
+
+def check_tree(daemon: Daemon) -> None:
+    """What is served is what the state file says."""
+    with Qmp(daemon.socket("q")) as qmp:
+        graph = qmp.command("query-block-graph")
+        exports = qmp.command("query-block-exports")
+    state = document(daemon.directory)
+    assert {node["node-name"] for node in graph["nodes"]} == {n["name"] for n in state["nodes"]}
+    children = {
+        (node["name"], name)
+        for node in state["nodes"]
+        for role in ("file", "backing", "children")
+        for name in _listed(node["options"].get(role))
+    }
+    edges = {(e["parent"], e["node-name"]) for e in graph["edges"] if e["parent-type"] == "node"}
+    assert edges == children
+    roots = {(export["id"], export["node-name"]) for export in exports}
+    assert roots == {(export["id"], export["node-name"]) for export in state["exports"]}
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+FILTER = {"driver": "through", "node-name": "t"}
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "add": ("blockdev-add", {"driver": "null-co", "node-name": "n"}),
+    "del": ("blockdev-del", {"node-name": "spare"}),
+    "object": ("object-add", {"qom-type": "iothread", "id": "t0"}),
+    "export-del": ("block-export-del", {"id": "e", "mode": "hard"}),
+    "filter": ("block-filter-insert", {"export-id": "e", "filter": FILTER}),
+    "snapshot": ("blockdev-snapshot-sync", {"device": "e", "format": "cow"}),
+}
+CASES = [("filter", point) for point in STATE_POINTS]
+CASES += [("snapshot", point) for point in (*STATE_POINTS, *SNAPSHOT_POINTS)]
+CASES += [
+    (change, point)
+    for change in ("add", "del", "object", "export-del")
+    for point in ("state-synced", "state-renamed")
+]
+
+
+@pytest.mark.parametrize(("change", "point"), CASES)
+def test_killed_at_one_step(restored: Path, change: str, point: str) -> None:
+    name, arguments = CHANGES[change]
+    before = (restored / "state").read_text()
+    with start(restored, point) as daemon:
+        assert (restored / "state").read_text() == before  # nothing to write at the start
+        with Device(daemon.socket("e")) as device:
+            device.write(512, b"written" + bytes(505))
+            device.flush()
+            with Qmp(daemon.socket("q")) as qmp, pytest.raises((AssertionError, OSError)):
+                qmp.command(name, **arguments)
+            assert daemon.process.wait(20) == -9
+            after = (restored / "state").read_text()
+            assert (after != before) == (point in ("state-renamed", "state-safe"))
+            daemon.close()
+            with start(restored) as again:
+                check_tree(again)
+                if change == "export-del" and after != before:
+                    return
+                device.reconnect()
+                assert device.read(0, 1024) == b"before" + bytes(506) + b"written" + bytes(505)
+                device.write(1024, b"later" + bytes(507))
+                device.flush()
+                # The same change, or another snapshot, can be made now.
+                if change == "snapshot" or after == before:
+                    with Qmp(again.socket("q")) as qmp:
+                        qmp.command(name, **arguments)
+                    check_tree(again)
+                    if change != "export-del":
+                        assert device.read(1024, 5 * 512)[:5] == b"later"
+
+
+@pytest.fixture
+def restored(prepared: Path) -> Iterator[Path]:
+    """What `prepared` left, to be changed by one test; put back at the end."""
+    copy = prepared.with_name(prepared.name + "-copy")
+    shutil.copytree(prepared, copy)
+    yield prepared
+    shutil.rmtree(prepared)
+    copy.rename(prepared)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_time(restored: Path, seed: int) -> None:
+    """Changes one after the other while a guest writes; killed at random, several times."""
+    rng = random.Random(seed)
+    model: dict[int, bytes] = {}
+    daemon = start(restored)
+    device = Device(daemon.socket("e"), timeout=30)
+    try:
+        with device:
+            for _ in range(4):
+                stop = threading.Event()
+                acknowledged: list[str] = []
+                changer = threading.Thread(
+                    target=_change, args=(daemon.socket("q"), rng.random(), acknowledged, stop)
+                )
+                changer.start()
+                end = time.monotonic() + rng.uniform(0.05, 0.4)
+                requests = []
+                while time.monotonic() < end:
+                    block = rng.randrange(1024)
+                    model[block] = rng.randbytes(512)
+                    requests.append(device.submit(1, block, model[block]))
+                    if len(requests) >= 16:
+                        device.wait(*requests)
+                        requests = []
+                daemon.kill()
+                stop.set()
+                changer.join()
+                daemon = start(restored)
+                check_tree(daemon)
+                if acknowledged and acknowledged[-1]:
+                    names = {entry["name"] for entry in document(restored)["nodes"]}
+                    assert acknowledged[-1] in names
+                device.reconnect()
+                device.wait(*requests)
+                for block in rng.sample(sorted(model), min(200, len(model))):
+                    assert device.read(block * 512, 512) == model[block]
+    finally:
+        daemon.close()
+    assert sorted(set(os.listdir(restored)) & {"state", "state.lock"}) == ["state", "state.lock"]
+    assert (restored / "state").stat().st_mode & 0o777 == 0o600
+
+
+def _change(socket: str, seed: float, acknowledged: list[str], stop: threading.Event) -> None:
+    """Change the tree until the backend is gone; tells the node that each change has made."""
+    rng = random.Random(seed)
+    count = 0
+    with contextlib.suppress(AssertionError, OSError), Qmp(socket) as qmp:
+
+        def add(node: str, name: str, **arguments: Any) -> Any:
+            result = qmp.command(name, **arguments)
+            acknowledged.append(node or result["snapshots"][0]["overlay"])
+            return result
+
+        def remove(name: str, node: str) -> None:
+            acknowledged.append("")  # from now on it may be there or not
+            qmp.command(name, **{"node-name": node})
+
+        while not stop.is_set():
+            count += 1
+            name = f"x{rng.randrange(1 << 30)}"
+            kind = rng.randrange(3)
+            if kind == 0:
+                add(name, "blockdev-add", driver="null-co", **{"node-name": name})
+                remove("blockdev-del", name)
+            elif kind == 1:
+                filter = {"driver": "through", "node-name": name}
+                add(name, "block-filter-insert", filter=filter, **{"export-id": "e"})
+                if rng.random() < 0.9:
+                    remove("block-filter-remove", name)
+            elif count < 8:
+                add("", "blockdev-snapshot-sync", device="e", format="cow")
+
+
+def test_the_command_line_counts_for_the_first_start_only(restored: Path) -> None:
+    tree = [word.replace("{dir}", str(restored)) for word in TREE]
+    process = [word.replace("{dir}", str(restored)) for word in PROCESS]
+    with start(restored) as daemon:
+        with Qmp(daemon.socket("q")) as qmp:
+            qmp.command("blockdev-del", **{"node-name": "spare"})
+        daemon.terminate()
+    with Daemon([*VHOSTBLK, "serve", *tree, *process], restored) as daemon:
+        daemon.wait_line("the tree is that of state file")
+        daemon.wait_line("vhostblk: ready")
+        with Qmp(daemon.socket("q")) as qmp:
+            nodes = {node["node-name"] for node in qmp.command("query-named-block-nodes")}
+        assert "spare" not in nodes and {"leg0", "leg1", "m"} <= nodes
+        # Nobody else gets it.
+        second = Daemon([*VHOSTBLK, "serve", "--state", str(restored / "state")], restored)
+        with second:
+            second.wait_line("belongs to a running backend")
+            assert second.process.wait(10) == 1
+
+
+def test_a_plug_in_must_be_given_again(restored: Path) -> None:
+    with Daemon([*VHOSTBLK, "serve", "--state", str(restored / "state")], restored) as daemon:
+        line = daemon.wait_line("State file")
+        assert "node 'm'" in line and "'mirror'" in line
+        assert daemon.process.wait(10) == 1
