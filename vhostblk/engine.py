@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
@@ -68,10 +69,22 @@ _EVENT_WRITEBACK: int = lib.VB_EVENT_WRITEBACK
 _EVENT_DRAINING: int = lib.VB_EVENT_DRAINING
 _EVENT_UNRECORDED: int = lib.VB_EVENT_UNRECORDED
 _EVENT_REPORT: int = lib.VB_EVENT_REPORT
+_EVENT_MAP_LOW: int = lib.VB_EVENT_MAP_LOW
 QUORUM_ALL: int = lib.VB_QUORUM_ALL
 _COMMAND_COMPLETE: int = lib.VB_COMMAND_COMPLETE
 _COMMAND_FORWARD: int = lib.VB_COMMAND_FORWARD
 _COMMAND_SUBMIT: int = lib.VB_COMMAND_SUBMIT
+_COMMAND_RETRY: int = lib.VB_COMMAND_RETRY
+
+MAP_MISS: int = lib.VB_MAP_MISS
+MAP_DATA: int = lib.VB_MAP_DATA
+MAP_ZERO: int = lib.VB_MAP_ZERO
+MAP_BACKING: int = lib.VB_MAP_BACKING
+MAP_PENDING: int = lib.VB_MAP_PENDING
+MAP_TYPE: int = lib.VB_MAP_TYPE
+MAP_WRITABLE: int = lib.VB_MAP_WRITABLE
+MAP_OFFSET = 0xFFFF_FFFF_FFFF_FE00
+MAP_CHANGES = 512
 
 Buffer = bytes | bytearray | memoryview
 
@@ -132,6 +145,14 @@ def histogram_floors() -> tuple[int, ...]:
     return tuple(lib.vb_histogram_floor(i) for i in range(lib.VB_HISTOGRAM_BUCKETS))
 
 
+class MapLog(Protocol):
+    """Memory for a map's log (struct vb_map_log in api.h), which may outlive the process."""
+
+    address: int
+    records: int
+    """How many it has room for: a power of two."""
+
+
 @dataclass(frozen=True)
 class OpStats:
     """What one kind of operation amounts to so far; `invalid` are those refused unstarted."""
@@ -186,7 +207,7 @@ def _stats(raw: Any) -> Stats:
     size = 5 + int(lib.VB_HISTOGRAM_BUCKETS)
     values = struct.unpack(f"={5 * size}Q", ffi.buffer(raw))
     rows = [values[i * size : (i + 1) * size] for i in range(5)]
-    return Stats(*(OpStats(*row[:5], row[5:]) for row in rows))
+    return Stats(*(OpStats(r[0], r[1], r[2], r[3], r[4], r[5:]) for r in rows))
 
 
 @dataclass(frozen=True)
@@ -369,6 +390,98 @@ class NodeHandle:
         self.pointer = ffi.NULL
         self.address = 0
         self._children.clear()
+
+
+class MapHandle(NodeHandle):
+    """Where guest data live: entries by unit, in tables. See api.h for what an entry is.
+
+    Units are numbered from the start of the disk; guest and host offsets are bytes.
+    """
+
+    def __init__(self, engine: Engine, pointer: Any, cookie: int, log: MapLog | None) -> None:
+        super().__init__(engine, pointer)
+        self._cookie = cookie
+        self.log = log
+        self._changes = ffi.new("struct vb_map_change[]", MAP_CHANGES)
+
+    def install(self, table: int, entries: array[int]) -> None:
+        """Make the entries (`array("Q")`, as many as a table has) of a table known."""
+        result = lib.vb_map_install(self.pointer, table, ffi.from_buffer("uint64_t[]", entries))
+        if result < 0:
+            raise OSError(-result, f"table {table} of a map: {os.strerror(-result)}")
+
+    def evict(self, table: int) -> bool:
+        """Forget a table: requests for its units come up. Whether it was there."""
+        return bool(lib.vb_map_evict(self.pointer, table))
+
+    def used(self, table: int) -> bool:
+        """Whether the table has been looked at since the last call."""
+        return bool(lib.vb_map_used(self.pointer, table))
+
+    def get(self, unit: int) -> int:
+        """An entry; MAP_MISS if its table is not there."""
+        return int(lib.vb_map_get(self.pointer, unit))
+
+    def set(self, unit: int, count: int, entry: int, step: int) -> None:
+        """Set entries, the host offset growing by `step` from one to the next."""
+        lib.vb_map_set(self.pointer, unit, count, entry, step)
+
+    def claim(self, unit: int, expected: int) -> bool:
+        """Exchange an entry for MAP_PENDING; False if it is not (any more) as expected."""
+        return bool(lib.vb_map_claim(self.pointer, unit, expected))
+
+    def give(self, host: int, length: int) -> bool:
+        """Let the engine allocate from here, zeroes that are nobody's. False: it has enough."""
+        result = lib.vb_map_give(self.pointer, host, length)
+        if result < 0 and result != -errno.EBUSY:
+            raise OSError(-result, os.strerror(-result))
+        return bool(result == 0)
+
+    def reclaim(self) -> list[tuple[int, int]]:
+        """Take back what the engine has not allocated: host offset, bytes. Nothing is in flight."""
+        left = ffi.new("uint64_t[4]")
+        lib.vb_map_reclaim(self.pointer, left)
+        return [(left[i], left[i + 1]) for i in (0, 2) if left[i + 1]]
+
+    def take_log(self) -> list[tuple[int, int]]:
+        """What the engine has allocated since the last time, some of it: guest and host offset."""
+        count = lib.vb_map_take_log(self.pointer, self._changes, MAP_CHANGES)
+        words = struct.unpack(f"={2 * count}Q", ffi.buffer(self._changes, 16 * count))
+        return [
+            (guest, entry & MAP_OFFSET)
+            for guest, entry in zip(words[::2], words[1::2], strict=True)
+        ]
+
+    def add_to_log(self, guest: int, entry: int, extra: int) -> bool:
+        """A record of our own, behind all that happened before; False if the log is full."""
+        return bool(lib.vb_map_log(self.pointer, guest, entry, extra) == 0)
+
+    def log_taken(self) -> int:
+        """How many records have been taken, ever."""
+        return int(lib.vb_map_log_taken(self.pointer))
+
+    def log_done(self, taken: int) -> None:
+        """All records before this one are on disk."""
+        lib.vb_map_log_done(self.pointer, taken)
+
+    def set_dirty(self, dirty: bool) -> None:
+        """While dirty, and while the log has records, flushes come up."""
+        lib.vb_map_set_dirty(self.pointer, dirty)
+
+    async def grace(self) -> None:
+        """Done when all requests that had looked at an entry before have completed."""
+        cookie, io = self._engine.expect_done(self.address)
+        lib.vb_map_grace(self.pointer, cookie)
+        await io
+
+    def set_size(self, size: int, backing_size: int) -> None:
+        """The disk, and what is below it, have these sizes now. Nothing is in flight."""
+        lib.vb_map_set_size(self.pointer, size, backing_size)
+
+    def free(self) -> None:
+        """No request is on its way up or down."""
+        self._engine.forget_map(self._cookie)
+        super().free()
 
 
 class QuorumHandle(NodeHandle):
@@ -570,6 +683,7 @@ class Engine:
         self._ios: dict[int, IO] = {}
         self._upcalls: dict[int, UpcallSink] = {}
         self._reports: dict[int, ReportSink] = {}
+        self._lows: dict[int, Callable[[], None]] = {}
         self._exports: dict[int, ExportHandle] = {}
         self._iothreads: list[IOThread] = []
         self._default_iothread: IOThread | None = None
@@ -673,6 +787,51 @@ class Engine:
     def new_raw(self, *, offset: int) -> NodeHandle:
         """A `raw` node that adds `offset`."""
         return NodeHandle(self, self._made(lib.vb_node_raw_new(self._engine, offset, self.error)))
+
+    def new_map(
+        self,
+        *,
+        size: int,
+        unit_bits: int,
+        cluster_bits: int,
+        table_bits: int,
+        has_backing: bool,
+        backing_size: int,
+        allocate: bool,
+        sink: UpcallSink,
+        low: Callable[[], None],
+        log: MapLog | None = None,
+    ) -> MapHandle:
+        """A `map` node; requests it has no answer for go to `sink`, `low` is called for new runs.
+
+        `log` is memory for the record of allocations, which the map has of its own otherwise.
+        """
+        if allocate and unit_bits != cluster_bits:
+            raise ValueError("a map allocates whole units only")
+        cookie = next(self._cookies)
+        options = ffi.new(
+            "struct vb_map_options *",
+            {
+                "cookie": cookie,
+                "size": size,
+                "backing_size": backing_size,
+                "log": 0 if log is None else log.address,
+                "log_records": 0 if log is None else log.records,
+                "unit_bits": unit_bits,
+                "table_bits": table_bits,
+                "has_backing": has_backing,
+                "allocate": allocate,
+            },
+        )
+        pointer = self._made(lib.vb_node_map_new(self._engine, options, self.error))
+        self._upcalls[cookie] = sink
+        self._lows[cookie] = low
+        return MapHandle(self, pointer, cookie, log)
+
+    def forget_map(self, cookie: int) -> None:
+        """Called by MapHandle.free()."""
+        del self._upcalls[cookie]
+        del self._lows[cookie]
 
     def new_quorum(
         self, sink: ReportSink, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool
@@ -874,6 +1033,18 @@ class Engine:
             self._flush_is_due = True
             self.loop.call_soon(self._flush_later)
 
+    def retry(self, request: int) -> None:
+        """Hand an upcall to its own node once more."""
+        self.flush()  # what was asked for before comes first
+        command = ffi.new("struct vb_command *", {"kind": _COMMAND_RETRY, "request": request})
+        lib.vb_engine_submit(self._engine, command, 1)
+
+    def expect_done(self, node: int) -> tuple[int, IO]:
+        """A cookie for the engine to give back when something is done, and who waits for it."""
+        cookie = next(self._cookies)
+        io = self._ios[cookie] = IO(self.loop, node, None, None)
+        return cookie, io
+
     def flush(self) -> None:
         """Send the commands gathered so far."""
         count, self._command_count = self._command_count, 0
@@ -933,6 +1104,10 @@ class Engine:
                 upcalls[cookie](request, op, flags, offset, size, iov, niov)
             elif kind == _EVENT_DONE:
                 ios.pop(cookie).complete(ret)
+            elif kind == _EVENT_MAP_LOW:
+                low = self._lows.get(cookie)
+                if low is not None:  # else its map has gone meanwhile
+                    low()
             elif kind == _EVENT_REPORT:
                 sink = self._reports.get(cookie)
                 if sink is not None:  # else its node has gone meanwhile

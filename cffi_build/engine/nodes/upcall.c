@@ -9,7 +9,7 @@
  * start requests of its own there (struct own_request), whose completion is a
  * VB_EVENT_DONE.
  */
-#include "../engine.h"
+#include "../upcall.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -20,17 +20,6 @@ struct upcall_node {
     uint32_t op_mask;
     uint64_t cookie;
 };
-
-/* In the scratch of a request that is with Python. */
-struct upcall {
-    struct vb_message message;
-    struct vb_request *request;
-    struct upcall_node *upcall;
-    int ret;
-    uint32_t child;
-};
-
-_Static_assert(sizeof(struct upcall) <= VB_SCRATCH_SIZE, "scratch too small");
 
 #define OWN_IOV 4
 
@@ -48,13 +37,13 @@ struct own_request {
 
 static void fill_upcall(struct vb_message *message, void *context)
 {
-    struct upcall *up = vb_container_of(message, struct upcall, message);
+    struct vb_upcall *up = vb_container_of(message, struct vb_upcall, message);
     struct vb_event *event = context;
     struct vb_request *request = up->request;
 
     event->kind = VB_EVENT_UPCALL;
     event->ret = 0;
-    event->cookie = up->upcall->cookie;
+    event->cookie = up->cookie;
     event->request = (uintptr_t)request;
     event->offset = request->offset;
     event->bytes = request->bytes;
@@ -64,24 +53,31 @@ static void fill_upcall(struct vb_message *message, void *context)
     event->flags = request->flags;
 }
 
-static void upcall_submit(struct vb_node *node, struct vb_request *request)
+void vb_upcall_post(struct vb_node *node, uint64_t cookie, struct vb_request *request)
 {
-    struct upcall_node *upcall = vb_container_of(node, struct upcall_node, node);
-    struct upcall *up = (struct upcall *)request->scratch;
+    struct vb_upcall *up = (struct vb_upcall *)request->scratch;
 
-    if (!(upcall->op_mask & (1u << request->op))) {
-        vb_submit(node->children[0], request);
-        return;
-    }
     up->request = request;
-    up->upcall = upcall;
+    up->node = node;
+    up->cookie = cookie;
     up->message.run = fill_upcall;
     vb_engine_post(node->engine, &up->message);
 }
 
+static void upcall_submit(struct vb_node *node, struct vb_request *request)
+{
+    struct upcall_node *upcall = vb_container_of(node, struct upcall_node, node);
+
+    if (upcall->op_mask & (1u << request->op)) {
+        vb_upcall_post(node, upcall->cookie, request);
+    } else {
+        vb_submit(node->children[0], request);
+    }
+}
+
 static void run_complete(struct vb_message *message, void *context)
 {
-    struct upcall *up = vb_container_of(message, struct upcall, message);
+    struct vb_upcall *up = vb_container_of(message, struct vb_upcall, message);
 
     (void)context;
     vb_complete(up->request, up->ret);
@@ -89,10 +85,19 @@ static void run_complete(struct vb_message *message, void *context)
 
 static void run_forward(struct vb_message *message, void *context)
 {
-    struct upcall *up = vb_container_of(message, struct upcall, message);
+    struct vb_upcall *up = vb_container_of(message, struct vb_upcall, message);
 
     (void)context;
-    vb_submit(up->upcall->node.children[up->child], up->request);
+    vb_submit(up->node->children[up->child], up->request);
+}
+
+/* Not through vb_submit(): the node has been counted as one on the way. */
+static void run_retry(struct vb_message *message, void *context)
+{
+    struct vb_upcall *up = vb_container_of(message, struct vb_upcall, message);
+
+    (void)context;
+    up->node->ops->submit(up->node, up->request);
 }
 
 /* ---- requests of Python's own -------------------------------------------------- */
@@ -216,7 +221,7 @@ static void start_own(const struct vb_command *command, const struct vb_request 
 static void run_command(const struct vb_command *command)
 {
     struct vb_request *request = (struct vb_request *)(uintptr_t)command->request;
-    struct upcall *up = request ? (struct upcall *)request->scratch : NULL;
+    struct vb_upcall *up = request ? (struct vb_upcall *)request->scratch : NULL;
 
     switch (command->kind) {
     case VB_COMMAND_COMPLETE:
@@ -227,6 +232,10 @@ static void run_command(const struct vb_command *command)
     case VB_COMMAND_FORWARD:
         up->child = command->child;
         up->message.run = run_forward;
+        vb_iothread_send(request->thread, &up->message);
+        break;
+    case VB_COMMAND_RETRY:
+        up->message.run = run_retry;
         vb_iothread_send(request->thread, &up->message);
         break;
     case VB_COMMAND_SUBMIT:

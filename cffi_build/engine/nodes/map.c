@@ -1,0 +1,543 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * nodes/map.c: requests to a disk whose data lie wherever a map of units says. The map is
+ * in map_table.c, its waiting in map_thread.c; api.h explains the entries. Drivers in Python
+ * (qcow2, qed) fill the map and do what it has no answer for.
+ *
+ * A request is cut into extents: as many units in a row as one request to a child can do.
+ * If any of its units needs Python, all of it goes up before anything has been started, as far as
+ * one look can tell; if that was too optimistic it is begun again from the start, which a
+ * read or a write may.
+ *
+ * Allocation in C. The entry is made pending, so that nobody else allocates the same cluster; then
+ * a cluster is taken from the run and a record of it written to the log. What comes next depends on
+ * what was there before:
+ *  - ZERO: the new entry is published at once. The cluster reads as zeroes, so whoever looks at the
+ *    parts that this request does not write sees what was there before. Whether the data have arrived
+ *    when the entry gets to the disk makes no difference either: zeroes were there, and this
+ *    request has not been flushed.
+ *  - BACKING: the request covers all of the cluster. The entry stays pending until the data are there, and the
+ *    record is made then: had the entry got to the disk before, a crash would leave zeroes
+ *    in the place of what the backing file has.
+ */
+#include "map_table.h"
+
+#include <errno.h>
+#include <string.h>
+
+#define GROUPS_MAX 4
+
+/* Adjacent clusters that showed the backing file and are being written. */
+struct group {
+    uint64_t unit, count, host;
+};
+
+/* A request under way, in its scratch. */
+struct map_op {
+    struct vb_request *request;
+    struct map_node *map;
+    struct map_thread *here;
+    uint32_t epoch;
+    uint32_t pending;      /* parts under way, and 1 while more are being started */
+    int ret;
+    bool again;            /* the map has changed under our feet: start anew */
+    bool up;               /* there is no cluster, or no room in the log: Python has to see to it */
+    uint8_t groups_count;
+    struct group groups[GROUPS_MAX];
+    struct iovec *slices;  /* owned; memory for the parts' iovecs */
+    size_t slices_size;
+    uint32_t slices_used;
+};
+
+_Static_assert(sizeof(struct map_op) <= VB_SCRATCH_SIZE, "scratch too small");
+
+/* Where in the request's iovec we are. */
+struct cursor {
+    const struct iovec *iov;
+    size_t skip;
+};
+
+/* What can be done with some units in a row. */
+struct extent {
+    uint64_t type;  /* VB_MAP_DATA, _ZERO, _BACKING */
+    uint64_t host;  /* DATA */
+    uint64_t bytes;
+};
+
+static uint64_t unit_size(const struct map_node *map)
+{
+    return 1ull << map->options.unit_bits;
+}
+
+static uint64_t host_of(uint64_t entry)
+{
+    return entry & ~511ull;
+}
+
+static uint64_t load(struct map_node *map, uint64_t unit)
+{
+    _Atomic uint64_t *entry = map_entry(map, unit);
+
+    /* Acquire: what is at the host offset was put there before. */
+    return entry ? atomic_load_explicit(entry, memory_order_acquire) : VB_MAP_MISS;
+}
+
+/* ---- the first look: who can do this? ----------------------------------------------------- */
+
+enum verdict { HERE, PYTHON, WAIT };
+
+/* Bytes of the unit at `offset`, up to `end`. */
+static uint64_t rest_of_unit(const struct map_node *map, uint64_t offset, uint64_t end)
+{
+    uint64_t rest = unit_size(map) - (offset & (unit_size(map) - 1));
+
+    return rest < end - offset ? rest : end - offset;
+}
+
+/* The last cluster may be shorter than the others. */
+static bool covers_unit(const struct map_node *map, uint64_t offset, uint64_t bytes)
+{
+    return (offset & (unit_size(map) - 1)) == 0 &&
+           (bytes == unit_size(map) || offset + bytes >= map->options.size);
+}
+
+static bool can_write(const struct map_node *map, uint64_t entry, uint64_t offset, uint64_t bytes)
+{
+    switch (entry & VB_MAP_TYPE) {
+    case VB_MAP_DATA:
+        return entry & VB_MAP_WRITABLE;
+    case VB_MAP_ZERO:
+        return map->options.allocate;
+    case VB_MAP_BACKING:
+        return map->options.allocate && covers_unit(map, offset, bytes);
+    default:
+        return false;
+    }
+}
+
+static enum verdict look(struct map_node *map, const struct vb_request *request, uint64_t *unit,
+                         bool *in_place)
+{
+    uint64_t offset = request->offset, end = request->offset + request->bytes;
+
+    *in_place = true;
+    while (offset < end) {
+        uint64_t bytes = rest_of_unit(map, offset, end);
+        uint64_t entry;
+
+        *unit = offset >> map->options.unit_bits;
+        entry = load(map, *unit);
+        if ((entry & VB_MAP_TYPE) == VB_MAP_PENDING) {
+            return WAIT;
+        }
+        if ((entry & VB_MAP_TYPE) == VB_MAP_MISS) {
+            return PYTHON;
+        }
+        if (request->op == VB_OP_WRITE && !can_write(map, entry, offset, bytes)) {
+            return PYTHON;
+        }
+        *in_place &= (entry & VB_MAP_TYPE) == VB_MAP_DATA;
+        offset += bytes;
+    }
+    return HERE;
+}
+
+/* ---- the end ---------------------------------------------------------------------------------- */
+
+static void publish(struct map_node *map, uint64_t unit, uint64_t value)
+{
+    _Atomic uint64_t *entry = map_entry(map, unit);
+
+    if (entry) { /* else its table has been evicted; the log says it all */
+        atomic_store(entry, value);
+    }
+}
+
+/* What came of the clusters that are still pending. */
+static void end_group(struct map_op *op, const struct group *group)
+{
+    struct map_node *map = op->map;
+
+    for (uint64_t i = 0; i < group->count; i++) {
+        uint64_t host = group->host + (i << map->options.unit_bits);
+        uint64_t guest = (group->unit + i) << map->options.unit_bits;
+        uint64_t entry = host | VB_MAP_DATA | VB_MAP_WRITABLE;
+
+        if (op->ret < 0 || !map_log(map, guest, entry, 0)) {
+            op->up = true;
+            entry = VB_MAP_BACKING; /* the cluster is lost until the image is checked */
+        }
+        publish(map, group->unit + i, entry);
+    }
+}
+
+static void end_op(struct map_op *op)
+{
+    struct vb_request *request = op->request;
+    struct map_node *map = op->map;
+    bool again, up;
+    int ret;
+
+    for (unsigned i = 0; i < op->groups_count; i++) {
+        end_group(op, &op->groups[i]);
+    }
+    if (op->groups_count > 0) {
+        map_wake(map);
+    }
+    ret = op->ret;
+    again = op->again;
+    up = op->up;
+    if (op->slices) {
+        vb_buffer_put(request->thread, op->slices, op->slices_size);
+    }
+    map_end(op->here, op->epoch);
+    if (ret == 0 && up) {
+        vb_upcall_post(&map->node, map->options.cookie, request);
+    } else if (ret == 0 && again) {
+        map->node.ops->submit(&map->node, request);
+    } else {
+        vb_complete(request, ret);
+    }
+}
+
+static void part_ended(struct map_op *op, int ret)
+{
+    if (ret < 0 && op->ret == 0) {
+        op->ret = ret;
+    }
+    if (--op->pending == 0) {
+        end_op(op);
+    }
+}
+
+static void part_done(struct vb_request *part)
+{
+    struct map_op *op = part->owner;
+    int ret = part->ret;
+
+    vb_request_free(part);
+    part_ended(op, ret);
+}
+
+/* ---- parts -------------------------------------------------------------------------------------- */
+
+static void zero_fill(struct cursor *cursor, uint64_t bytes)
+{
+    while (bytes > 0) {
+        size_t here = cursor->iov->iov_len - cursor->skip;
+        size_t n = here < bytes ? here : bytes;
+
+        memset((char *)cursor->iov->iov_base + cursor->skip, 0, n);
+        bytes -= n;
+        cursor->skip += n;
+        if (cursor->skip == cursor->iov->iov_len) {
+            cursor->iov++;
+            cursor->skip = 0;
+        }
+    }
+}
+
+/* Enough for all parts: each boundary between two of them cuts one entry in two. */
+static bool get_slices(struct map_op *op)
+{
+    const struct vb_request *request = op->request;
+    uint64_t units = (request->bytes >> op->map->options.unit_bits) + 3;
+
+    if (!op->slices) {
+        op->slices_size = (request->niov + units) * sizeof(*op->slices);
+        op->slices = vb_buffer_get(request->thread, op->slices_size);
+    }
+    return op->slices != NULL;
+}
+
+/* The next `bytes` as an iovec of the part's. */
+static void cut(struct map_op *op, struct cursor *cursor, uint64_t bytes, struct vb_request *part)
+{
+    part->iov = op->slices + op->slices_used;
+    part->niov = 0;
+    while (bytes > 0) {
+        size_t here = cursor->iov->iov_len - cursor->skip;
+        size_t n = here < bytes ? here : bytes;
+
+        part->iov[part->niov++] =
+            (struct iovec){(char *)cursor->iov->iov_base + cursor->skip, n};
+        bytes -= n;
+        cursor->skip += n;
+        if (cursor->skip == cursor->iov->iov_len) {
+            cursor->iov++;
+            cursor->skip = 0;
+        }
+    }
+    op->slices_used += part->niov;
+}
+
+static void start_part(struct map_op *op, struct cursor *cursor, unsigned child, uint64_t offset,
+                       uint64_t bytes)
+{
+    struct vb_request *request = op->request;
+    struct vb_request *part;
+
+    if (bytes != request->bytes && !get_slices(op)) {
+        op->ret = op->ret ? op->ret : -ENOMEM;
+        return;
+    }
+    part = vb_request_new(request->thread);
+    part->op = request->op;
+    part->flags = request->flags;
+    part->offset = offset;
+    part->bytes = bytes;
+    part->done = part_done;
+    part->owner = op;
+    if (bytes == request->bytes) {
+        part->iov = request->iov;
+        part->niov = request->niov;
+    } else {
+        cut(op, cursor, bytes, part);
+    }
+    op->pending++;
+    vb_submit(op->map->node.children[child], part);
+}
+
+/* ---- allocation ------------------------------------------------------------------------------------ */
+
+/* Makes up to `wanted` clusters of this type pending; how many. */
+static uint64_t claim(struct map_node *map, uint64_t unit, uint64_t wanted, uint64_t type)
+{
+    uint64_t count = 0;
+
+    while (count < wanted) {
+        _Atomic uint64_t *entry = map_entry(map, unit + count);
+        uint64_t expected = type;
+
+        if (!entry || !atomic_compare_exchange_strong(entry, &expected, VB_MAP_PENDING)) {
+            break;
+        }
+        count++;
+    }
+    return count;
+}
+
+static void unclaim(struct map_node *map, uint64_t unit, uint64_t count, uint64_t type)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        publish(map, unit + i, type);
+    }
+    if (count > 0) {
+        map_wake(map);
+    }
+}
+
+static void publish_zero_clusters(struct map_op *op, uint64_t unit, uint64_t count, uint64_t host)
+{
+    struct map_node *map = op->map;
+
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t entry = (host + (i << map->options.unit_bits)) | VB_MAP_DATA | VB_MAP_WRITABLE;
+
+        if (!map_log(map, (unit + i) << map->options.unit_bits, entry, 0)) {
+            op->up = true; /* nothing has been lost but the cluster */
+            entry = VB_MAP_ZERO;
+        }
+        publish(map, unit + i, entry);
+    }
+    map_wake(map);
+}
+
+/*
+ * Clusters from `offset` on that are all unallocated in the same way get a place in a row. False:
+ * the request has to start anew, because somebody else is at it, or to go up (op->up).
+ */
+static bool allocate(struct map_op *op, uint64_t offset, uint64_t end, uint64_t type,
+                     struct extent *extent)
+{
+    struct map_node *map = op->map;
+    uint64_t unit = offset >> map->options.unit_bits;
+    uint64_t last = (end - 1) >> map->options.unit_bits;
+    uint64_t wanted = last - unit + 1, count, host;
+
+    if (type == VB_MAP_BACKING && !covers_unit(map, last << map->options.unit_bits,
+                                               end - (last << map->options.unit_bits))) {
+        wanted--; /* the last one is not covered */
+    }
+    if (op->groups_count == GROUPS_MAX) {
+        return false; /* those that it has are in their place when it starts anew */
+    }
+    if (!map_log_has_room(map, wanted)) {
+        op->up = true;
+        return false;
+    }
+    wanted = claim(map, unit, wanted, type);
+    if (wanted == 0) {
+        return false;
+    }
+    count = map_take_clusters(map, wanted, &host);
+    unclaim(map, unit + count, wanted - count, type);
+    if (count == 0) {
+        op->up = true;
+        return false;
+    }
+    if (type == VB_MAP_ZERO) {
+        publish_zero_clusters(op, unit, count, host);
+    } else {
+        op->groups[op->groups_count++] = (struct group){unit, count, host};
+    }
+    extent->type = VB_MAP_DATA;
+    extent->host = host + (offset & (unit_size(map) - 1));
+    extent->bytes = ((unit + count) << map->options.unit_bits) - offset;
+    if (extent->bytes > end - offset) {
+        extent->bytes = end - offset;
+    }
+    return true;
+}
+
+/* ---- extents ------------------------------------------------------------------------------------------ */
+
+/* Whether the entry of the unit at `offset` continues an extent that ends there. */
+static bool continues(struct map_op *op, const struct extent *extent, uint64_t offset)
+{
+    uint64_t entry = load(op->map, offset >> op->map->options.unit_bits);
+
+    if ((entry & VB_MAP_TYPE) != extent->type) {
+        return false;
+    }
+    if (extent->type == VB_MAP_DATA) {
+        return host_of(entry) == extent->host + extent->bytes &&
+               (op->request->op == VB_OP_READ || (entry & VB_MAP_WRITABLE));
+    }
+    return true;
+}
+
+/* The longest extent from `offset` on; false: the map has changed, start anew. */
+static bool next_extent(struct map_op *op, uint64_t offset, uint64_t end, struct extent *extent)
+{
+    struct map_node *map = op->map;
+    uint64_t entry = load(map, offset >> map->options.unit_bits);
+    uint64_t type = entry & VB_MAP_TYPE;
+    bool write = op->request->op == VB_OP_WRITE;
+
+    if (type == VB_MAP_MISS || type == VB_MAP_PENDING) {
+        return false;
+    }
+    if (write && !can_write(map, entry, offset, rest_of_unit(map, offset, end))) {
+        return false;
+    }
+    if (write && type != VB_MAP_DATA) {
+        return allocate(op, offset, end, type, extent);
+    }
+    extent->type = type;
+    extent->host = host_of(entry) + (offset & (unit_size(map) - 1));
+    extent->bytes = rest_of_unit(map, offset, end);
+    while (offset + extent->bytes < end && continues(op, extent, offset + extent->bytes)) {
+        extent->bytes += rest_of_unit(map, offset + extent->bytes, end);
+    }
+    return true;
+}
+
+static void read_backing(struct map_op *op, struct cursor *cursor, uint64_t offset, uint64_t bytes)
+{
+    uint64_t size = op->map->options.backing_size;
+    uint64_t there = offset >= size ? 0 : size - offset < bytes ? size - offset : bytes;
+
+    if (there > 0) {
+        start_part(op, cursor, 1, offset, there);
+    }
+    if (bytes > there) {
+        zero_fill(cursor, bytes - there);
+    }
+}
+
+static void start_extent(struct map_op *op, struct cursor *cursor, uint64_t offset,
+                         const struct extent *extent)
+{
+    if (extent->type == VB_MAP_DATA) {
+        start_part(op, cursor, 0, extent->host, extent->bytes);
+    } else if (extent->type == VB_MAP_ZERO) {
+        zero_fill(cursor, extent->bytes);
+    } else {
+        read_backing(op, cursor, offset, extent->bytes);
+    }
+}
+
+static void start_op(struct map_node *map, struct vb_request *request)
+{
+    struct map_op *op = (struct map_op *)request->scratch;
+    struct cursor cursor = {.iov = request->iov};
+    uint64_t offset = request->offset, end = offset + request->bytes;
+
+    op->request = request;
+    op->map = map;
+    op->here = map_thread(map, request->thread);
+    op->epoch = map_begin(op->here);
+    op->pending = 1;
+    op->ret = 0;
+    op->again = false;
+    op->up = false;
+    op->groups_count = 0;
+    op->slices = NULL;
+    op->slices_used = 0;
+    while (offset < end && op->ret == 0 && !op->up) {
+        struct extent extent;
+
+        if (!next_extent(op, offset, end, &extent)) {
+            op->again = true;
+            break;
+        }
+        start_extent(op, &cursor, offset, &extent);
+        offset += extent.bytes;
+    }
+    part_ended(op, 0);
+}
+
+/* ---- the node -------------------------------------------------------------------------------------------- */
+
+static void go_up(struct map_node *map, struct vb_request *request)
+{
+    vb_upcall_post(&map->node, map->options.cookie, request);
+}
+
+static void submit_flush(struct map_node *map, struct vb_request *request)
+{
+    if (map_is_dirty(map)) {
+        go_up(map, request);
+    } else {
+        vb_submit(map->node.children[0], request);
+    }
+}
+
+void map_submit(struct vb_node *node, struct vb_request *request);
+
+void map_submit(struct vb_node *node, struct vb_request *request)
+{
+    struct map_node *map = vb_container_of(node, struct map_node, node);
+    uint64_t unit;
+    bool in_place;
+
+    if (request->op == VB_OP_FLUSH) {
+        submit_flush(map, request);
+        return;
+    }
+    if (request->op != VB_OP_READ && request->op != VB_OP_WRITE) {
+        go_up(map, request);
+        return;
+    }
+    if (request->bytes == 0) {
+        vb_complete(request, 0);
+        return;
+    }
+    switch (look(map, request, &unit, &in_place)) {
+    case WAIT:
+        map_wait(map, request, unit);
+        break;
+    case PYTHON:
+        go_up(map, request);
+        break;
+    case HERE:
+        /* After the look: what was allocated before it is in the log. */
+        if ((request->flags & VB_REQ_FUA) && (!in_place || map_is_dirty(map))) {
+            go_up(map, request);
+        } else {
+            start_op(map, request);
+        }
+        break;
+    }
+}

@@ -1,0 +1,449 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * nodes/map_table.c: what a map knows: its tables of entries, the log of what C has allocated,
+ * and the runs it allocates from. The calls of Python's half are here, too.
+ *
+ * Entries are atomic words. I/O threads read them with acquire and change them with
+ * compare-and-exchange; Python, the only one that installs and evicts tables, sets them. A
+ * table is freed when every I/O thread has gone once round its loop after it was unlinked: no thread
+ * keeps a pointer into a table beyond that.
+ */
+#include "map_table.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define OWN_LOG_RECORDS 16384u
+
+static struct map_node *map_of(struct vb_node *node)
+{
+    return vb_container_of(node, struct map_node, node);
+}
+
+/* ---- entries --------------------------------------------------------------------------- */
+
+static uint64_t entries_per_table(const struct map_node *map)
+{
+    return 1ull << map->options.table_bits;
+}
+
+_Atomic uint64_t *map_entry(struct map_node *map, uint64_t unit)
+{
+    uint64_t number = unit >> map->options.table_bits;
+    struct map_table *table;
+
+    if (number >= map->tables_count) {
+        return NULL;
+    }
+    /* Acquire: its entries were written before it was installed. */
+    table = atomic_load_explicit(&map->tables[number], memory_order_acquire);
+    if (!table) {
+        return NULL;
+    }
+    if (!atomic_load_explicit(&table->used, memory_order_relaxed)) {
+        atomic_store_explicit(&table->used, true, memory_order_relaxed);
+    }
+    return &table->entries[unit & (entries_per_table(map) - 1)];
+}
+
+int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entries)
+{
+    struct map_node *map = map_of(node);
+    struct map_table *table;
+
+    if (number >= map->tables_count) {
+        return -ERANGE;
+    }
+    if (atomic_load_explicit(&map->tables[number], memory_order_relaxed)) {
+        return -EEXIST;
+    }
+    table = malloc(sizeof(*table) + entries_per_table(map) * sizeof(table->entries[0]));
+    if (!table) {
+        return -ENOMEM;
+    }
+    atomic_init(&table->used, true);
+    for (uint64_t i = 0; i < entries_per_table(map); i++) {
+        atomic_init(&table->entries[i], entries[i]);
+    }
+    atomic_store_explicit(&map->tables[number], table, memory_order_release);
+    return 0;
+}
+
+bool vb_map_evict(struct vb_node *node, uint64_t number)
+{
+    struct map_node *map = map_of(node);
+    struct map_table *table = NULL;
+
+    if (number < map->tables_count) {
+        table = atomic_exchange(&map->tables[number], NULL);
+    }
+    if (!table) {
+        return false;
+    }
+    map_after_all_threads(node->engine, free, table);
+    map_wake(map); /* who waits for an entry of it has to ask Python now */
+    return true;
+}
+
+bool vb_map_used(struct vb_node *node, uint64_t number)
+{
+    struct map_node *map = map_of(node);
+    struct map_table *table = NULL;
+
+    if (number < map->tables_count) {
+        table = atomic_load_explicit(&map->tables[number], memory_order_relaxed);
+    }
+    return table && atomic_exchange_explicit(&table->used, false, memory_order_relaxed);
+}
+
+uint64_t vb_map_get(struct vb_node *node, uint64_t unit)
+{
+    _Atomic uint64_t *entry = map_entry(map_of(node), unit);
+
+    return entry ? atomic_load(entry) : VB_MAP_MISS;
+}
+
+void vb_map_set(struct vb_node *node, uint64_t unit, uint64_t count, uint64_t value, uint64_t step)
+{
+    bool waited_for = false;
+
+    for (uint64_t i = 0; i < count; i++, value += step) {
+        _Atomic uint64_t *entry = map_entry(map_of(node), unit + i);
+
+        if (entry) {
+            waited_for |= (atomic_exchange(entry, value) & VB_MAP_TYPE) == VB_MAP_PENDING;
+        }
+    }
+    if (waited_for) {
+        map_wake(map_of(node));
+    }
+}
+
+bool vb_map_claim(struct vb_node *node, uint64_t unit, uint64_t expected)
+{
+    _Atomic uint64_t *entry = map_entry(map_of(node), unit);
+
+    return entry && atomic_compare_exchange_strong(entry, &expected, VB_MAP_PENDING);
+}
+
+/* ---- the log ------------------------------------------------------------------------------ */
+
+/*
+ * The memory may be a file that others will read after this process was killed: head is moved
+ * first, then the record is written, then its number. A record without its number was never
+ * finished, and the request that made it has not completed.
+ */
+bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extra)
+{
+    uint64_t number = __atomic_load_n(&map->log->head, __ATOMIC_RELAXED);
+    struct vb_map_record *record;
+
+    do {
+        /* Acquire: what is overwritten was read before tail moved on. */
+        uint64_t tail = __atomic_load_n(&map->log->tail, __ATOMIC_ACQUIRE);
+
+        if (number - tail >= map->options.log_records) {
+            return false;
+        }
+    } while (!__atomic_compare_exchange_n(&map->log->head, &number, number + 1, true,
+                                          __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    record = &map->records[number & (map->options.log_records - 1)];
+    record->guest = guest;
+    record->entry = entry;
+    record->extra = extra;
+    __atomic_store_n(&record->number, number + 1, __ATOMIC_RELEASE);
+    return true;
+}
+
+bool map_log_has_room(struct map_node *map, uint64_t records)
+{
+    uint64_t used = __atomic_load_n(&map->log->head, __ATOMIC_RELAXED) -
+                    __atomic_load_n(&map->log->tail, __ATOMIC_RELAXED);
+
+    return used + records <= map->options.log_records;
+}
+
+/*
+ * Who sees an entry sees its record: that was made before (sequentially consistent, both). And the
+ * log first: taking a record sets `dirty` before the log looks empty.
+ */
+bool map_is_dirty(struct map_node *map)
+{
+    return __atomic_load_n(&map->log->head, __ATOMIC_SEQ_CST) != atomic_load(&map->taken) ||
+           atomic_load(&map->dirty);
+}
+
+int vb_map_take_log(struct vb_node *node, struct vb_map_change *changes, int max)
+{
+    struct map_node *map = map_of(node);
+    uint64_t taken = atomic_load_explicit(&map->taken, memory_order_relaxed);
+    int count = 0;
+
+    while (count < max && taken != __atomic_load_n(&map->log->head, __ATOMIC_ACQUIRE)) {
+        struct vb_map_record *record = &map->records[taken & (map->options.log_records - 1)];
+
+        if (__atomic_load_n(&record->number, __ATOMIC_ACQUIRE) != taken + 1) {
+            break; /* being written; its request has not completed, and no flush waits for it */
+        }
+        if (!(record->guest & VB_MAP_RECORD_PYTHON)) {
+            changes[count++] = (struct vb_map_change){record->guest, record->entry};
+        }
+        taken++;
+    }
+    if (count > 0) {
+        atomic_store(&map->dirty, true); /* before the log looks empty */
+    }
+    atomic_store(&map->taken, taken);
+    if (map->own_log) {
+        vb_map_log_done(node, taken);
+    }
+    return count;
+}
+
+int vb_map_log(struct vb_node *node, uint64_t guest, uint64_t entry, uint64_t extra)
+{
+    return map_log(map_of(node), guest | VB_MAP_RECORD_PYTHON, entry, extra) ? 0 : -ENOSPC;
+}
+
+uint64_t vb_map_log_taken(struct vb_node *node)
+{
+    return atomic_load(&map_of(node)->taken);
+}
+
+void vb_map_log_done(struct vb_node *node, uint64_t taken)
+{
+    __atomic_store_n(&map_of(node)->log->tail, taken, __ATOMIC_RELEASE);
+}
+
+void vb_map_set_dirty(struct vb_node *node, bool dirty)
+{
+    atomic_store(&map_of(node)->dirty, dirty);
+}
+
+/* ---- runs ------------------------------------------------------------------------------------ */
+
+/* It may be told after its map has gone. */
+struct low_event {
+    struct vb_message message;
+    uint64_t cookie;
+};
+
+static void fill_low(struct vb_message *message, void *context)
+{
+    struct low_event *low = vb_container_of(message, struct low_event, message);
+
+    *(struct vb_event *)context = (struct vb_event){
+        .kind = VB_EVENT_MAP_LOW,
+        .cookie = low->cookie,
+    };
+    free(low);
+}
+
+static void tell_low(struct map_node *map)
+{
+    struct low_event *low;
+
+    if (atomic_load_explicit(&map->low_told, memory_order_relaxed) ||
+        atomic_exchange(&map->low_told, true)) {
+        return;
+    }
+    low = malloc(sizeof(*low));
+    if (low) {
+        low->message.run = fill_low;
+        low->cookie = map->options.cookie;
+        vb_engine_post(map->node.engine, &low->message);
+    }
+}
+
+/* The spare run takes the place of an empty one. One thread at a time: the others ask Python. */
+static bool use_spare(struct map_node *map, struct map_run *empty)
+{
+    struct map_run *spare;
+
+    if (atomic_exchange(&map->switching, true)) {
+        return false;
+    }
+    spare = atomic_load(&map->run) == empty ? atomic_exchange(&map->spare, NULL) : NULL;
+    if (spare) {
+        atomic_store(&map->run, spare);
+        if (empty) { /* others may still be looking at it */
+            map_after_all_threads(map->node.engine, free, empty);
+        }
+    }
+    atomic_store(&map->switching, false);
+    return spare != NULL;
+}
+
+static uint64_t take_from(const struct map_node *map, struct map_run *run, uint64_t wanted,
+                          uint64_t *host)
+{
+    uint64_t next = atomic_load_explicit(&run->next, memory_order_relaxed);
+    uint64_t count;
+
+    do {
+        count = (run->end - next) >> map->options.unit_bits;
+        count = count < wanted ? count : wanted;
+    } while (count > 0 &&
+             !atomic_compare_exchange_weak(&run->next, &next,
+                                           next + (count << map->options.unit_bits)));
+    *host = next;
+    return count;
+}
+
+uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host)
+{
+    for (;;) {
+        struct map_run *run = atomic_load(&map->run);
+        uint64_t count = run ? take_from(map, run, wanted, host) : 0;
+
+        if (count > 0) {
+            if (!atomic_load_explicit(&map->spare, memory_order_relaxed)) {
+                tell_low(map);
+            }
+            return count;
+        }
+        if (!use_spare(map, run)) {
+            if (atomic_load(&map->run) != run) {
+                continue; /* another thread has just put the spare in its place */
+            }
+            tell_low(map);
+            return 0;
+        }
+    }
+}
+
+int vb_map_give(struct vb_node *node, uint64_t host, uint64_t bytes)
+{
+    struct map_node *map = map_of(node);
+    struct map_run *run, *none = NULL;
+
+    if (atomic_load(&map->spare)) {
+        return -EBUSY;
+    }
+    run = malloc(sizeof(*run));
+    if (!run) {
+        return -ENOMEM;
+    }
+    atomic_init(&run->next, host);
+    run->end = host + bytes;
+    atomic_compare_exchange_strong(&map->spare, &none, run); /* control alone fills it */
+    atomic_store(&map->low_told, false);
+    return 0;
+}
+
+void vb_map_reclaim(struct vb_node *node, uint64_t left[4])
+{
+    struct map_node *map = map_of(node);
+    struct map_run *runs[2] = {atomic_exchange(&map->run, NULL), atomic_exchange(&map->spare, NULL)};
+
+    for (unsigned i = 0; i < 2; i++) {
+        left[2 * i] = runs[i] ? atomic_load(&runs[i]->next) : 0;
+        left[2 * i + 1] = runs[i] ? runs[i]->end - left[2 * i] : 0;
+        if (runs[i]) {
+            map_after_all_threads(node->engine, free, runs[i]);
+        }
+    }
+    atomic_store(&map->low_told, false);
+}
+
+/* ---- life --------------------------------------------------------------------------------------- */
+
+static uint64_t tables_for(const struct vb_map_options *options)
+{
+    return (options->size >> (options->unit_bits + options->table_bits)) + 1;
+}
+
+void vb_map_set_size(struct vb_node *node, uint64_t size, uint64_t backing_size)
+{
+    struct map_node *map = map_of(node);
+    uint64_t before = map->tables_count;
+    _Atomic(struct map_table *) *tables;
+
+    map->options.size = size;
+    map->options.backing_size = backing_size;
+    if (tables_for(&map->options) <= before) {
+        return; /* tables beyond the end do no harm */
+    }
+    tables = calloc(tables_for(&map->options), sizeof(*tables));
+    if (!tables) {
+        return; /* what lies beyond is asked of Python for ever: slow, and right */
+    }
+    for (uint64_t i = 0; i < before; i++) {
+        atomic_init(&tables[i], atomic_load(&map->tables[i]));
+    }
+    free(map->tables);
+    map->tables = tables;
+    map->tables_count = tables_for(&map->options);
+}
+
+static void map_destroy(struct vb_node *node)
+{
+    struct map_node *map = map_of(node);
+    uint64_t left[4];
+
+    vb_map_reclaim(node, left);
+    for (uint64_t i = 0; i < map->tables_count; i++) {
+        free(atomic_load_explicit(&map->tables[i], memory_order_relaxed));
+    }
+    free(map->tables);
+    free(map->own_log);
+    map_threads_free(map);
+}
+
+void map_submit(struct vb_node *node, struct vb_request *request); /* map.c */
+
+static const struct vb_node_ops map_ops = {
+    .name = "map",
+    .submit = map_submit,
+    .destroy = map_destroy,
+};
+
+static int check_options(const struct vb_map_options *options, char *error)
+{
+    uint32_t records = options->log_records;
+
+    if (options->unit_bits < 9 || options->unit_bits > 21 || options->table_bits > 20) {
+        return vb_error(error, -EINVAL, "a map with units of 2^%u bytes in tables of 2^%u",
+                        options->unit_bits, options->table_bits);
+    }
+    if (options->log && (records == 0 || (records & (records - 1)))) {
+        return vb_error(error, -EINVAL, "a map's log of %u records, which is no power of two",
+                        records);
+    }
+    return 0;
+}
+
+struct vb_node *vb_node_map_new(struct vb_engine *engine, const struct vb_map_options *options,
+                                char *error)
+{
+    struct map_node *map;
+
+    if (check_options(options, error) < 0) {
+        return NULL;
+    }
+    map = vb_node_alloc(engine, &map_ops, sizeof(*map), error);
+    if (!map) {
+        return NULL;
+    }
+    map->options = *options;
+    map->tables_count = tables_for(options);
+    map->tables = calloc(map->tables_count, sizeof(*map->tables));
+    map->log = (struct vb_map_log *)(uintptr_t)options->log;
+    if (!map->log) {
+        map->options.log_records = OWN_LOG_RECORDS;
+        map->own_log = calloc(1, sizeof(*map->log) + OWN_LOG_RECORDS * sizeof(*map->records));
+        map->log = map->own_log;
+    }
+    if (!map->tables || !map->log) {
+        vb_error(error, -ENOMEM, "no memory for a map of %llu tables",
+                 (unsigned long long)map->tables_count);
+        free(map->tables);
+        free(map->own_log);
+        free(map);
+        return NULL;
+    }
+    map->records = (struct vb_map_record *)(map->log + 1);
+    atomic_init(&map->taken, map->log->head);
+    return &map->node;
+}

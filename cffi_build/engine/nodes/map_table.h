@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* map_table.h: what the parts of the map node share. See map.c. */
+#ifndef VB_MAP_TABLE_H
+#define VB_MAP_TABLE_H
+
+#include "../upcall.h"
+
+/* Entries of one table; Python installs and evicts it, I/O threads look at it without a lock. */
+struct map_table {
+    _Atomic bool used;
+    _Atomic uint64_t entries[];
+};
+
+/* Reserved clusters [next, end) of the storage. */
+struct map_run {
+    _Atomic uint64_t next;
+    uint64_t end;
+};
+
+/* Somebody waits for all requests of one thread that have begun before now. */
+struct map_grace;
+
+/* One I/O thread's part of a map. Only that thread touches what is not atomic. */
+struct map_thread {
+    struct vb_message wake;
+    _Atomic bool waking;            /* `wake` is on its way */
+    struct vb_request *waiting;     /* for a pending entry; linked in their scratch */
+    uint32_t epoch;                 /* 0 or 1: where requests that begin now are counted */
+    uint64_t inflight[2];
+    struct map_grace *draining;     /* waits for inflight[!epoch] */
+    struct map_grace *next, **last; /* came meanwhile */
+};
+
+struct map_node {
+    struct vb_node node;
+    struct vb_map_options options;
+    uint64_t tables_count;
+    _Atomic(struct map_table *) *tables;
+    _Atomic(struct map_thread *) threads[VB_MAX_IOTHREADS];
+    _Atomic uint32_t waiters;  /* requests in any thread's waiting list */
+    _Atomic bool dirty;        /* Python's metadata */
+    _Atomic(struct map_run *) run, spare;
+    _Atomic bool switching;    /* a thread is replacing `run` */
+    _Atomic bool low_told;
+    struct vb_map_log *log;
+    struct vb_map_record *records;
+    void *own_log;             /* owned; NULL if the log is the caller's */
+    _Atomic uint64_t taken;    /* records that Python has seen; only control writes */
+};
+
+/* ---- map_table.c ------------------------------------------------------------------------ */
+
+/* Any: the entry of a unit, or NULL if its table is not there. Valid until the next message. */
+_Atomic uint64_t *map_entry(struct map_node *map, uint64_t unit);
+
+/* I/O thread: a record in the log; false if that is full. */
+bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extra);
+bool map_log_has_room(struct map_node *map, uint64_t records);
+/* Flushes have to go up. */
+bool map_is_dirty(struct map_node *map);
+
+/* I/O thread: up to `wanted` adjacent clusters; how many, 0 if there is none. */
+uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host);
+
+/* ---- map_thread.c ----------------------------------------------------------------------- */
+
+struct map_thread *map_thread(struct map_node *map, struct vb_iothread *thread);
+/* I/O thread: around every request that uses what an entry says. begin() gives end()'s argument. */
+uint32_t map_begin(struct map_thread *here);
+void map_end(struct map_thread *here, uint32_t epoch);
+/* I/O thread: hand the request to the node again when an entry that was pending has changed. */
+void map_wait(struct map_node *map, struct vb_request *request, uint64_t unit);
+/* Any: an entry was pending and is not any more. */
+void map_wake(struct map_node *map);
+/*
+ * Any: run(argument) once every I/O thread of the engine has finished what it is just doing, so that
+ * it cannot hold a pointer any more that has been unlinked before.
+ */
+void map_after_all_threads(struct vb_engine *engine, void (*run)(void *argument), void *argument);
+void map_threads_free(struct map_node *map); /* control */
+
+#endif
