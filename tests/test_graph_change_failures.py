@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+from frontend import Status
 from graph_changes import Through, act, load, picture, transaction
 from in_process import Host, refused, with_host
 
@@ -339,3 +340,78 @@ def test_views_and_hooks_survive_a_reopening_under_load() -> None:
         assert not host.named("VHOSTBLK_FILTER_ERROR")
 
     with_host(test, Copying)
+
+
+def test_requests_that_do_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that hangs holds up its own guest; nothing is changed, and others go on."""
+    monkeypatch.setattr("vhostblk.graph.graph.PAUSE_PATIENCE", 0.1)
+
+    async def test(host: Host) -> None:
+        await host.null("hangs", latency_ns=700_000_000)
+        await host.null("fast")
+        await host.export("hangs", "slow")
+        await host.export("fast", "other")
+        replace = [
+            ("block-filter-insert", {"export-id": id, "filter": {**FILTER, "node-name": id}})
+            for id in ("slow", "other")
+        ]
+        for _, arguments in replace:
+            del arguments["filter"]["file"]
+        async with host.device("slow") as slow, host.device("other") as other:
+            request = slow.device.submit(0, 0, length=512)
+            await host.until(lambda: any(e["inflight"] for e in host.backend.query_block_exports()))
+            before = picture(host.backend.graph)
+            with refused("requests of export 'slow' have not finished for 0.1 s"):
+                await transaction(host, *replace)
+            assert picture(host.backend.graph) == before
+            assert request.status != Status.OK
+            await other.read(0, 512)
+            await slow.wait(request)
+            assert request.status == Status.OK
+            monkeypatch.undo()
+            await transaction(host, *replace)
+            await slow.read(0, 512)
+            assert host.backend.graph.node("slow").seen == 1
+            monkeypatch.setattr("vhostblk.graph.graph.PAUSE_PATIENCE", 0.1)
+            slow.device.submit(0, 0, length=512)
+            await host.until(lambda: any(e["inflight"] for e in host.backend.query_block_exports()))
+            with refused("have not finished"):
+                await act(host, "block-filter-remove", node_name="slow")
+            await host.backend.block_export_del("slow", "hard")  # waits for what is under way
+
+    with_host(test, Failing)
+
+
+def test_nodes_that_are_being_opened_do_not_confuse_anybody() -> None:
+    class Slow(Failing):
+        driver = "slow"
+        go_on: ClassVar[asyncio.Event]
+        entered: ClassVar[asyncio.Event]
+
+        async def open(self) -> None:
+            Slow.entered.set()
+            await Slow.go_on.wait()
+            self.ready = True
+            await super().open()
+
+        @property
+        def size(self) -> int:
+            assert self.ready
+            return super().size
+
+    async def test(host: Host) -> None:
+        Slow.go_on, Slow.entered = asyncio.Event(), asyncio.Event()
+        await host.null("n")
+        task = asyncio.create_task(host.add("slow", "x", file="n"))
+        await Slow.entered.wait()
+        backend = host.backend
+        for open_nodes in ({"n"}, {"n", "x"}):
+            assert {n["node-name"] for n in backend.query_named_block_nodes()} == open_nodes
+            graph = backend.query_block_graph()
+            assert {n["node-name"] for n in graph["nodes"]} == open_nodes
+            assert len(graph["edges"]) == len(open_nodes) - 1
+            assert {s["node-name"] for s in backend.query_blockstats()} == open_nodes
+            Slow.go_on.set()
+            await task
+
+    with_host(test, Slow)

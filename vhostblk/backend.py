@@ -214,14 +214,8 @@ class Backend:
 
     async def transaction(self, actions: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         """All of these actions (vhostblk/transaction.py) in one change, or none."""
-        result: dict[str, Any] = {}
-
-        async def attempt() -> None:
-            async with self.changing():
-                result.update(await run_actions(self, actions))
-
-        await self._when_unlocked(attempt)
-        return result
+        async with self.changing():
+            return await run_actions(self, actions)
 
     async def blockdev_reopen(self, options: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """blockdev-reopen."""
@@ -290,6 +284,9 @@ class Backend:
     async def _close_export(self, export: Export) -> None:
         assert export.backend is not None
         root = export.backend.root
+        if export.backend.device is not None:
+            with self.graph.releasing([export.backend]):
+                await self.graph.unpaused(export.backend.device)
         await export.close()
         await self.graph.drop([root])
         del self._exports[export.id]
@@ -344,7 +341,7 @@ class Backend:
 
     def query_named_block_nodes(self) -> list[dict[str, Any]]:
         """query-named-block-nodes."""
-        return [self._describe_node(node) for node in self.graph.nodes.values()]
+        return [self._describe_node(node) for node in self.graph.open_nodes]
 
     def query_block(self) -> list[dict[str, Any]]:
         """query-block: the drives, which are called as their exports."""
@@ -380,8 +377,10 @@ class Backend:
                     **_stats_entry(export.stats()),
                 }
             )
-        for name, node in self.graph.nodes.items():
-            entries.append({"node-name": name, "driver": node.driver, **_stats_entry(node.stats())})
+        for node in self.graph.open_nodes:
+            entries.append(
+                {"node-name": node.name, "driver": node.driver, **_stats_entry(node.stats())}
+            )
         return entries
 
     def query_iothreads(self) -> list[dict[str, Any]]:

@@ -541,6 +541,9 @@ class Change:
 
     async def _finish(self) -> None:
         graph = self.graph
+        # What Python itself began in the pause may still be on its way through the old tree.
+        handles = {node.handle.address for node in self._disturbed if node.handle is not None}
+        await asyncio.gather(*graph.engine.pending(handles), return_exceptions=True)
         for node in self._reopenings:
             with _logged(f"cleaning up after the reopening of node '{node.name}'"):
                 await node.reopen_clean()

@@ -21,16 +21,18 @@ _PERMS = (
 
 def describe_graph(graph: Graph) -> dict[str, Any]:
     """Drives, nodes and the relations between them."""
+    nodes = dict.fromkeys(graph.open_nodes)
     return {
         "drives": [
             {"id": drive.name, "type": drive.what, **describe_drive(graph, drive)}
             for drive in graph.backends
         ],
-        "nodes": [_describe_node(graph, node) for node in graph.nodes.values()],
+        "nodes": [_describe_node(graph, node) for node in nodes],
         "edges": [
             _describe_edge(graph, edge, node)
-            for node in graph.nodes.values()
+            for node in nodes
             for edge in graph.parents_of(node)
+            if isinstance(edge.parent, BlockBackend) or edge.parent in nodes
         ],
     }
 

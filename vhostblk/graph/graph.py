@@ -21,7 +21,7 @@ from typing import Any
 
 from vhostblk.engine import Engine
 from vhostblk.events import EventBus
-from vhostblk.graph.block_backend import BlockBackend, split
+from vhostblk.graph.block_backend import BlockBackend, Device, split
 from vhostblk.graph.change import Change
 from vhostblk.graph.edge import Edge, enumerate_edges
 from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
@@ -34,6 +34,8 @@ from vhostblk.schema.validation import wrong_type_error
 logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 64
+# How long guests may be held up by one that has requests which do not finish.
+PAUSE_PATIENCE = 10.0
 _WRITING = int(Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE)
 MAX_CHAIN = 256  # of images that name their backing file
 _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
@@ -70,6 +72,7 @@ class Graph:
         self._perms: dict[NodeDriver, tuple[Perm, Perm]] = {}
         self._drains: dict[NodeDriver, int] = {}
         self._releasing: list[_Releasing] = []
+        self._late_pauses: dict[asyncio.Future[None], Device] = {}
         self._given: dict[NodeDriver, dict[str, Any]] = {}
         self._chain: list[str] = []  # images whose backing files are being opened
         self.lock = asyncio.Lock()
@@ -109,6 +112,11 @@ class Graph:
     def parents_of(self, node: NodeDriver) -> list[Edge]:
         """Who uses a node, and as what."""
         return list(self._parents[node])
+
+    @property
+    def open_nodes(self) -> list[NodeDriver]:
+        """Those that can be asked things: not the ones that are being opened at the moment."""
+        return [node for node in self._nodes.values() if node in self._active]
 
     def is_owned(self, node: NodeDriver) -> bool:
         """Whether the operator made it; else it goes with its parent."""
@@ -171,9 +179,11 @@ class Graph:
     def below(self, node: NodeDriver) -> list[NodeDriver]:
         """A node and everything it reaches."""
         found = [node]
+        seen = {node}
         for current in found:  # grows while it is walked
             for child in self.children_of(current).values():
-                if child.node not in found:
+                if child.node not in seen:
+                    seen.add(child.node)
                     found.append(child.node)
         return found
 
@@ -591,7 +601,9 @@ class Graph:
 
     def permissions_of_edge(self, edge: Edge) -> tuple[Perm, Perm]:
         """What one parent does to a node, and lets others do."""
-        return self._edge_permissions(edge, self._perms)
+        if isinstance(edge.parent, BlockBackend):
+            return edge.parent.perm, edge.parent.shared
+        return self._edge_permissions(edge, {edge.parent: self.permissions_of(edge.parent)})
 
     def _edge_permissions(
         self, edge: Edge, above: Mapping[NodeDriver, tuple[Perm, Perm]]
@@ -646,16 +658,10 @@ class Graph:
         """
         above, reaching = self.above(nodes)
         drives = list(dict.fromkeys([*backends, *reaching]))
-        devices = [backend.device for backend in drives if backend.device is not None]
         begun = time.perf_counter_ns()
         with self.releasing(drives):
-            pauses = asyncio.gather(*(_wait_for(device.pause()) for device in devices))
+            devices = await self._pause(drives)
             try:
-                try:
-                    await asyncio.shield(pauses)
-                except asyncio.CancelledError:
-                    await pauses  # a pause that has begun must have happened to be undone
-                    raise
                 await self._settle(above)
                 for backend in drives:
                     await self._settle(self.below(backend.root))
@@ -665,6 +671,44 @@ class Graph:
                     device.resume()
                 if pause is not None and devices:
                     pause.pause_us = (time.perf_counter_ns() - begun) // 1000
+
+    async def _pause(self, drives: list[BlockBackend]) -> list[Device]:
+        """Pause all of them, or give up if requests of one do not finish (storage hangs)."""
+        pauses = {
+            asyncio.ensure_future(_wait_for(drive.device.pause())): drive
+            for drive in drives
+            if drive.device is not None
+        }
+        late: list[BlockBackend] = []
+        try:
+            if pauses:
+                await asyncio.wait(pauses, timeout=PAUSE_PATIENCE)
+            late = [drive for pause, drive in pauses.items() if not pause.done()]
+            if late:
+                names = ", ".join(f"{drive.what} '{drive.name}'" for drive in late)
+                raise VhostblkError(
+                    f"Nothing was changed: requests of {names} have not finished for "
+                    f"{PAUSE_PATIENCE:g} s; does the storage hang?",
+                    data={"code": "pause-timeout", "exports": [drive.name for drive in late]},
+                )
+        except BaseException:
+            for pause, drive in pauses.items():
+                assert drive.device is not None
+                # A pause that has begun must have happened to be undone.
+                self._late_pauses[pause] = drive.device
+                pause.add_done_callback(self._resume_late)
+            raise
+        return [drive.device for drive in drives if drive.device is not None]
+
+    def _resume_late(self, pause: asyncio.Future[None]) -> None:
+        self._late_pauses.pop(pause).resume()
+
+    async def unpaused(self, device: Device) -> None:
+        """Wait until no pause that was given up is still on its way."""
+        late = [pause for pause, owner in self._late_pauses.items() if owner is device]
+        if late:
+            await asyncio.wait(late)
+            await asyncio.sleep(0)  # for _resume_late()
 
     @contextlib.contextmanager
     def releasing(self, backends: Iterable[BlockBackend]) -> Iterator[None]:
