@@ -14,14 +14,14 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from backend_process import BackendProcess
-from frontend import Device
+from frontend import Device, Feature
 
 from vhostblk.cli import COMMANDS, qemu
 from vhostblk.control.client import ControlClient
@@ -474,54 +474,140 @@ def test_print_capabilities(program: str) -> None:
     assert json.loads(done.stdout) == {"type": "block", "features": ["read-only", "blk-file"]}
 
 
-def test_backend_program(short_dir: Path, image: Path) -> None:
+class BackendProgram:
+    """`vhostblk-backend` with these options, ready."""
+
+    def __init__(self, *options: str, fds: Sequence[int] = ()) -> None:
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())",
+                *options,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=fds,
+        )
+        assert self.process.stderr is not None
+        assert "ready" in self.process.stderr.readline()
+
+    def __enter__(self) -> BackendProgram:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_backend_program(short_dir: Path, image: Path, read_only: bool) -> None:
     path = short_dir / "v"
+    options = [f"--socket-path={path}", f"--blk-file={image}", *["--read-only"] * read_only]
+    with BackendProgram(*options) as program:
+        for _ in range(2):
+            use(Device(path), read_only)
+        program.terminate()
+        assert not path.exists()
+
+
+def use(device: Device, read_only: bool = False) -> None:
+    """As a front-end does, from the first message to the last."""
+    with device:
+        assert device.offered >> Feature.RO & 1 == read_only
+        if not read_only:
+            device.write(512, b"x" * 512)
+            assert device.read(512, 512) == b"x" * 512
+        device.read(0, 4096)
+
+
+def test_backend_program_with_a_listening_descriptor(short_dir: Path, image: Path) -> None:
+    path = short_dir / "v"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        with BackendProgram(f"--fd={fd}", f"--blk-file={image}", fds=[fd]) as program:
+            for _ in range(2):
+                use(Device(path))
+            program.terminate()
+            assert path.exists()  # who made it removes it
+
+
+def connected_device(ours: socket.socket) -> Device:
+    """On a connection that has been made already."""
+    device = Device("")
+    device.connect(ours)
+    device.start()
+    return device
+
+
+def test_backend_program_with_a_connection(image: Path) -> None:
+    """As some management programs do it: no path at all. No other front-end can ever come."""
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
+    with BackendProgram(f"--fd={fd}", f"--blk-file={image}", fds=[fd]) as program:
+        theirs.close()
+        with contextlib.closing(connected_device(ours)) as device:
+            device.write(0, b"y" * 512)
+            assert device.read(0, 512) == b"y" * 512
+        assert program.process.wait(10) == 0
+
+
+def test_backend_program_hangs_up_a_connection(image: Path) -> None:
+    """A front-end that breaks the protocol notices, although others hold the descriptor too."""
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
+    with BackendProgram(f"--fd={fd}", f"--blk-file={image}", fds=[fd]) as program:
+        ours.sendall(bytes(12))
+        assert ours.recv(1) == b""
+        assert program.process.wait(10) == 0
+    ours.close()
+    theirs.close()
+
+
+def test_serve_with_a_connection(image: Path) -> None:
+    """It has a life beyond that front-end, and ends in order."""
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())",
-            f"--socket-path={path}",
-            f"--blk-file={image}",
-            "--read-only",
-        ],
+        [sys.executable, "-m", "vhostblk", "serve", f"--fd={fd}", f"--blk-file={image}"],
+        pass_fds=[fd],
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert process.stderr is not None
         assert "ready" in process.stderr.readline()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
+        with contextlib.closing(connected_device(ours)) as device:
+            device.read(0, 512)
         process.terminate()
         assert process.wait(10) == 0
-        assert not path.exists()
     finally:
         process.kill()
         process.wait()
         process.stderr.close()  # type: ignore[union-attr]
+        theirs.close()
 
 
-def test_backend_program_with_a_descriptor(short_dir: Path, image: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(short_dir / "v"))
-        listener.listen()
-        fd = listener.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vhostblk", "serve", f"--fd={fd}", f"--blk-file={image}"],
-            pass_fds=(fd,),
-            stderr=subprocess.PIPE,
+def test_a_descriptor_that_leads_nowhere(image: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as alone:
+        done = subprocess.run(
+            [sys.executable, "-m", "vhostblk", "serve", f"--fd={alone.fileno()}", str(image)],
+            pass_fds=[alone.fileno()],
+            capture_output=True,
             text=True,
+            timeout=30,
+            check=False,
         )
-        try:
-            assert process.stderr is not None
-            assert "ready" in process.stderr.readline()
-            process.terminate()
-            assert process.wait(10) == 0
-        finally:
-            process.kill()
-            process.wait()
-            process.stderr.close()  # type: ignore[union-attr]
+    assert done.returncode == 1
+    assert "not a UNIX stream socket that listens or is connected" in done.stderr
 
 
 @pytest.mark.parametrize(

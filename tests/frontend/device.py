@@ -233,10 +233,13 @@ class Device:
     def has_protocol(self, feature: int) -> bool:
         return bool(self.protocol_features >> feature & 1)
 
-    def connect(self) -> None:
-        """Connect and negotiate, in the order QEMU does it."""
+    def connect(self, sock: socket.socket | None = None) -> None:
+        """Connect, unless `sock` already is, and negotiate, in the order QEMU does it."""
         self.shared = []
-        self._channel = Channel.connect(self.path, self.timeout)
+        if sock is not None:
+            self._channel = Channel(sock, self.timeout)
+        else:
+            self._channel = Channel.connect(self.path, self.timeout)
         self.negotiate()
 
     def negotiate(self) -> None:

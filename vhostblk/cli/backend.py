@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vhostblk.cli import options, places
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser
 from vhostblk.cli.process import LOG_LEVELS, set_up_logging
 from vhostblk.cli.serve import address, configure_backend, print_capabilities
-from vhostblk.cli.serving import Plan, serve
+from vhostblk.cli.serving import Plan, Running, serve
+
+if TYPE_CHECKING:
+    from vhostblk.events import Event
 
 DESCRIPTION = "Serve one raw image to QEMU, started the way vhost-user backends are started."
 
@@ -50,4 +54,17 @@ def run(arguments: Sequence[str]) -> int:
     plan.steps = options.image_steps(
         args.blk_file, places.name_of_image(args.blk_file), address(args, plan), args
     )
-    return serve(plan)
+    return serve(plan, _while_needed)
+
+
+async def _while_needed(running: Running) -> int:
+    """Until told to stop; if --fd is a connection and not a listener, until that ends."""
+
+    def look(_: Event | None = None) -> None:
+        if all(export.finished for export in running.backend.exports()):
+            running.stop.set()
+
+    running.backend.events.listen(look)
+    look()
+    await running.stop.wait()
+    return 0

@@ -52,6 +52,11 @@ class Export:
         raise NotImplementedError
 
     @property
+    def finished(self) -> bool:
+        """Nobody uses it, and nobody can come to use it."""
+        return False
+
+    @property
     def in_use(self) -> bool:
         """Whether somebody is connected."""
         raise NotImplementedError

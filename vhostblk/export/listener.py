@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A listening UNIX socket: at a path, or inherited as a file descriptor."""
+"""A listening UNIX socket: at a path, or inherited as a file descriptor.
+
+What is inherited may also be a connection that whoever started us has made already (QEMU's
+vhost-user.rst, "Backend program conventions", leaves that open, and both are in use).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class SocketAddress(Model):
     """Where front-ends connect."""
 
     type: Literal["unix", "fd"]
-    """unix: a path; fd: a listening socket that was inherited."""
+    """unix: a path; fd: a socket that was inherited, listening or connected."""
     path: str | None = None
     """Path of the socket (type=unix)."""
     number: str | None = Field(default=None, alias="str")
@@ -32,10 +36,17 @@ class SocketAddress(Model):
 class Listener:
     """A listening socket; at a path, the path is removed on close."""
 
+    exhausted = False
+    """No other connection will come."""
+
     def __init__(self, sock: socket.socket, path: str | None) -> None:
         self.socket = sock
         self.path = path
         self._inode = _inode(path) if path is not None else None
+
+    def accept(self) -> socket.socket:
+        """The next connection; to be called when the socket is readable."""
+        return self.socket.accept()[0]
 
     def close(self) -> None:
         """Stop listening. What others have put at the path since then stays."""
@@ -43,6 +54,20 @@ class Listener:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
         self.socket.close()
+
+
+class Connection(Listener):
+    """A socket that is connected already. It is readable when the front-end speaks."""
+
+    def accept(self) -> socket.socket:
+        self.exhausted = True
+        return self.socket.dup()
+
+    def close(self) -> None:
+        """Hang up: the descriptor that was inherited keeps the connection open otherwise."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        super().close()
 
 
 def listen(address: SocketAddress) -> Listener:
@@ -137,13 +162,25 @@ def _inherit(text: str) -> Listener:
             f"File descriptor {fd} (addr.str) cannot be used: {error.strerror}", "addr.str"
         ) from None
     os.set_inheritable(sock.fileno(), False)
-    if sock.family != socket.AF_UNIX or not sock.getsockopt(
-        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-    ):
-        sock.close()
-        raise _error(f"File descriptor {fd} (addr.str) is not a listening UNIX socket", "addr.str")
     sock.setblocking(False)
-    return Listener(sock, None)
+    if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return Listener(sock, None)
+        if _has_peer(sock):
+            return Connection(sock, None)
+    sock.close()
+    raise _error(
+        f"File descriptor {fd} (addr.str) is not a UNIX stream socket that listens or is connected",
+        "addr.str",
+    )
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _inode(path: str) -> tuple[int, int] | None:

@@ -187,11 +187,13 @@ class VhostUserBlkExport(Export):
 
     def _start_accepting(self) -> None:
         assert self._listener is not None
-        self.engine.loop.add_reader(self._listener.socket.fileno(), self._accept)
+        if not self._listener.exhausted:
+            self.engine.loop.add_reader(self._listener.socket.fileno(), self._accept)
 
     def _stop_accepting(self) -> None:
         assert self._listener is not None
-        self.engine.loop.remove_reader(self._listener.socket.fileno())
+        if self._listener.socket.fileno() >= 0:
+            self.engine.loop.remove_reader(self._listener.socket.fileno())
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
@@ -200,7 +202,7 @@ class VhostUserBlkExport(Export):
         """Take one front-end; the next one waits in the backlog until that has gone."""
         assert self._listener is not None
         try:
-            sock, _ = self._listener.socket.accept()
+            sock = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
@@ -227,6 +229,9 @@ class VhostUserBlkExport(Export):
     def _on_disconnected(self, ret: int, reason: str) -> None:
         self._connected = False
         self._releasing.close()
+        assert self._listener is not None
+        if self._listener.exhausted:
+            self._listener.close()
         data: dict[str, Any] = {"id": self.id}
         if ret < 0:
             data["reason"] = reason
@@ -277,6 +282,10 @@ class VhostUserBlkExport(Export):
         self._handle.set_capacity(_capacity(size))
 
     # ---- what clients ask
+
+    @property
+    def finished(self) -> bool:
+        return self._listener is not None and self._listener.exhausted and not self._connected
 
     @property
     def in_use(self) -> bool:
