@@ -634,6 +634,13 @@ def test_schema_is_complete(path: str) -> None:
     for entry in entries:
         for name in _types(entry):
             assert name in by_name, (entry["name"], name)
+    [actions] = by_name[by_name["transaction"]["arg-type"]]["members"][:1]
+    action = by_name[by_name[actions["type"]]["element-type"]]
+    wrappers = {v["case"]: by_name[v["type"]]["members"] for v in action["variants"]}
+    assert {"abort", "blockdev-add", "blockdev-snapshot-sync"} <= set(wrappers)
+    data = {name: by_name[members[0]["type"]] for name, members in wrappers.items()}
+    assert data["blockdev-add"]["name"] == by_name["blockdev-add"]["arg-type"]
+    assert [m["name"] for m in data["blockdev-del"]["members"]] == ["node-name"]
     add = by_name[by_name["blockdev-add"]["arg-type"]]
     assert add["tag"] == "driver"
     assert {"null-co", "raw", "file"} <= {variant["case"] for variant in add["variants"]}

@@ -7,7 +7,7 @@ also be run out of band, while another command of the same client is waiting.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vhostblk.control import introspect
 from vhostblk.control.events import EVENTS
@@ -135,7 +135,7 @@ async def blockdev_snapshot(context: Context, arguments: BlockdevSnapshot) -> An
 class Transaction(Model):
     """Arguments of transaction."""
 
-    actions: list[TransactionAction]
+    actions: list[Annotated[TransactionAction, "TransactionAction"]]
     properties: TransactionProperties = TransactionProperties()
 
 

@@ -13,11 +13,12 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
 from vhostblk.control.registry import Registry, Union
 from vhostblk.schema import BlockdevRef, Model, StrOrList
+from vhostblk.transaction import ACTIONS, BlockdevOptions
 
 if typing.TYPE_CHECKING:
     from vhostblk.backend import Backend
@@ -176,9 +177,31 @@ blockdev_create_options = Union(
 )
 export_options = Union("BlockExportOptions", "type", lambda backend: backend.export_types())
 object_options = Union("ObjectOptions", "qom-type", lambda backend: backend.object_types())
+
+
+def _actions() -> dict[str, type[Model]]:
+    """What `transaction` takes: for each type a wrapper around the arguments, as QAPI has it."""
+    return {
+        name: create_model(
+            name.title().replace("-", "") + "Wrapper",
+            __base__=Model,
+            type=(str, ...),
+            data=(kind.arguments or BlockdevOptions, ...),
+        )
+        for name, kind in ACTIONS.items()
+    }
+
+
+transaction_actions = Union("TransactionAction", "type", lambda backend: _actions())
 _UNIONS = {
     union.name: union
-    for union in (blockdev_options, blockdev_create_options, export_options, object_options)
+    for union in (
+        blockdev_options,
+        blockdev_create_options,
+        export_options,
+        object_options,
+        transaction_actions,
+    )
 }
 
 
