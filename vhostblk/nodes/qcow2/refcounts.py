@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reference counts: how often each cluster of an image is used.
+
+Source: docs/interop/qcow2.txt, "Host cluster management". A table of big-endian offsets
+points to blocks, a cluster each, of counts of 1 to 64 bits.
+
+Counts are changed in memory; `write_dirty()` puts them on disk. Order:
+
+* A new block is written, and a barrier set, before the table points to it: a table entry whose
+  block is not there yet would make clusters in use look free.
+* A count that has gone up must be on disk before anything there names the cluster: callers
+  write the counts, set a barrier, and write the name then.
+* A count goes down only after nothing on disk names the cluster any more.
+
+A crash in between leaves counts that are too high, clusters that nobody uses: leaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import struct
+import sys
+from array import array
+from typing import Protocol
+
+from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
+
+_HEADER_TABLE_OFFSET = 48
+# Array types by width; narrower counts are unpacked into bytes.
+_TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+
+
+class Storage(Protocol):
+    """The file that holds the image."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes; zeroes beyond the end."""
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write, enlarging the file if need be."""
+
+    async def flush(self) -> None:
+        """What was written before is on stable storage afterwards."""
+
+
+def unpack_counts(data: bytes, bits: int) -> array[int]:
+    """The counts in a block."""
+    if bits in _TYPES:
+        counts = array(_TYPES[bits], data)
+        if sys.byteorder == "little":
+            counts.byteswap()
+        return counts
+    # The least significant bits of a byte come first.
+    mask = (1 << bits) - 1
+    return array("B", [byte >> shift & mask for byte in data for shift in range(0, 8, bits)])
+
+
+def pack_counts(counts: array[int], bits: int) -> bytes:
+    """A block of counts."""
+    if bits in _TYPES:
+        packed = counts[:]
+        if sys.byteorder == "little":
+            packed.byteswap()
+        return packed.tobytes()
+    per_byte = 8 // bits
+    return bytes(
+        sum(counts[at + i] << i * bits for i in range(per_byte))
+        for at in range(0, len(counts), per_byte)
+    )
+
+
+class Refcounts:
+    """The reference counts of one image. Clusters are numbered from the start of the file."""
+
+    def __init__(self, storage: Storage, header: Header) -> None:
+        self._storage = storage
+        self._bits = header.refcount_bits
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self.table_offset = header.refcount_table_offset
+        self.table_clusters = header.refcount_table_clusters
+        self.per_block = self._cluster_size * 8 // self._bits
+        self._max = (1 << self._bits) - 1
+        self.table: list[int] = []
+        """Host offset of each block; 0: there is none, its clusters are free."""
+        self._blocks: dict[int, array[int]] = {}
+        self._dirty: set[int] = set()
+        self._table_dirty: set[int] = set()
+        self._free_from = 0  # no cluster below is free
+        self._lock = asyncio.Lock()
+
+    async def load(self) -> None:
+        """Read the table; blocks are read when they are needed."""
+        length = self.table_clusters << self._cluster_bits
+        data = await self._storage.read(self.table_offset, length)
+        self.table = list(struct.unpack(f">{length // 8}Q", data))
+
+    async def _block(self, number: int) -> array[int]:
+        block = self._blocks.get(number)
+        if block is None:
+            offset = self.table[number]
+            if offset % self._cluster_size or offset >> 56:
+                raise _corrupt(f"refcount table entry {number} ({offset:#x}) is not valid")
+            data = await self._storage.read(offset, self._cluster_size) if offset else None
+            block = self._blocks.get(number)  # somebody may have been faster
+            if block is None:
+                empty = bytes(self._cluster_size)
+                block = unpack_counts(empty if data is None else data, self._bits)
+                self._blocks[number] = block
+        return block
+
+    async def get(self, cluster: int) -> int:
+        """The count of a cluster."""
+        number, index = divmod(cluster, self.per_block)
+        if number >= len(self.table) or not (self.table[number] or number in self._blocks):
+            return 0
+        return (await self._block(number))[index]
+
+    # ---- taking
+
+    async def reserve(self, count: int, contiguous: bool = True) -> int:
+        """Take `count` free clusters in a row, as low as possible; the offset of the first."""
+        del contiguous  # always: whoever wants single ones asks for one
+        async with self._lock:
+            while True:
+                first = await self._find(count)
+                if await self._cover(first, count):
+                    break
+                # Blocks have taken some of the clusters: look again.
+            for cluster in range(first, first + count):
+                await self._put(cluster, 1)
+            if first <= self._free_from:
+                self._free_from = first + count
+            return first << self._cluster_bits
+
+    async def _find(self, count: int) -> int:
+        """The first of `count` free clusters in a row; they may lie beyond the table."""
+        start, run = self._free_from, 0
+        cluster = start
+        while run < count:
+            number, index = divmod(cluster, self.per_block)
+            if number >= len(self.table) or not (self.table[number] or number in self._blocks):
+                step = self.per_block - index  # all of them are free
+                run += step
+                cluster += step
+                continue
+            block = await self._block(number)
+            if block[index] == 0:
+                run += 1
+                cluster += 1
+                continue
+            # Jump to the next free one in this block.
+            try:
+                following = block.index(0, index)
+            except ValueError:
+                following = self.per_block
+            cluster += following - index
+            start, run = cluster, 0
+        return start
+
+    async def _cover(self, first: int, count: int) -> bool:
+        """Make blocks for these clusters; False if that has taken some of them."""
+        last = (first + count - 1) // self.per_block
+        if last >= len(self.table):
+            await self._grow_table(last + 1)
+            return False
+        complete = True
+        for number in range(first // self.per_block, last + 1):
+            if not self.table[number]:
+                await self._make_block(number, first)
+                complete = False
+        return complete
+
+    async def _make_block(self, number: int, first: int) -> None:
+        """A new block describes itself, in the first free cluster it is about."""
+        start = number * self.per_block
+        cluster = max(first, start)
+        if cluster >= start + self.per_block:
+            cluster = start
+        block = unpack_counts(bytes(self._cluster_size), self._bits)
+        block[cluster - start] = 1
+        self._blocks[number] = block
+        self.table[number] = cluster << self._cluster_bits
+        self._dirty.add(number)
+        self._table_dirty.add(number)
+
+    async def _grow_table(self, blocks: int) -> None:
+        """A longer table, behind everything that the old one knows; then the header names it."""
+        size = self._cluster_size
+        start = len(self.table) * self.per_block
+        wanted = max(blocks + 1, len(self.table) * 3 // 2)
+        while True:
+            clusters = -(-wanted * 8 // size)
+            entries = clusters * size // 8
+            # The new table, and the blocks that describe it and themselves.
+            own = 1
+            while own * self.per_block < clusters + own:
+                own += 1
+            if entries >= len(self.table) + own:
+                break
+            wanted = len(self.table) + own
+        if clusters * size > MAX_REFCOUNT_TABLE_BYTES:
+            raise OSError(errno.EFBIG, "the image has reached the largest size of its format")
+        old_offset, old_clusters = self.table_offset, self.table_clusters
+        first_own = len(self.table)
+        table = self.table + [0] * (entries - len(self.table))
+        fresh: dict[int, array[int]] = {}
+        for number in range(first_own, first_own + own):
+            fresh[number] = unpack_counts(bytes(size), self._bits)
+            table[number] = (start + number - first_own) << self._cluster_bits
+        for cluster in range(start, start + own + clusters):
+            fresh[cluster // self.per_block][cluster % self.per_block] = 1
+        offset = (start + own) << self._cluster_bits
+        # What the old table points to, and what it is to point to, first.
+        await self._write_dirty()
+        for number, block in fresh.items():
+            await self._storage.write(table[number], pack_counts(block, self._bits))
+        await self._storage.write(offset, struct.pack(f">{entries}Q", *table))
+        await self._storage.flush()
+        # A crash before this leaves the old table, which knows nothing of the new clusters.
+        await self._storage.write(_HEADER_TABLE_OFFSET, struct.pack(">QI", offset, clusters))
+        await self._storage.flush()
+        self.table, self.table_offset, self.table_clusters = table, offset, clusters
+        self._blocks.update(fresh)
+        for cluster in range(old_clusters):
+            await self._change((old_offset >> self._cluster_bits) + cluster, -1)
+
+    # ---- changing
+
+    async def _put(self, cluster: int, value: int) -> None:
+        number, index = divmod(cluster, self.per_block)
+        (await self._block(number))[index] = value
+        self._dirty.add(number)
+
+    async def _change(self, cluster: int, by: int) -> int:
+        before = await self.get(cluster)
+        if before + by < 0:
+            raise _corrupt(f"cluster {cluster} is given back and was not in use")
+        if before + by > self._max:
+            raise OSError(errno.EINVAL, f"a reference count of more than {self._max}")
+        await self._put(cluster, before + by)
+        if before + by == 0:
+            self._free_from = min(self._free_from, cluster)
+        return before + by
+
+    async def add(self, host: int, count: int) -> None:
+        """One more user for `count` clusters."""
+        async with self._lock:
+            first = host >> self._cluster_bits
+            for cluster in range(first, first + count):
+                await self._change(cluster, 1)
+
+    async def free(self, host: int, count: int) -> bool:
+        """One user less for `count` clusters; whether nobody uses any of them any more."""
+        async with self._lock:
+            first = host >> self._cluster_bits
+            left = [await self._change(cluster, -1) for cluster in range(first, first + count)]
+            return not any(left)
+
+    # ---- to disk
+
+    async def write_dirty(self) -> None:
+        """Write what has changed. Blocks that are new get a barrier; the rest is the caller's."""
+        async with self._lock:
+            await self._write_dirty()
+
+    async def _write_dirty(self) -> None:
+        dirty, self._dirty = self._dirty, set()
+        try:
+            for number in sorted(dirty):
+                data = pack_counts(self._blocks[number], self._bits)
+                await self._storage.write(self.table[number], data)
+        except BaseException:
+            self._dirty |= dirty
+            raise
+        if not self._table_dirty:
+            return
+        await self._storage.flush()
+        for number in sorted(self._table_dirty):
+            entry = struct.pack(">Q", self.table[number])
+            await self._storage.write(self.table_offset + 8 * number, entry)
+        self._table_dirty.clear()
+
+
+def _corrupt(text: str) -> OSError:
+    return OSError(errno.EIO, f"the image is corrupt: {text}")
