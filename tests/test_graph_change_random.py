@@ -25,6 +25,7 @@ class Moody(Through):
 
     options: Options
     mood: ClassVar[random.Random | None] = None
+    permissions = (Perm.NONE, Perm.ALL)
 
     def maybe(self) -> None:
         if Moody.mood is not None and Moody.mood.random() < 0.06:
@@ -48,8 +49,12 @@ class Moody(Through):
         await super().reopen_prepare(options)
 
     def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
-        if perm:  # to let go of something always works
+        used, allowed = self.permissions
+        if perm & ~used or allowed & ~shared:  # to let go of something always works
             self.maybe()
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        self.permissions = (perm, shared)
 
 
 class Walk:
