@@ -352,7 +352,8 @@ class NodeDriver:
     def state_options(self) -> dict[str, Any]:
         """Options that make the node again after a restart, for the state file (docs/state.md).
 
-        File names in them should be absolute. The graph adds the children.
+        File names in them should be absolute. The graph adds the children. Must depend on
+        `options` alone: the result is kept.
         """
         options: dict[str, Any] = self.options.to_options()
         return options

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from vhostblk import __version__
 from vhostblk.graph import Graph
@@ -105,18 +106,27 @@ def describe(backend: Backend) -> str:
             mentioned.append({"qom-type": entry.qom_type, "id": entry.id})
         else:
             objects.append(options)
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "program": f"vhostblk {__version__}",
-        "objects": objects,
-        "objects-with-secrets": mentioned,
-        "nodes": [
-            _describe_node(backend.graph, node) for node in _kept_nodes(backend.graph, roots)
-        ],
-        "exports": [export.state_options() for export in backend.exports()],
+    members = {
+        "format": json.dumps(FORMAT),
+        "version": json.dumps(VERSION),
+        "program": json.dumps(f"vhostblk {__version__}"),
+        "objects": _array(map(_compact, objects)),
+        "objects-with-secrets": _array(map(_compact, mentioned)),
+        "nodes": _array(_node_text(backend.graph, n) for n in _kept_nodes(backend.graph, roots)),
+        "exports": _array(_compact(export.state_options()) for export in backend.exports()),
     }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    text = ",\n".join(f' "{name}": {value}' for name, value in members.items())
+    return f"{{\n{text}\n}}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _array(entries: Iterable[str]) -> str:
+    """One line each."""
+    lines = ",\n  ".join(entries)
+    return f"[\n  {lines}\n ]" if lines else "[]"
 
 
 def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
@@ -142,6 +152,20 @@ def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
             else:
                 kept[waiting.pop()] = None
     return list(kept)
+
+
+# Guests wait while this is written, and of a long chain only the end changes.
+_texts: WeakKeyDictionary[NodeDriver, tuple[Any, Any, str]] = WeakKeyDictionary()
+
+
+def _node_text(graph: Graph, node: NodeDriver) -> str:
+    children = tuple((role, child.node.name) for role, child in graph.children_of(node).items())
+    given = tuple(graph.given_options(node))
+    key = (node.name, children, graph.is_owned(node), given)
+    known = _texts.get(node)
+    if known is None or known[0] is not node.options or known[1] != key:
+        known = _texts[node] = (node.options, key, _compact(_describe_node(graph, node)))
+    return known[2]
 
 
 def _describe_node(graph: Graph, node: NodeDriver) -> dict[str, Any]:
