@@ -147,9 +147,9 @@ vb_node *vb_node_upcall_new(vb_engine *engine, uint32_t op_mask, uint64_t cookie
 /*
  * What is mapped never leaves C. All of a request goes to Python (VB_EVENT_UPCALL) when one of its
  * entries is MISS, for discards and zero writes, and for writes that need more than a fresh
- * cluster. With `allocate` C takes those by itself from runs (vb_map_give):
- * for ZERO always, for BACKING when the write covers the cluster. Each such allocation is a record in
- * the log, written before anybody can see the new entry.
+ * cluster. With `allocate` C takes those by itself from runs (vb_map_give): for ZERO always, unless
+ * it has a host offset (a place without data), for BACKING when the write covers the cluster. Each
+ * such allocation is a record in the log, written before anybody can see the new entry.
  */
 struct vb_map_options {
     uint64_t cookie;

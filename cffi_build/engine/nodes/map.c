@@ -107,7 +107,8 @@ static bool can_write(const struct map_node *map, uint64_t entry, uint64_t offse
     case VB_MAP_DATA:
         return entry & VB_MAP_WRITABLE;
     case VB_MAP_ZERO:
-        return map->options.allocate;
+        /* One that has a place already, but no data there, is Python's to fill. */
+        return map->options.allocate && host_of(entry) == 0;
     case VB_MAP_BACKING:
         return map->options.allocate && covers_unit(map, offset, bytes);
     default:
@@ -422,7 +423,9 @@ static bool next_extent(struct map_op *op, uint64_t offset, uint64_t end, struct
         return false;
     }
     if (write && type != VB_MAP_DATA) {
-        return allocate(op, offset, end, type, extent);
+        /* With FUA it was in place when looked at first: Python has to see to it after all. */
+        op->up = op->request->flags & VB_REQ_FUA;
+        return !op->up && allocate(op, offset, end, type, extent);
     }
     extent->type = type;
     extent->host = host_of(entry) + (offset & (unit_size(map) - 1));

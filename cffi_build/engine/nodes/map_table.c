@@ -11,6 +11,7 @@
 #include "map_table.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -183,8 +184,9 @@ int vb_map_take_log(struct vb_node *node, struct vb_map_change *changes, int max
     while (count < max && taken != __atomic_load_n(&map->log->head, __ATOMIC_ACQUIRE)) {
         struct vb_map_record *record = &map->records[taken & (map->options.log_records - 1)];
 
-        if (__atomic_load_n(&record->number, __ATOMIC_ACQUIRE) != taken + 1) {
-            break; /* being written; its request has not completed, and no flush waits for it */
+        /* Being written: a few instructions. Those behind it may be of requests that have completed. */
+        while (__atomic_load_n(&record->number, __ATOMIC_ACQUIRE) != taken + 1) {
+            sched_yield();
         }
         if (!(record->guest & VB_MAP_RECORD_PYTHON)) {
             changes[count++] = (struct vb_map_change){record->guest, record->entry};
