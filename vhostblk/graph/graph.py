@@ -551,9 +551,12 @@ class Graph:
         try:
             for node in self._top_down():
                 wanted[node] = self._combine(node, wanted)
-                text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
-                with sentence(text, "permissions-failed", node):
+                try:
                     node.prepare_permissions(*wanted[node])
+                except Exception:
+                    text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
+                    with sentence(text, "permissions-failed", node):
+                        raise
                 prepared.append(node)
             yield
         except BaseException:
