@@ -9,6 +9,7 @@
  * any other SIGBUS goes to whoever handled it before, or ends the process as ever.
  */
 #include "device.h"
+#include "file_map.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -140,18 +141,16 @@ static void pass_on(int signal_number, siginfo_t *info, void *context)
 
 static void on_sigbus(int signal_number, siginfo_t *info, void *context)
 {
-    struct vb_device *device = NULL;
-    const char *none = NULL;
     int saved = errno;
+    bool fault = info->si_code > 0; /* and not somebody's kill(): there is an address */
+    struct vb_device *device = fault ? replace_memory((uintptr_t)info->si_addr) : NULL;
+    const char *none = NULL;
 
-    if (info->si_code > 0) { /* a fault, not somebody's kill(): there is an address */
-        device = replace_memory((uintptr_t)info->si_addr);
-    }
     if (device) {
         atomic_compare_exchange_strong(
             &device->violation, &none, "shared memory that was taken away (its file was truncated)");
         vb_device_wake(device);
-    } else {
+    } else if (!fault || !vb_file_map_fault((uintptr_t)info->si_addr)) {
         pass_on(signal_number, info, context);
     }
     errno = saved;
