@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from cow_driver import Cow, Mirror, Through
+from graph_changes import act
 from in_process import Host, refused
 
 from vhostblk import objects
@@ -188,6 +189,26 @@ def test_what_is_not_a_change_is_not_written() -> None:
                 await host.null("n")
             host.backend.query_named_block_nodes()
             assert (directory / "s").stat().st_ino == before
+
+    run(test)
+
+
+def test_a_chain_of_200_comes_back() -> None:
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await host.add("file", "f", filename=host.file("disk.img", 256 * 512))
+            await host.export("f")
+            for number in range(200):
+                root = host.backend.graph.backend("e").root.name
+                await host.write(root, number * 512, number.to_bytes(2) * 256)
+                await act(host, "blockdev-snapshot-sync", device="e", format="cow")
+            before = picture(host)
+        async with kept(directory) as host:
+            assert picture(host) == before
+            root = host.backend.graph.backend("e").root.name
+            assert root == "f-200"
+            data = await host.read(root, 0, 200 * 512)
+            assert data == b"".join(n.to_bytes(2) * 256 for n in range(200))
 
     run(test)
 
