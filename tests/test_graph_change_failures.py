@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -147,6 +148,15 @@ async def tree(host: Host) -> None:
     await host.export("high")
 
 
+def open_files() -> list[str]:
+    """Where the descriptors on files of this process lead to."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(name for name in found if name.startswith("/"))
+
+
 @pytest.fixture(autouse=True)
 def no_failure() -> None:
     Failing.step = ""
@@ -163,13 +173,13 @@ def test_a_failure_at_each_step(
         actions = CHANGES[change][0]
         async with host.device() as guest, load(guest):
             before = picture(host.backend.graph)
-            descriptors = len(os.listdir("/proc/self/fd"))
+            descriptors = open_files()
             Failing.victim, Failing.step = node, step
             with refused("on purpose", node):
                 await transaction(host, *actions)
             assert Failing.step == "", "it was not reached"
             assert picture(host.backend.graph) == before
-            assert len(os.listdir("/proc/self/fd")) == descriptors
+            assert open_files() == descriptors
             Failing.victim = ""
             # Nothing is in the way of the same change now.
             if change != "several":
@@ -318,6 +328,33 @@ def test_a_filter_starts_afresh_with_new_options() -> None:
             assert Failing.closed == ["low 0", "low 0"]
 
     with_host(test, Failing)
+
+
+def test_a_filter_that_starts_afresh_in_the_pause_holds_nothing_back() -> None:
+    class Held(Failing):
+        driver = "held"
+        calls: ClassVar[list[str]] = []
+
+        def drain_begin(self) -> None:
+            self.calls.append(f"begin {self.options.discard}")
+
+        def drain_end(self) -> None:
+            self.calls.append(f"end {self.options.discard}")
+
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=host.file("a"))
+        await host.add("held", "x", file="f")
+        await host.export("x")
+        options = {"driver": "held", "node-name": "x", "file": "f"}
+        await act(host, "blockdev-reopen", options=[{**options, "discard": "unmap"}])
+        assert Held.calls == ["begin ignore", "begin unmap", "end unmap"]
+        Held.calls.clear()
+        Failing.victim, Failing.step = "x", "relink"
+        with refused("on purpose"):
+            await act(host, "blockdev-reopen", options=[options])
+        assert Held.calls == ["begin unmap", "begin ignore", "end unmap"]
+
+    with_host(test, Held)
 
 
 def test_views_and_hooks_survive_a_reopening_under_load() -> None:

@@ -161,12 +161,12 @@ class Filter(HookedNode):
     # in the pause, and close() of what was before when the change is complete.
 
     async def reopen_prepare(self, options: Any) -> None:
-        self.prepared = {"options": options}
-        self._other: Filter | None = None  # the state that is not in force
+        self._reopen_options = options
+        self._reopen_twin: Filter | None = None  # the state that is not in force
 
     async def reopen_commit(self) -> None:
         other = self._twin()
-        self.options = self.prepared["options"]
+        self.options = self._reopen_options
         self.handle = None
         try:
             await self.open()
@@ -180,17 +180,17 @@ class Filter(HookedNode):
         except BaseException:
             self._take_over(other)
             raise
-        self._other = other
+        self._reopen_twin = other
 
     async def reopen_abort(self) -> None:
-        if self._other is not None:
+        if self._reopen_twin is not None:
             unwanted = self._twin()
-            self._take_over(self._other)
+            self._take_over(self._reopen_twin)
             await unwanted._retire()
 
     async def reopen_clean(self) -> None:
-        if self._other is not None:
-            other, self._other = self._other, None
+        if self._reopen_twin is not None:
+            other, self._reopen_twin = self._reopen_twin, None
             await other._retire()
 
     def _twin(self) -> Filter:
@@ -202,7 +202,7 @@ class Filter(HookedNode):
     def _take_over(self, twin: Filter) -> None:
         host = self.host
         vars(self).clear()
-        vars(self).update(vars(twin), host=host, _other=None)
+        vars(self).update(vars(twin), host=host, _reopen_twin=None)
 
     async def _retire(self) -> None:
         if self.handle is not None:

@@ -303,7 +303,7 @@ def _svg_edge(start: tuple[float, int], end: tuple[float, int], label: str) -> I
     )
     yield (
         f'<text x="{(x1 + x2) / 2 + 4:g}" y="{(y1 + y2) / 2 + 4:g}" font-size="10" '
-        f'fill="#333">{escape(label)}</text>'
+        f'fill="#333" stroke="#fff" stroke-width="3" paint-order="stroke">{escape(label)}</text>'
     )
 
 
