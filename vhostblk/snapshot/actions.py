@@ -5,7 +5,7 @@ With a node's name they do what QEMU's do. With the id of an export they look fo
 the nodes below its filters, and cover all of them in one pause; filters stay where
 they are. Several of them in one `transaction` share that pause: one point in time.
 
-    overlays created, synced, opened on top of what they cover     guests run
+    overlays created, synced, opened                               guests run
     covered nodes flushed                                          guests run
     file systems frozen, if asked for                              guests wait for writes
     pause begins
@@ -111,7 +111,7 @@ async def blockdev_snapshot_sync(
             existing=arguments.mode == "existing",
         )
         new = await overlay.make(backend, change, wanted)
-        change.replace_node(leg, new)
+        _put_above(change, leg, new)
         result["snapshots"].append(
             {"node": leg.name, "overlay": new.name, "filename": wanted.filename}
         )
@@ -144,8 +144,7 @@ async def blockdev_snapshot(
     result: dict[str, Any] = {"snapshots": []}
     for leg, name in zip(legs, wanted, strict=True):
         new = change.node(name)
-        change.set_child(new, _backing_role(change, new), leg)
-        change.replace_node(leg, new)
+        _put_above(change, leg, new)
         result["snapshots"].append({"node": leg.name, "overlay": new.name})
     await _cover(backend, change, legs)
     _freeze(change, arguments, result)
@@ -185,6 +184,12 @@ def _check_file(arguments: BlockdevSnapshotSync, legs: list[NodeDriver]) -> None
             "snapshot-file-template",
             data={"code": "several-legs", "nodes": [leg.name for leg in legs]},
         )
+
+
+def _put_above(change: Change, leg: NodeDriver, new: NodeDriver) -> None:
+    """An overlay takes the place of a node with all its parents, and gets it as backing node."""
+    change.set_child(new, _backing_role(change, new), leg)
+    change.replace_node(leg, new)
 
 
 def _backing_role(change: Change, node: NodeDriver) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Overlays: making the image, and opening it on top of the node that it is to cover.
+"""Overlays: making the image, and opening it for the node that it is to cover.
 
 All this is slow and happens while guests still run. What was made for a snapshot that
 does not come about is removed again. A process that is killed in between leaves a
@@ -44,7 +44,7 @@ class Wanted:
 
 
 async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
-    """The overlay's node, on top of `wanted.below` and used by nobody yet."""
+    """The overlay's node: without a backing node yet, and used by nobody."""
     _check_format(backend, wanted)
     if wanted.existing:
         await asyncio.to_thread(_check_exists, wanted.filename)
@@ -57,7 +57,7 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
             "driver": wanted.format,
             "node-name": wanted.node_name,
             "file": {"driver": "file", "filename": wanted.filename},
-            "backing": wanted.below.name,
+            "backing": None,  # guests still write to what is to be covered
         }
     )
     fault_point("snapshot-opened")
