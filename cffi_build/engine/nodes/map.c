@@ -176,6 +176,8 @@ static void end_op(struct map_op *op)
 {
     struct vb_request *request = op->request;
     struct map_node *map = op->map;
+    struct map_thread *here = op->here;
+    uint32_t epoch = op->epoch;
     bool again, up;
     int ret;
 
@@ -191,7 +193,6 @@ static void end_op(struct map_op *op)
     if (op->slices) {
         vb_buffer_put(request->thread, op->slices, op->slices_size);
     }
-    map_end(op->here, op->epoch);
     if (ret == 0 && up) {
         vb_upcall_post(&map->node, map->options.cookie, request);
     } else if (ret == 0 && again) {
@@ -199,6 +200,7 @@ static void end_op(struct map_op *op)
     } else {
         vb_complete(request, ret);
     }
+    map_end(here, epoch); /* whoever is given grace finds the request complete */
 }
 
 static void part_ended(struct map_op *op, int ret)
