@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from frontend.device import BlockError
-from graph_changes import Through, act, load, picture, roles
+from graph_changes import Copies, Through, act, load, picture, roles
 from in_process import MIB, Host, refused, with_host
 
 
@@ -352,3 +352,32 @@ def test_some_options_only() -> None:
         }  # fmt: skip
 
     with_host(test)
+
+
+def test_lists_of_children_grow_and_shrink() -> None:
+    async def test(host: Host) -> None:
+        graph = host.backend.graph
+        for name in "abc":
+            await host.add("file", name, filename=host.file(name))
+        copies = await host.add("copies", "q", children=["a", "b"])
+        await host.export("q")
+        options = {"driver": "copies", "node-name": "q"}
+        async with host.device() as guest, load(guest):
+            for wanted in (["a", "b", "c"], ["a", "c"], ["a"], ["a", "c", "b"]):
+                await reopen(host, {**options, "children": wanted})
+                assert [child.node.name for child in copies.children.values()] == wanted
+                assert list(copies.children) == [f"children.{i}" for i in range(len(wanted))]
+                assert list(copies.child_index) == list(copies.children)
+                for name in set("abc") - set(wanted):
+                    assert not graph.parents_of(graph.node(name))
+            before = picture(graph)
+            with refused("Node 'q' has no child 'children.3' to reopen"):
+                await reopen(host, {**options, "children": ["a", "c", "b", {"driver": "null-co"}]})
+            with refused("Failed to find node with node-name='d'"):
+                await reopen(host, {**options, "children": ["a", "c", "b", "d"]})
+            assert picture(graph) == before
+            inner = {"driver": "file", "filename": host.path("c"), "discard": "unmap"}
+            await reopen(host, {**options, "children": ["a", inner, "b"]})
+            assert graph.node("c").options.discard == "unmap"
+
+    with_host(test, Copies)
