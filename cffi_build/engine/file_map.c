@@ -213,10 +213,12 @@ bool vb_file_map_read(struct vb_file_map *map, struct vb_iothread *thread, const
     note_use(map, thread);
     copying = map;
     atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
+    vb_guest_write_begin();
     for (uint32_t i = 0; i < niov; i++) {
         memcpy(iov[i].iov_base, from, iov[i].iov_len);
         from += iov[i].iov_len;
     }
+    vb_guest_write_end();
     atomic_signal_fence(memory_order_seq_cst);
     copying = NULL;
     /* Set before zero pages appear, so whoever has copied one of those sees it. */

@@ -33,9 +33,11 @@ static void null_submit(struct vb_node *node, struct vb_request *request)
     struct null_node *null = vb_container_of(node, struct null_node, node);
 
     if (null->read_zeroes && request->op == VB_OP_READ) {
+        vb_guest_write_begin();
         for (uint32_t i = 0; i < request->niov; i++) {
             memset(request->iov[i].iov_base, 0, request->iov[i].iov_len);
         }
+        vb_guest_write_end();
     }
     if (null->latency_ns) {
         struct null_wait *wait = (struct null_wait *)request->scratch;
