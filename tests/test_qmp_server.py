@@ -445,6 +445,16 @@ names = st.sampled_from(
         "latency-ns",
         "iothread",
         "filename",
+        "options",
+        "actions",
+        "filter",
+        "above",
+        "child",
+        "parent-type",
+        "new-child",
+        "export-id",
+        "data",
+        "keep",
     ]
 )
 hostile_arguments = st.dictionaries(
@@ -461,6 +471,14 @@ hostile_arguments = st.dictionaries(
             "t0",
             "/objects/t0",
             "/objects",
+            "blockdev-add",
+            "driver",
+            "delay",
+            {"driver": "delay", "node-name": "d0", "file": "n0"},
+            [{"driver": "null-co", "node-name": "n0", "size": 1048576}],
+            [{"type": "blockdev-del", "data": {"node-name": "n0"}}],
+            [{"type": "blockdev-reopen", "data": {"options": [{"driver": 5, "node-name": "n0"}]}}],
+            [{"type": ["abort"], "data": {}}, {}],
         ]
     ),
     max_size=5,
@@ -490,7 +508,7 @@ def test_hostile_arguments_are_errors(path: str, backend: Any, data: st.DataObje
             if entry["type"].startswith("child") and entry["name"] != "t0":
                 client.execute("object-del", {"id": entry["name"]})
         names = [node["node-name"] for node in client.execute("query-named-block-nodes")]
-        assert "n0" in names or command in ("blockdev-del",)
+        assert "n0" in names or command in ("blockdev-del", "transaction")
         if "n0" not in names:
             client.execute(
                 "blockdev-add", {"driver": "null-co", "node-name": "n0", "size": 1048576}
