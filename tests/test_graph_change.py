@@ -203,6 +203,27 @@ def test_a_filter_inserted_while_guests_are_held_up_holds_nothing_back() -> None
     with_host(test, Held)
 
 
+def test_more_children_than_the_engine_has_places_for() -> None:
+    async def test(host: Host) -> None:
+        graph = host.backend.graph
+        await host.null("n", **{"read-only": True})
+        with refused("Node 'q' cannot have more than 32 children"):
+            await host.add("copies", "q", children=["n"] * 33)
+        assert set(graph.nodes) == {"n"}
+        node = await host.add("copies", "q", children=["n"] * 32)
+        for role in ("children.x", "children.", "children", "children.01", "children.-1"):
+            with refused(f"Node 'q' has no child '{role}'"):
+                async with graph.change() as change:
+                    change.set_child(node, role, graph.node("n"))
+        before = picture(graph)
+        with refused("Node 'q' cannot have more than 32 children"):
+            async with graph.change() as change:
+                change.set_child(node, "children.32", graph.node("n"))
+        assert picture(graph) == before
+
+    with_host(test, Copies)
+
+
 # ---- storage
 
 

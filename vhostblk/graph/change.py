@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_INDEX = re.compile("0|[1-9][0-9]{0,3}")
 Parent = NodeDriver | BlockBackend
 Step = Callable[[], Awaitable[None]]
 
@@ -164,7 +166,7 @@ class Change:
         name, _, index = role.partition(".")
         kind = parent.child_roles.get(name)
         children = self.children_of(parent)
-        if kind is None or kind.many != index.isdecimal():
+        if kind is None or kind.many != (_INDEX.fullmatch(index) is not None):
             raise _no_child(parent, role, parent.child_roles)
         if new is not None:
             self._planned(parent)[role] = self.node(new.name)

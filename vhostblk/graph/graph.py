@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from vhostblk.engine import Engine
+from vhostblk.engine import MAX_CHILDREN, Engine
 from vhostblk.events import EventBus
 from vhostblk.graph.block_backend import BlockBackend, Device, split
 from vhostblk.graph.change import Change
@@ -390,6 +390,11 @@ class Graph:
 
     def tie(self, parent: NodeDriver, role: str, node: NodeDriver) -> Child:
         """Make `node` a child."""
+        if len(self._children[parent]) >= MAX_CHILDREN:
+            raise VhostblkError(
+                f"Node '{parent.name}' cannot have more than {MAX_CHILDREN} children",
+                data={"code": "too-many-children", "node": parent.name},
+            )
         child = parent.child_class(self, role, node)
         self._children[parent][role] = child
         self._parents[node].append(Edge(parent, child))
