@@ -272,6 +272,24 @@ def _missing(theirs: Any, ours: Any, where: str) -> list[str]:
     return [] if type(theirs) is type(ours) else [where]
 
 
+@pytest.mark.parametrize(
+    ("member", "hint"),
+    [
+        ({"size": "1M"}, "for '1M' write 1048576"),
+        ({"read-zeroes": "on"}, "for 'on' write true"),
+        ({"size": "big"}, None),
+        ({"latency-ns": "5"}, None),
+    ],
+)
+def test_numbers_are_numbers(path: str, member: dict[str, Any], hint: str | None) -> None:
+    with Raw(path) as client:
+        arguments = {"driver": "null-co", "node-name": "a", **member}
+        error = client.ask({"execute": "blockdev-add", "arguments": arguments})["error"]
+        assert error["desc"].startswith("Invalid parameter type for")
+        assert error["data"].get("hint") == hint
+        assert hint is None or error["desc"].endswith(hint)
+
+
 def test_a_transaction_over_the_socket(path: str) -> None:
     null = {"driver": "null-co", "node-name": "t", "size": 4096}
     with ControlClient(path) as client:

@@ -69,9 +69,9 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def wrong_type(expected: str) -> PydanticCustomError:
+def wrong_type(expected: str, hint: str = "") -> PydanticCustomError:
     """The error for a value of the wrong type; validation.py writes the sentence."""
-    return PydanticCustomError("qapi_type", "{expected}", {"expected": expected})
+    return PydanticCustomError("qapi_type", "{expected}", {"expected": expected, "hint": hint})
 
 
 def wrong_value(expected: str) -> PydanticCustomError:
@@ -93,15 +93,20 @@ def parse_size(text: str) -> int:
 
 
 def _to_size(value: Any) -> Any:
-    if isinstance(value, str) and not _json_types.get():
+    if isinstance(value, str):
         try:
-            value = parse_size(value)
+            size = parse_size(value)
         except ValueError:
+            if _json_types.get():
+                raise wrong_type("integer") from None
             if _INTEGER.match(value) is None:
                 raise wrong_value(
                     "a size: a number of bytes, or one with a suffix k, M, G, T, P or E"
                 ) from None
-            value = int(value, 0)
+            size = int(value, 0)
+        if _json_types.get():
+            raise wrong_type("integer", f"for '{value}' write {size}")
+        value = size
     return _integer(value, 0, (1 << 63) - 1)
 
 
@@ -137,7 +142,9 @@ def _to_bool(value: Any) -> Any:
     if not isinstance(value, bool):
         if isinstance(value, str) and not _json_types.get():
             raise wrong_value("'on' or 'off'")
-        raise wrong_type("boolean")
+        boolean = _BOOLEANS.get(value) if isinstance(value, str) else None
+        hint = "" if boolean is None else f"for '{value}' write {str(boolean).lower()}"
+        raise wrong_type("boolean", hint)
     return value
 
 

@@ -88,7 +88,7 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
         )
     if kind == "qapi_type" or kind in _TYPES:
         expected = str(context["expected"]) if kind == "qapi_type" else _TYPES[kind]
-        return wrong_type_error(parameter, expected)
+        return wrong_type_error(parameter, expected, str(context.get("hint", "")))
     expected = str(context["expected"]) if kind == "qapi_value" else detail["msg"]
     if kind != "qapi_value" and expected.startswith("Value error, "):
         expected = expected.removeprefix("Value error, ")
@@ -101,11 +101,13 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
     )
 
 
-def wrong_type_error(parameter: str, expected: str) -> VhostblkError:
+def wrong_type_error(parameter: str, expected: str, hint: str = "") -> VhostblkError:
     """A value of the wrong type, in QAPI's words."""
-    return _error(
-        "bad-type", parameter, f"Invalid parameter type for '{parameter}', expected: {expected}"
-    )
+    text = f"Invalid parameter type for '{parameter}', expected: {expected}"
+    error = _error("bad-type", parameter, f"{text}; {hint}" if hint else text)
+    if hint and error.data is not None:
+        error.data["hint"] = hint
+    return error
 
 
 def _error(
