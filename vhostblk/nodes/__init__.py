@@ -27,12 +27,12 @@ _NOT_DRIVERS = {"driver", "hooks", "locks"}
 
 
 def drivers_in(module: ModuleType) -> Iterator[type[NodeDriver]]:
-    """The drivers that a module defines (not those it imports)."""
+    """The drivers that a module or package defines (not those it imports from elsewhere)."""
     for value in vars(module).values():
         if (
             isinstance(value, type)
             and issubclass(value, NodeDriver)
-            and value.__module__ == module.__name__
+            and f"{value.__module__}.".startswith(f"{module.__name__}.")
             and "driver" in vars(value)
         ):
             yield value

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where new clusters come from, and when old ones may be used again.
+
+Reference counts (refcounts.py) say what is free. From them come
+
+* single clusters, for copies and tables;
+* *runs*, which the engine takes clusters from by itself when a guest writes to
+  what is not allocated. A run reads as zeroes, because the engine writes only
+  what the guest gave.
+
+A cluster that an L2 entry does not name any more is not free yet. First the
+entry's change must be on disk, or a crash would bring back an entry that names
+somebody else's data; then every request that found the old entry must have
+ended, or its write would land there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Awaitable
+from typing import Protocol
+
+from vhostblk.engine import MapHandle
+from vhostblk.nodes.qcow2.geometry import Geometry
+from vhostblk.nodes.qcow2.refcounts import Refcounts
+from vhostblk.nodes.qcow2.storage import ChildStorage
+
+logger = logging.getLogger(__name__)
+
+MIN_RUN = 1 << 20
+MAX_RUN = 16 << 20
+
+
+class Owner(Protocol):
+    """The live image."""
+
+    def grace(self) -> Awaitable[None]:
+        """Done when all requests that have begun by now have ended."""
+
+    def check_new(self, host: int, length: int) -> None:
+        """Raise if metadata are there: the reference counts are wrong."""
+
+
+class Allocator:
+    """Clusters of one image that is open for writing."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        file: ChildStorage,
+        handle: MapHandle,
+        owner: Owner,
+    ) -> None:
+        self._geometry = geometry
+        self.refcounts = refcounts
+        self._file = file
+        self._handle = handle
+        self._owner = owner
+        self._lock = asyncio.Lock()
+        self._run = MIN_RUN
+        # Everything from here on reads as zeroes, unless somebody has written to it since.
+        self._virgin = file.size
+        self.grows = True
+        self._wanted: asyncio.Task[None] | None = None
+        self._freeing: set[asyncio.Task[None]] = set()
+        self.freed: list[tuple[int, int, bool]] = []
+        """Host offset, clusters, discard: not named by an L2 entry in memory any more."""
+
+    @property
+    def most(self) -> int:
+        """Clusters that can be had in one piece even if they need new refcount blocks."""
+        return max(self.refcounts.per_block // 2, 1)
+
+    # ---- taking
+
+    async def reserve(self, count: int, *, zeroed: bool = False) -> int:
+        """`count` clusters in one piece; the offset of the first. They count as used."""
+        length = count << self._geometry.cluster_bits
+        async with self._lock:
+            host = await self.refcounts.reserve(count, True)
+            self._owner.check_new(host, length)
+            end = host + length
+            try:
+                await self._file.ensure(end)
+                if zeroed:
+                    await self._zero(host, end)
+            except BaseException:
+                await self.refcounts.free(host, count)
+                raise
+            self._virgin = max(self._virgin, end)
+        return host
+
+    async def _zero(self, start: int, end: int) -> None:
+        known = min(max(start, self._virgin), end) if self.grows else end
+        if known > start:
+            await self._file.write_zeroes(start, known - start)
+
+    async def give_run(self) -> bool:
+        """Give the engine clusters; whether it took them."""
+        bits = self._geometry.cluster_bits
+        count = min(max(self._run >> bits, 4), self.most)
+        while True:
+            try:
+                host = await self.reserve(count, zeroed=True)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOSPC or count == 1:
+                    raise
+                count //= 2
+        self._run = min(2 * self._run, MAX_RUN)
+        if self._handle.give(host, count << bits):
+            return True
+        await self.refcounts.free(host, count)
+        return False
+
+    def run_is_low(self) -> None:
+        """The engine asks for more."""
+        self._refill()
+
+    def _refill(self) -> asyncio.Task[bool]:
+        if self._wanted is None:
+            self._wanted = asyncio.get_running_loop().create_task(self.give_run())
+            self._wanted.add_done_callback(self._refilled)
+        return self._wanted
+
+    def _refilled(self, task: asyncio.Task[bool]) -> None:
+        self._wanted = None
+        if not task.cancelled() and task.exception() is not None:
+            # The next write that finds no cluster comes up and gets the error.
+            logger.debug("no clusters in advance: %s", task.exception())
+
+    async def more_runs(self) -> None:
+        """A request found no cluster: it may look again afterwards."""
+        await asyncio.shield(self._refill())
+
+    # ---- giving back
+
+    def free_later(self, host: int, clusters: int, *, discard: bool) -> None:
+        """No L2 entry in memory names these clusters any more."""
+        self.freed.append((host, clusters, discard))
+
+    def free_after_grace(self, freed: list[tuple[int, int, bool]]) -> None:
+        """Nor does any on disk: free once the requests of now have ended."""
+        if freed:
+            task = asyncio.get_running_loop().create_task(self._free(freed))
+            self._freeing.add(task)
+            task.add_done_callback(self._freeing.discard)
+
+    async def _free(self, freed: list[tuple[int, int, bool]]) -> None:
+        try:
+            await self._owner.grace()
+            bits = self._geometry.cluster_bits
+            for host, clusters, discard in freed:
+                async with self._lock:
+                    gone = await self.refcounts.free(host, clusters)
+                    if discard and gone:
+                        await self._file.child.discard(host, clusters << bits)
+        except OSError as error:
+            # They stay in use for nobody: space is lost, no data.
+            logger.warning("clusters could not be freed: %s", error)
+
+    async def settle(self) -> None:
+        """Wait for what goes on by itself."""
+        while self._freeing or self._wanted is not None:
+            tasks = list(self._freeing)
+            if self._wanted is not None:
+                tasks.append(self._wanted)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def write_counts(self) -> None:
+        """Put the reference counts on disk (without a barrier)."""
+        async with self._lock:
+            await self.refcounts.write_dirty()
+
+    async def take_back(self) -> list[tuple[int, int]]:
+        """Free what the engine has not used of its runs: offset, bytes. Nothing is in flight."""
+        bits = self._geometry.cluster_bits
+        unused = [(host, length) for host, length in self._handle.reclaim() if length]
+        for host, length in unused:
+            await self.refcounts.free(host, length >> bits)
+        return unused

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Another size for a live image, both ways. Nothing is in flight meanwhile.
+
+Growing: a larger L1 table, if one is needed, is complete on disk before one
+write to the header makes it and the new size valid; what appears reads as
+zeroes, whatever the backing file or an earlier, larger disk has there.
+Shrinking: what is beyond the new end is freed first, and the header follows; a
+crash in between has lost data that were to be lost.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from vhostblk.schema import VhostblkError
+
+if TYPE_CHECKING:
+    from vhostblk.nodes.qcow2.driver import Qcow2
+
+SECTOR = 512
+MAX_L1_BYTES = 32 << 20
+
+
+async def resize(live: Qcow2, size: int) -> None:
+    """Make the disk `size` bytes large."""
+    _check(live, size)
+    old = live.size
+    if size == old:
+        return
+    if size < old:
+        await _cut(live, size, old)
+    await live.writeback.flush()
+    await live.allocator.settle()
+    if size > old and live.geometry.l1_entries(size) > len(live.l1):
+        await _longer_l1(live, size)
+    else:
+        await live.write_header(size=size)
+    live.set_size(size)
+    if size > old:
+        await _zero_what_appears(live, old, size)
+    if live.geometry.external:
+        await live.data.truncate(size)
+
+
+def _check(live: Qcow2, size: int) -> None:
+    name = live.filename()
+    if size % SECTOR:
+        raise _error(live, "The new size must be a multiple of 512")
+    if live.stopped:
+        raise _error(live, f"Image '{name}' is corrupt and cannot be resized")
+    if live.header.nb_snapshots and live.geometry.version < 3:
+        raise _error(live, f"Cannot resize version 2 image '{name}', which has snapshots")
+    if live.geometry.l1_entries(size) * 8 > MAX_L1_BYTES:
+        raise _error(live, f"{size} bytes need an L1 table of more than {MAX_L1_BYTES} bytes")
+
+
+async def _cut(live: Qcow2, size: int, old: int) -> None:
+    """Free what is beyond the new end."""
+    geometry = live.geometry
+    first, last = geometry.clusters(size), geometry.clusters(old)
+    if first < last:
+        await live.discarder.free(range(first, last))
+
+
+async def _longer_l1(live: Qcow2, size: int) -> None:
+    geometry = live.geometry
+    count = geometry.l1_entries(size)
+    clusters = geometry.clusters(8 * count)
+    entries = live.l1 + [0] * (count - len(live.l1))
+    host = await live.allocator.reserve(clusters)
+    data = struct.pack(f">{count}Q", *entries)
+    await live.file.write(host, data + bytes((clusters << geometry.cluster_bits) - len(data)))
+    await live.allocator.write_counts()
+    await live.file.flush()
+    old, old_clusters = live.l1_offset, geometry.clusters(8 * len(live.l1))
+    await live.write_header(size=size, l1_size=count, l1_table_offset=host)
+    live.l1, live.l1_offset = entries, host
+    live.moved_metadata(old, old_clusters, host, clusters)
+    await live.allocator.refcounts.free(old, old_clusters)
+
+
+async def _zero_what_appears(live: Qcow2, old: int, size: int) -> None:
+    """The rest of what was the last cluster, and what a larger backing file has there."""
+    end = min(-(-old // live.geometry.cluster_size) * live.geometry.cluster_size, size)
+    if live.has_backing and live.backing_size > old:
+        end = max(end, min(live.backing_size, size))
+    if end > old:
+        await live.discarder.zero(old, end - old, unmap=True)
+
+
+def _error(live: Qcow2, text: str) -> VhostblkError:
+    return VhostblkError(text, data={"code": "cannot-resize", "node": live.name})
