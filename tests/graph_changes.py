@@ -67,13 +67,13 @@ async def load(guest: Guest) -> AsyncIterator[None]:
         await working
 
 
-def picture(graph: Graph) -> Any:
-    """All that a failed change must leave as it was."""
+def picture(graph: Graph, *, sizes: bool = True) -> Any:
+    """All that a failed change must leave as it was; a format's file may grow meanwhile."""
     return {
         name: (
             id(node),
             node.options,
-            node.size,
+            sizes and node.size,
             node.read_only,
             node.effective.address,
             graph.given_options(node),

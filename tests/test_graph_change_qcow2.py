@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Changes around a format: between it and its file, below its backing file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import Any
+
+from graph_changes import Through, act, content, load, picture, roles, transaction
+from in_process import MIB, Host, refused, with_host
+
+
+def qemu_img(*arguments: str) -> str:
+    return subprocess.run(
+        ["qemu-img", *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def create(path: str, *options: str, size: int = 64 * MIB) -> str:
+    qemu_img("create", "-q", "-f", "qcow2", *options, path, str(size))
+    return path
+
+
+async def disk(host: Host, name: str = "disk", **options: Any) -> Any:
+    file = {"driver": "file", "node-name": f"{name}-file", "filename": create(host.path(name))}
+    return await host.add("qcow2", name, file=file, **options)
+
+
+def test_a_filter_between_a_format_and_its_file() -> None:
+    async def test(host: Host) -> None:
+        await disk(host)
+        await host.export("disk")
+        async with host.device() as guest:
+            async with load(guest):
+                for _ in range(10):
+                    await act(
+                        host, "block-filter-insert",
+                        node_name="disk", child="file",
+                        filter={"driver": "through", "node-name": "x"},
+                    )  # fmt: skip
+                    through = host.backend.graph.node("x")
+                    await host.until(lambda node=through: node.seen > 8)  # type: ignore[misc]
+                    await act(host, "block-filter-remove", node_name="x")
+                    assert roles(host, "disk") == {"file": "disk-file"}
+            # It grows through the filter, too.
+            await act(
+                host, "block-filter-insert",
+                above="disk-file", filter={"driver": "through", "node-name": "x"},
+            )  # fmt: skip
+            for offset in range(0, 48 * MIB, 4 * MIB):
+                await guest.write(offset, (offset // MIB + 1).to_bytes(4) * (MIB // 4))
+            await act(host, "block-filter-remove", node_name="x")
+            for offset in range(48 * MIB, 64 * MIB, 4 * MIB):
+                await guest.write(offset, (offset // MIB + 1).to_bytes(4) * (MIB // 4))
+            for offset in range(0, 64 * MIB, 4 * MIB):
+                assert await guest.read(offset, MIB) == (offset // MIB + 1).to_bytes(4) * (MIB // 4)
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("disk")
+        qemu_img("check", host.path("disk"))
+
+    with_host(test, Through)
+
+
+def test_storage_below_a_format_is_replaced_by_a_copy() -> None:
+    async def test(host: Host) -> None:
+        await disk(host)
+        await host.export("disk")
+        async with host.device() as guest:
+            await guest.write(0, b"x" * MIB)
+            await guest.flush()
+
+            async def copy() -> None:  # in the pause: nothing is being written
+                shutil.copy(host.path("disk"), host.path("copy"))
+
+            host.file("copy", 0)
+            qemu_img("resize", "-q", "-f", "raw", host.path("copy"), str(8 * MIB))
+            new = await host.add("file", "new", filename=host.path("copy"))
+            graph = host.backend.graph
+            async with graph.change() as change:
+                change.inside(copy)
+                change.replace_child(graph.node("disk"), "file", new)
+            assert set(graph.nodes) == {"disk", "new"}  # the old file was the format's own
+            await guest.write(MIB, b"y" * MIB)
+            await guest.flush()
+            assert await guest.read(0, 2 * MIB) == b"x" * MIB + b"y" * MIB
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("disk")
+        qemu_img("check", host.path("copy"))
+        assert qemu_img("map", host.path("copy")).count(host.path("copy")) >= 1
+
+    with_host(test)
+
+
+def test_under_the_backing_file() -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "base", filename=host.file("base", 64 * MIB))
+        await disk(host, backing="base")
+        await host.export("disk")
+        async with host.device() as guest:
+            async with load(guest):
+                for _ in range(5):
+                    await act(
+                        host, "block-filter-insert",
+                        node_name="disk", child="backing",
+                        filter={"driver": "through", "node-name": "x"},
+                    )  # fmt: skip
+                    assert roles(host, "disk")["backing"] == "x"
+                    await guest_reads_elsewhere(host)
+                    await act(host, "block-filter-remove", node_name="x")
+            before = picture(host.backend.graph)
+            reopen = {"driver": "qcow2", "node-name": "disk", "file": "disk-file"}
+            with refused("backing is missing for 'disk'"):
+                await act(host, "blockdev-reopen", options=[reopen])
+            with refused("Permission conflict on node 'base'"):
+                await host.export("base", "writer")
+            with refused("would create a cycle"):
+                await act(host, "blockdev-reopen", options=[{**reopen, "backing": "disk"}])
+            assert picture(host.backend.graph) == before
+            await act(host, "blockdev-reopen", options=[{**reopen, "backing": "base"}])
+            await host.write("base", 32 * MIB, b"b" * 512)
+            assert await guest.read(32 * MIB, 512) == b"b" * 512
+            await act(host, "blockdev-reopen", options=[{**reopen, "backing": None}])
+            assert "backing" not in roles(host, "disk")
+            assert await guest.read(32 * MIB, 512) == bytes(512)
+            await act(host, "blockdev-reopen", options=[{**reopen, "backing": "base"}])
+            assert await guest.read(32 * MIB, 512) == b"b" * 512
+
+    async def guest_reads_elsewhere(host: Host) -> None:
+        assert await host.read("disk", 40 * MIB, 512) == bytes(512)
+        assert host.backend.graph.node("x").seen > 0
+
+    with_host(test, Through)
+
+
+def test_options_of_a_format_and_of_its_file() -> None:
+    async def test(host: Host) -> None:
+        node = await disk(host)
+        await host.export("disk")
+        file = host.backend.graph.node("disk-file")
+        inner = {"driver": "file", "filename": host.path("disk")}
+        reopen = {"driver": "qcow2", "node-name": "disk"}
+        async with host.device() as guest, load(guest):
+            before = picture(host.backend.graph, sizes=False)
+            with refused("is read-only"):
+                await act(host, "blockdev-reopen", options=[{**reopen, "file": "disk-file",
+                                                             "read-only": True}])  # fmt: skip
+            assert picture(host.backend.graph, sizes=False) == before
+            options = {**reopen, "file": {**inner, "cache": {"direct": True}}, "discard": "unmap"}
+            await act(host, "blockdev-reopen", options=[options])
+            assert file.options.cache.direct and file.options.discard == "unmap"
+            assert node.options.discard == "unmap"
+            await act(host, "blockdev-reopen", options=[{**reopen, "file": "disk-file"}])
+            assert file.options.cache.direct and file.options.discard == "ignore"
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("disk")
+        qemu_img("check", host.path("disk"))
+
+    with_host(test)
+
+
+def test_snapshots_filters_and_additions_in_one_transaction() -> None:
+    async def test(host: Host) -> None:
+        graph = host.backend.graph
+        await disk(host)
+        await host.export("disk")
+        drive = graph.backend("e")
+        actions = [
+            ("blockdev-add", {"driver": "null-co", "node-name": "spare"}),
+            (
+                "block-filter-insert",
+                {"export-id": "e", "filter": {"driver": "through", "node-name": "x"}},
+            ),
+            (
+                "blockdev-snapshot-sync",
+                {
+                    "device": "e",
+                    "snapshot-file": host.path("overlay"),
+                    "snapshot-node-name": "top",
+                },
+            ),
+            (
+                "block-filter-insert",
+                {
+                    "node-name": "top",
+                    "child": "file",
+                    "filter": {"driver": "through", "node-name": "y"},
+                },
+            ),
+        ]
+        async with host.device() as guest:
+            await guest.write(MIB, b"before" * 512)
+            async with load(guest):
+                before, files = picture(graph, sizes=False), sorted(os.listdir(host.directory))
+                with refused("Transaction aborted"):
+                    await transaction(host, *actions, ("abort", {}))
+                assert (
+                    picture(graph, sizes=False) == before
+                    and sorted(os.listdir(host.directory)) == files
+                )
+                result = await transaction(host, *actions)
+                assert result["pause-us"] > 0
+                assert [n.name for n in drive.filters] == ["x"]
+                assert drive.top_node_below_filters.name == "top"
+                assert roles(host, "top") == {"file": "y", "backing": "disk"}
+                assert graph.node("disk").read_only
+            await guest.write(MIB, b"after!" * 512)
+            assert await guest.read(MIB, 3072) == b"after!" * 512
+        await host.backend.block_export_del("e", "hard")
+        for name in ("x", "top", "y", "disk", "spare"):
+            await host.backend.blockdev_del(name)
+        assert not graph.nodes
+        for name in ("disk", "overlay"):
+            qemu_img("check", host.path(name))
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", host.path("disk"), host.path("raw"))
+        assert content(host, "raw")[MIB : MIB + 3072] == b"before" * 512
+
+    with_host(test, Through)
