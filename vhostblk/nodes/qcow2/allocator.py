@@ -20,7 +20,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Awaitable
-from typing import Protocol
+from typing import Any, Protocol
 
 from vhostblk.engine import MapHandle
 from vhostblk.nodes.qcow2.geometry import Geometry
@@ -64,7 +64,7 @@ class Allocator:
         # Everything from here on reads as zeroes, unless somebody has written to it since.
         self._virgin = file.size
         self.grows = True
-        self._wanted: asyncio.Task[None] | None = None
+        self._wanted: asyncio.Task[bool] | None = None
         self._freeing: set[asyncio.Task[None]] = set()
         self.freed: list[tuple[int, int, bool]] = []
         """Host offset, clusters, discard: not named by an L2 entry in memory any more."""
@@ -165,7 +165,7 @@ class Allocator:
     async def settle(self) -> None:
         """Wait for what goes on by itself."""
         while self._freeing or self._wanted is not None:
-            tasks = list(self._freeing)
+            tasks: list[asyncio.Task[Any]] = list(self._freeing)
             if self._wanted is not None:
                 tasks.append(self._wanted)
             await asyncio.gather(*tasks, return_exceptions=True)

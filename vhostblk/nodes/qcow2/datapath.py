@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.engine import (
     MAP_BACKING,
@@ -203,7 +203,7 @@ class DataPath:
         live = self._live
         if not len(into):
             return
-        reads = []
+        reads: list[Awaitable[Any]] = []
         position = 0
         for kind, where, guest, length in self._extents(offset, len(into), pinned):
             part = into[position : position + length]
@@ -462,9 +462,9 @@ def copy_from(request: Request, position: int, into: memoryview) -> None:
         position = 0
 
 
-async def gather(work: list[object]) -> None:
+async def gather(work: Sequence[Awaitable[Any]]) -> None:
     """Wait for all, then raise the first error: nobody writes to our memory afterwards."""
-    for result in await asyncio.gather(*work, return_exceptions=True):  # type: ignore[call-overload]
+    for result in await asyncio.gather(*work, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
 

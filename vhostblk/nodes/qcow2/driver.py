@@ -17,7 +17,7 @@ import errno
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from vhostblk.engine import (
     IO,
@@ -44,7 +44,7 @@ from vhostblk.nodes.qcow2.geometry import (
     translate,
     units_of,
 )
-from vhostblk.nodes.qcow2.header import Header
+from vhostblk.nodes.qcow2.header import CORRUPT, DATA_FILE_RAW, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
@@ -135,11 +135,13 @@ class Qcow2(HookedNode):
         self._decompressed: dict[int, bytes] = {}
         self._cleaner: asyncio.Task[None] | None = None
         self.stopped = False
+        self._written_to = False
         header = self.header
         if header.crypt_method:
             raise self._error(
                 f"Image '{self.filename()}' is encrypted, which is not supported yet", "encrypted"
             )
+        self.refcounts = await self._load_refcounts()
         if not self.read_only:
             await self._make_writable()
         limits = cache_limits(
@@ -160,7 +162,6 @@ class Qcow2(HookedNode):
         self.data_is_raw = header.data_file_raw
         self.l1_offset = header.l1_table_offset
         self.l1 = await self._load_l1()
-        self.refcounts = await self._load_refcounts()
         self._know_backing()
         # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place.
         self.engine_allocates = not (
@@ -170,7 +171,7 @@ class Qcow2(HookedNode):
         self.handle = self.map
         self.l2 = L2Cache(self.geometry, self.map, self, limits.slices, self._made_dirty)
         self._size_at_open = self.file.size
-        self.metadata: set[int] = set()
+        self.metadata = self._where_metadata_are()
         self.allocator = Allocator(self.geometry, self.refcounts, self.file, self.map, self)
         self.writeback = Writeback(self, self._writeback_failed)
         self.path = DataPath(self)
@@ -190,10 +191,48 @@ class Qcow2(HookedNode):
     # ---- the format
 
     async def _read_header(self) -> Header:
-        return Header.parse(await self.file.read(0, max(65536, 4096)))
+        try:
+            start = await self.file.read(0, 4096)
+            header = Header.parse(start)
+            if header.cluster_size > len(start):
+                # Extensions and the name of the backing file may be anywhere in it.
+                header = Header.parse(await self.file.read(0, min(header.cluster_size, 1 << 16)))
+        except BadImage as error:
+            raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
+        return header
+
+    async def write_header(self, **changes: Any) -> None:
+        """Change fields of the header, durably."""
+        changes.setdefault("refcount_table_offset", self.refcounts.table_offset)
+        changes.setdefault("refcount_table_clusters", self.refcounts.table_clusters)
+        header = self.header.replace(**changes)
+        packed = header.pack().rstrip(b"\0")
+        # One sector, unless names or extensions are long: it is there, or it is not.
+        await self.file.write(0, packed + bytes(-len(packed) % 512))
+        await self.file.flush()
+        self.header = header
 
     async def _make_writable(self) -> None:
-        pass
+        """What must be done before anything else is written."""
+        header = self.header
+        if header.corrupt:
+            raise self._error(
+                f"Image '{self.filename()}' is corrupt; cannot be opened read/write; repair it "
+                f"with: qemu-img check -r all '{self.filename()}', or open it with read-only=on",
+                "corrupt",
+            )
+        if header.dirty:
+            await self._repair()
+        # Bitmaps are not kept up to date: without the bit they are known not to be.
+        if self.header.autoclear & ~DATA_FILE_RAW:
+            await self.write_header(autoclear=self.header.autoclear & DATA_FILE_RAW)
+
+    async def _repair(self) -> None:
+        raise self._error(
+            f"Image '{self.filename()}' was not closed properly and must be repaired: "
+            f"qemu-img check -r all '{self.filename()}'",
+            "dirty",
+        )
 
     async def _load_l1(self) -> list[int]:
         raw = await self.file.read(self.header.l1_table_offset, 8 * self.header.l1_size)
@@ -203,6 +242,21 @@ class Qcow2(HookedNode):
         counts = Refcounts(self.file, self.header)
         await counts.load()
         return counts
+
+    def _where_metadata_are(self) -> set[int]:
+        """Offsets of clusters where no guest data can be."""
+        if self.options.overlap_check == "none":
+            return set()
+        size, header = self.geometry.cluster_size, self.header
+        found = {0}
+        found.update(range(self.l1_offset, self.l1_offset + 8 * len(self.l1), size))
+        start = self.refcounts.table_offset
+        found.update(range(start, start + self.refcounts.table_clusters * size, size))
+        found.update(entry for entry in self.refcounts.table if entry)
+        found.update(entry & OFFSET_MASK for entry in self.l1 if entry)
+        if header.nb_snapshots:
+            found.add(header.snapshots_offset)
+        return found
 
     def _new_map(self) -> MapHandle:
         geometry = self.geometry
@@ -263,6 +317,48 @@ class Qcow2(HookedNode):
 
     def filename(self) -> str:
         return self.child("file").node.filename()
+
+    def describe(self) -> dict[str, Any]:
+        header = self.header
+        image: dict[str, Any] = {
+            "filename": self.filename(),
+            "format": self.driver,
+            "virtual-size": self._size,
+            "actual-size": self.file.size,
+            "cluster-size": header.cluster_size,
+            "dirty-flag": header.dirty,
+        }
+        specific: dict[str, Any] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "refcount-bits": header.refcount_bits,
+        }
+        if header.version >= 3:
+            specific |= {
+                "lazy-refcounts": header.lazy_refcounts,
+                "corrupt": header.corrupt,
+                "extended-l2": header.extended_l2,
+                "compression-type": header.compression,
+            }
+        if header.has_data_file:
+            specific["data-file-raw"] = header.data_file_raw
+            if header.data_file:
+                specific["data-file"] = header.data_file
+        image["format-specific"] = {"type": "qcow2", "data": specific}
+        facts: dict[str, Any] = {"image": image}
+        if header.backing_file:
+            image["backing-filename"] = header.backing_file
+            if header.backing_format:
+                image["backing-filename-format"] = header.backing_format
+            facts["backing_file"] = header.backing_file
+        depth, node = 0, self.children.get("backing")
+        if node is not None:
+            image["full-backing-filename"] = node.node.filename()
+        while node is not None:
+            depth += 1
+            node = node.node.children.get("backing")
+        facts["backing_file_depth"] = depth
+        facts["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
+        return facts
 
     def relink(self) -> None:
         for child in self.children.values():
@@ -349,17 +445,36 @@ class Qcow2(HookedNode):
         return words
 
     def _check_slice(self, words: array[int], where: int, index: int) -> None:
+        """Refuse entries that lead to where no guest data can be."""
         try:
-            entries = translate(self.geometry, words, self.nothing, True)
+            translate(self.geometry, words, self.nothing, True)
         except BrokenEntry as error:
-            cluster = index * self.geometry.slice_entries + error.index
-            raise self.corrupt(
-                f"{error} (guest offset {cluster << self.geometry.cluster_bits:#x}, "
-                f"L2 table at {where:#x})",
-                offset=cluster << self.geometry.cluster_bits,
-                size=self.geometry.cluster_size,
-            ) from None
-        del entries
+            self._broken_slice(str(error), where, index, error.index)
+        if self.geometry.external:
+            return
+        step = self.geometry.words
+        end = -(-self.file.size // self.geometry.cluster_size) * self.geometry.cluster_size
+        hosts = {word & OFFSET_MASK for word in words[::step] if not word & COMPRESSED}
+        wrong = (hosts - {0}) & self.metadata
+        wrong.update(host for host in hosts if host >= end)
+        for entry, word in enumerate(words[::step]):
+            if word & COMPRESSED:
+                offset, _ = self._compressed_range(word)
+                if offset >= self.file.size:
+                    text = f"compressed cluster at {offset:#x} lies beyond the end of the file"
+                    self._broken_slice(text, where, index, entry)
+            elif wrong and word & OFFSET_MASK in wrong:
+                host = word & OFFSET_MASK
+                what = "beyond the end of the file" if host >= end else "where metadata are"
+                self._broken_slice(f"L2 entry {word:#x} points {what}", where, index, entry)
+
+    def _broken_slice(self, text: str, where: int, index: int, entry: int) -> NoReturn:
+        guest = (index * self.geometry.slice_entries + entry) << self.geometry.cluster_bits
+        raise self.corrupt(
+            f"{text} (guest offset {guest:#x}, L2 table at {where:#x})",
+            offset=guest,
+            size=self.geometry.cluster_size,
+        )
 
     def map_entries(self, slice: Slice) -> array[int] | None:
         """What the engine is to know of a slice."""
@@ -436,6 +551,14 @@ class Qcow2(HookedNode):
                     fatal=True,
                 )
 
+    async def _mark_corrupt(self) -> None:
+        if self.header.version < 3:
+            return  # has no bit for it
+        try:
+            await self.write_header(incompatible=self.header.incompatible | CORRUPT)
+        except OSError as error:
+            logger.error("image '%s' cannot be marked corrupt: %s", self.filename(), error)
+
     def _writeback_failed(self, error: OSError) -> None:
         logger.warning("metadata of '%s' could not be written: %s", self.filename(), error)
 
@@ -445,6 +568,25 @@ class Qcow2(HookedNode):
         )
 
     # ---- changes
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        self._written_to = bool(perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE))
+
+    async def reopen_prepare(self, options: Qcow2Options) -> None:
+        if options.read_only and not self.read_only:
+            if self._written_to:
+                raise self._error(
+                    f"Node '{self.name}' cannot be made read-only: it is written to", "in-use"
+                )
+            # Nobody allocates any more. The file may be read-only before we are.
+            await self._write_everything()
+        elif self.read_only and not options.read_only:
+            raise self._error(
+                f"Node '{self.name}' cannot be made writable again while it is open; remove it "
+                "and add it anew",
+                "cannot-change",
+            )
+        await super().reopen_prepare(options)
 
     async def truncate(self, size: int) -> None:
         await resize(self, size)

@@ -40,7 +40,7 @@ class Live(Protocol):
     """What of the image this needs."""
 
     geometry: Geometry
-    handle: MapHandle
+    map: MapHandle
     file: ChildStorage
     data: ChildStorage
     allocator: Allocator
@@ -75,7 +75,7 @@ class Writeback:
     async def _flush(self) -> None:
         live = self._live
         # Whatever the engine allocates from here on sends the next flush up as well.
-        live.handle.set_dirty(True)
+        live.map.set_dirty(True)
         live.l2.apply_log()
         slices = list(live.l2.dirty.values())
         live.l2.dirty.clear()
@@ -97,7 +97,7 @@ class Writeback:
                 slice.pins -= 1
         live.allocator.free_after_grace(freed)
         if not live.l2.dirty and not self._l1_dirty:
-            live.handle.set_dirty(False)
+            live.map.set_dirty(False)
 
     async def _write(
         self, copies: list[tuple[int, bytes]], freed: list[tuple[int, int, bool]]
@@ -171,5 +171,5 @@ class Writeback:
             entries = live.l1[first : first + L1_PIECE]
             writes.append((live.l1_offset + 8 * first, struct.pack(f">{len(entries)}Q", *entries)))
         for start in range(0, len(writes), _AT_ONCE):
-            part = writes[start : start + _AT_ONCE]
-            await gather([live.file.write(offset, data) for offset, data in part])
+            some = writes[start : start + _AT_ONCE]
+            await gather([live.file.write(offset, data) for offset, data in some])
