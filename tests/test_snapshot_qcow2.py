@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Snapshots in qcow2, judged by QEMU's tools."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cow_driver import Mirror, Through
+from frontend import Device
+from graph_changes import act, load, transaction
+from in_process import MIB, Host, with_host
+
+SECTORS = 256
+
+
+def qemu_img(*arguments: str) -> str:
+    done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def content(filename: str, format: str) -> bytes:
+    """What QEMU reads from an image and everything below it."""
+    raw = filename + ".as-raw"
+    qemu_img("convert", "-f", format, "-O", "raw", filename, raw)
+    data = Path(raw).read_bytes()
+    Path(raw).unlink()
+    return data
+
+
+async def snapshot(host: Host, **arguments: Any) -> list[dict[str, Any]]:
+    answer = await act(host, "blockdev-snapshot-sync", **arguments)
+    assert answer["pause-us"] > 0
+    return list(answer["results"][0]["snapshots"])
+
+
+class Writer:
+    """Writes rising numbers to all sectors in a random order, many requests at a time."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.begun = [0] * SECTORS
+        self.completed = [0] * SECTORS
+        self.stop = threading.Event()
+        self._rng = random.Random(1)
+
+    def run(self) -> None:
+        for value in itertools.count(1):
+            sectors = self._rng.sample(range(SECTORS), SECTORS)
+            for batch in _batches(sectors, 16):
+                for sector in batch:
+                    self.begun[sector] = value
+                data = value.to_bytes(8) * 64
+                self.device.wait(*(self.device.submit(1, sector, data) for sector in batch))
+                for sector in batch:
+                    self.completed[sector] = value
+                if self.stop.is_set():
+                    return
+
+
+def _batches(values: list[int], size: int) -> list[list[int]]:
+    return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+async def three_legs(host: Host, format: str) -> None:
+    """A mirror of three legs: qcow2 with data of its own, raw, and an overlay."""
+    for index in range(3):
+        path = host.path(f"disk{index}.{format}")
+        qemu_img("create", "-q", "-f", format, path, str(MIB))
+        file = {"driver": "file", "filename": path}
+        await host.add(format, f"leg{index}", file=file)
+    await host.add("mirror", "m", children=["leg0", "leg1", "leg2"])
+    await host.export("m")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_each_is_one_moment_of_a_guest_under_load(format: str) -> None:
+    async def test(host: Host) -> None:
+        await three_legs(host, format)
+        moments: list[tuple[list[int], list[int]]] = []
+        images = [[(host.path(f"disk{i}.{format}"), format) for i in range(3)]]
+        async with host.device() as guest:
+            writer = Writer(guest.device)
+            task = asyncio.create_task(asyncio.to_thread(writer.run))
+            for _ in range(8):
+                await asyncio.sleep(0.03)
+                done = list(writer.completed)
+                made = await snapshot(host, device="e")
+                moments.append((done, list(writer.begun)))
+                images.append([(entry["filename"], "qcow2") for entry in made])
+            writer.stop.set()
+            await task
+            last = await guest.read(0, SECTORS * 512)
+        # Covered images are read-only: QEMU may look at them while we serve.
+        for (done, begun), legs in zip(moments, images[:-1], strict=True):
+            contents = [content(*leg) for leg in legs]
+            assert contents[0] == contents[1] == contents[2]
+            for sector in range(SECTORS):
+                value = int.from_bytes(contents[0][sector * 512 :][:8])
+                assert done[sector] <= value <= begun[sector]
+        assert sum(moments[-1][0]) > sum(moments[0][0])
+        for legs in images[:-1]:
+            for filename, kind in legs:
+                if kind == "qcow2":
+                    qemu_img("check", "-q", filename)
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("m")
+        for name in ("leg0", "leg1", "leg2"):
+            for number in reversed(range(1, 9)):
+                await host.backend.blockdev_del(f"{name}-{number}")
+        for filename, kind in images[-1]:
+            qemu_img("check", "-q", filename)
+            assert content(filename, kind)[: len(last)] == last
+
+    with_host(test, Mirror)
+
+
+def test_each_is_exactly_what_was_written() -> None:
+    """Compared block for block, `qemu-img compare`, with what the guest had written so far."""
+
+    async def test(host: Host) -> None:
+        rng = random.Random(3)
+        path = host.path("disk.qcow2")
+        qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, str(MIB))
+        await host.add("qcow2", "d", file={"driver": "file", "filename": path})
+        await host.add("through", "t", file="d")
+        await host.export("t")
+        model = bytearray(MIB)
+        images = [path]
+        async with host.device() as guest:
+            for number in range(10):
+                for _ in range(40):
+                    sector, count = rng.randrange(2000), rng.randrange(1, 40)
+                    data = rng.randbytes(512 * count)
+                    await guest.write(sector * 512, data)
+                    model[sector * 512 : sector * 512 + len(data)] = data
+                at, length = rng.randrange(200) * 4096, 8 * 4096
+                await guest.write_zeroes(at, length, unmap=bool(number % 2))
+                model[at : at + length] = bytes(length)
+                [made] = await snapshot(host, device="e")
+                images.append(made["filename"])
+                reference = host.path(f"{number}.raw")
+                Path(reference).write_bytes(model)
+                qemu_img("compare", "-f", "qcow2", "-F", "raw", images[number], reference)
+                assert await guest.read(0, MIB) == model
+            info = json.loads(qemu_img("info", "-U", "--output=json", images[-1]))
+            assert info["backing-filename"] == images[-2]
+            assert info["backing-filename-format"] == "qcow2"
+            assert info["virtual-size"] == MIB
+
+    with_host(test, Through)
+
+
+def test_two_drives_under_load() -> None:
+    async def test(host: Host) -> None:
+        for name in ("a", "b"):
+            path = host.path(f"{name}.qcow2")
+            qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+            await host.add("qcow2", name, file={"driver": "file", "filename": path})
+            await host.export(name, f"e{name}")
+        async with (
+            host.device("ea") as first,
+            host.device("eb") as second,
+            load(first),
+            load(second),
+        ):
+            for _ in range(10):
+                answer = await transaction(
+                    host,
+                    ("blockdev-snapshot-sync", {"device": "ea"}),
+                    ("blockdev-snapshot-sync", {"device": "eb"}),
+                )
+                assert len(answer["results"]) == 2
+        drives = {drive["device"]: drive for drive in host.backend.query_block()}
+        assert drives["ea"]["top-node-below-filters"] == "a-10"
+
+    with_host(test)
+
+
+def test_a_chain_of_200() -> None:
+    async def test(host: Host) -> None:
+        path = host.path("disk.qcow2")
+        qemu_img("create", "-q", "-f", "qcow2", path, str(16 * MIB))
+        await host.add("qcow2", "d", file={"driver": "file", "filename": path})
+        await host.export("d")
+        model = bytearray(200 * 65536)
+        top = path
+        async with host.device() as guest:
+            for number in range(200):
+                data = number.to_bytes(2) * 2048
+                at = number * 65536
+                await guest.write(at, data)
+                model[at : at + len(data)] = data
+                [made] = await snapshot(host, device="e", snapshot_file=host.path(f"{number}"))
+                top = made["filename"]
+            for at in range(0, len(model), MIB):
+                assert await guest.read(at, MIB) == model[at : at + MIB].ljust(MIB, b"\0")
+        await host.backend.block_export_del("e", "hard")
+        for number in reversed(range(1, 201)):
+            await host.backend.blockdev_del(f"d-{number}")
+        await host.backend.blockdev_del("d")
+        assert not host.backend.graph.nodes
+        # Opened by what the images say of each other.
+        await host.add("qcow2", "again", file={"driver": "file", "filename": top})
+        assert len(host.backend.graph.nodes) == 402
+        assert await host.read("again", 0, len(model)) == model
+        qemu_img("check", "-q", "-U", top)
+
+    with_host(test)
+
+
+def test_blockdev_create() -> None:
+    async def test(host: Host) -> None:
+        path = host.path("new.qcow2")
+        for options in (
+            {"driver": "file", "filename": path, "size": 0},
+            {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": path},
+                "size": 64 * MIB,
+                "cluster-size": 4096,
+                "refcount-bits": 8,
+                "lazy-refcounts": True,
+            },
+        ):
+            await host.backend.blockdev_create("j", options)
+            job = host.backend.jobs.get("j")
+            await host.until(lambda job=job: job.status.value == "concluded")  # type: ignore[misc]
+            assert job.error is None
+            job.dismiss()
+        qemu_img("check", "-q", path)
+        info = json.loads(qemu_img("info", "--output=json", path))
+        assert info["virtual-size"] == 64 * MIB and info["cluster-size"] == 4096
+        assert info["format-specific"]["data"]["refcount-bits"] == 8
+        assert info["format-specific"]["data"]["lazy-refcounts"]
+
+    with_host(test)
