@@ -143,7 +143,7 @@ def test_options_of_a_format_and_of_its_file() -> None:
         reopen = {"driver": "qcow2", "node-name": "disk"}
         async with host.device() as guest, load(guest):
             before = picture(host.backend.graph, sizes=False)
-            with refused("is read-only"):
+            with refused("read-only"):
                 await act(host, "blockdev-reopen", options=[{**reopen, "file": "disk-file",
                                                              "read-only": True}])  # fmt: skip
             assert picture(host.backend.graph, sizes=False) == before
