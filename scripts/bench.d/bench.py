@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from images import Image, ImageError, forget, path_of, prepare
 from programs import (
     BenchError,
     backend,
@@ -78,7 +79,10 @@ def say(text: str) -> None:
 # ---- one run ----------------------------------------------------------------------
 
 
-def _fill_in(texts: Sequence[str], setting: Setting) -> tuple[str, ...]:
+def _fill_in(texts: Sequence[str], setting: Setting, image: Image | None) -> tuple[str, ...]:
+    if image is not None:
+        path = str(path_of(image, setting.file))
+        texts = [text.replace("{image}", path) for text in texts]
     return tuple(
         text.replace("{file}", str(setting.file)).replace("{here}", str(HERE)) for text in texts
     )
@@ -90,8 +94,8 @@ def _job_options(row: Row, setting: Setting) -> list[str]:
     options += ["--queues", str(job.queues)]
     if job.span:
         options += ["--range", f"{job.span}M"]
-    if setting.count:
-        options += ["--count", str(setting.count)]
+    if setting.count or row.count:
+        options += ["--count", str(setting.count or row.count)]
     else:
         options += ["--seconds", str(setting.seconds), "--warmup", str(setting.warmup)]
     if setting.cpu is not None:
@@ -145,17 +149,17 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
     def ours() -> Numbers:
         command = vhostblk_command(
             setting.vhostblk,
-            _fill_in(row.nodes, setting),
+            _fill_in(row.nodes, setting, row.image),
             path,
             queues=queues,
-            plugins=_fill_in(row.plugins, setting),
+            plugins=_fill_in(row.plugins, setting, None),
         )
         return _run_backend(row, setting, command, path)
 
     def theirs(daemon: Daemon) -> Callable[[], Numbers]:
         command = daemon_command(
             setting.daemon,
-            _fill_in(daemon.nodes, setting),
+            _fill_in(daemon.nodes, setting, row.image),
             path,
             queues=queues,
             iothread=daemon.iothread,
@@ -187,6 +191,8 @@ def measure(row: Row, setting: Setting) -> dict[str, Any]:
         for contestant in turns if turn % 2 == 0 else reversed(turns):
             if "{file}" in "".join(row.nodes):
                 _clean_pages(setting)
+            if row.image is not None:
+                prepare(row.image, setting.file)
             runs.setdefault(contestant.name, []).append(contestant.run())
     medians = {
         name: {key: statistics.median(one[key] for one in of_name) for key in of_name[0]}
@@ -447,7 +453,8 @@ def main(arguments: Sequence[str]) -> int:
     client, limit = compile_tools(TOP / "build" / "bench")
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / ("smoke.raw" if options.smoke else "disk.raw")
-    if any("{file}" in node for row in rows for node in row.nodes):
+    forget(file)
+    if any("{file}" in node or row.image for row in rows for node in row.nodes):
         make_file(file, SMOKE_FILE_SIZE if options.smoke else FILE_SIZE)
     about = host() | {"vhostblk": _version(program), "qemu-storage-daemon": _version(daemon)}
     if about["load-average"] > 0.5 and not options.smoke:
@@ -473,6 +480,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         for row in rows:
             results.append(measure(row, setting))
+    forget(file)
     print(f"{about['vhostblk']}; {about['qemu-storage-daemon']}")
     print(f"{about['cpu']}, {about['cpus']} CPUs, Linux {about['kernel']}; medians of", end=" ")
     print(
@@ -495,7 +503,7 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except BenchError as error:
+    except (BenchError, ImageError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -3,14 +3,16 @@
 
 A row is data. A new one needs a name, the nodes of both programs, what to do, and a target; how to
 run and judge it follows from its kind (see bench.py). In node options `{file}` stands for a file
-whose pages are in the page cache and `{here}` for this directory. The node that is exported is
-called `disk`.
+whose pages are in the page cache, `{image}` for the row's qcow2 image (images.py) and `{here}` for
+this directory. The node that is exported is called `disk`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+
+from images import EMPTY_SIZE, Image
 
 GIB = 1 << 30
 FILE_SIZE = 256 << 20
@@ -78,8 +80,22 @@ class Row:
     limit: bool = False  # the same job by io_uring on the file itself, too
     plugins: tuple[str, ...] = ()
     unit: str = ""
+    image: Image | None = None
+    count: int = 0  # requests of a run, which then is not limited in time
 
 
+def qcow2(file: str = "") -> tuple[str, ...]:
+    """The row's image on a file node with options of its own."""
+    return (
+        f"driver=file,node-name=storage,filename={{image}}{file}",
+        "driver=qcow2,node-name=disk,file=storage",
+    )
+
+
+QCOW2_DAEMONS = (
+    Daemon("aio=io_uring", qcow2(",aio=io_uring")),
+    Daemon("aio=threads", qcow2(",aio=threads")),
+)
 NULL_DAEMONS = (
     Daemon("iothread", (NULL,)),
     Daemon("main loop", (NULL,), iothread=False),
@@ -193,5 +209,57 @@ ROWS: tuple[Row, ...] = (
         target=0.1,  # the resolution of the measurement; what is meant is 0
         daemons=FILE_DAEMONS[:1],
         unit="% of a CPU",
+    ),
+    Row(
+        name="qcow2-randread",
+        title="qcow2, filled",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=2.0,
+        daemons=QCOW2_DAEMONS,
+        image=Image.FILLED,
+    ),
+    Row(
+        name="qcow2-randwrite",
+        title="qcow2, filled",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=2.0,
+        job=Job("randwrite"),
+        daemons=QCOW2_DAEMONS,
+        image=Image.FILLED,
+    ),
+    # As many requests as make the image full: the next would be overwrites.
+    Row(
+        name="qcow2-empty-write",
+        title="qcow2, empty",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=1.5,
+        job=Job("write", depth=8, block=65536),
+        daemons=QCOW2_DAEMONS,
+        image=Image.EMPTY,
+        count=(1 << 30) // 65536,
+    ),
+    # Fewer than the image has clusters: nine in ten allocate one.
+    Row(
+        name="qcow2-empty-randwrite",
+        title="qcow2, empty",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=1.5,
+        job=Job("randwrite"),
+        daemons=QCOW2_DAEMONS,
+        image=Image.EMPTY,
+        count=EMPTY_SIZE // 65536 // 4,
+    ),
+    Row(
+        name="qcow2-overlay-randread",
+        title="qcow2 overlay on a filled backing file",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=2.0,
+        daemons=QCOW2_DAEMONS,
+        image=Image.OVERLAY,
     ),
 )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The qcow2 images that rows are measured on, made by qemu-img.
+
+An image that a run changes is made anew before each run; the others once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from enum import Enum
+from pathlib import Path
+
+
+class Image(Enum):
+    """What `{image}` in a row's node options stands for."""
+
+    FILLED = "filled"  # every cluster allocated
+    EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
+    OVERLAY = "overlay"  # nothing of its own, on a filled backing file
+
+
+EMPTY_SIZE = 4 << 30
+
+
+class ImageError(Exception):
+    """An image could not be made."""
+
+
+def path_of(image: Image, file: Path) -> Path:
+    """Beside the raw file with the data."""
+    return file.with_name(f"{file.stem}-{image.value}.qcow2")
+
+
+def prepare(image: Image, file: Path) -> None:
+    """Before a run."""
+    path = path_of(image, file)
+    if image is Image.EMPTY:
+        path.unlink(missing_ok=True)
+        _qemu_img("create", "-q", "-f", "qcow2", str(path), str(EMPTY_SIZE))
+    elif image is Image.FILLED and not path.exists():
+        # -S 0: zeroes are data, too.
+        _qemu_img("convert", "-q", "-S", "0", "-O", "qcow2", str(file), str(path))
+    elif image is Image.OVERLAY and not path.exists():
+        filled = path_of(Image.FILLED, file)
+        prepare(Image.FILLED, file)
+        _qemu_img("create", "-q", "-f", "qcow2", "-b", str(filled), "-F", "qcow2", str(path))
+
+
+def forget(file: Path) -> None:
+    """The data have changed, or nobody needs the images any more."""
+    for image in Image:
+        path_of(image, file).unlink(missing_ok=True)
+
+
+def _qemu_img(*arguments: str) -> None:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise ImageError("the qcow2 rows need qemu-img (Debian package qemu-utils)")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ImageError(f"qemu-img {' '.join(arguments)}: {done.stderr.strip()}")
