@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from backend_process import BackendProcess
-from frontend import Device, Feature
+from frontend import Device, Feature, Type
 
 from vhostblk.cli import COMMANDS, qemu
 from vhostblk.control.client import ControlClient
@@ -629,6 +629,22 @@ def test_backend_program_errors(arguments: list[str]) -> None:
 
 
 # ---- looking at a running one -----------------------------------------------------------------
+
+
+def test_status_shows_what_guests_were_refused(
+    start_backend: Start, short_dir: Path, image: Path
+) -> None:
+    start_backend(str(image))
+    with Device(short_dir / "vhostblk/disk/vhost.sock") as device:
+        for _ in range(3):
+            assert device.run(Type.DISCARD, data=bytes(15)).status != 0
+    done = vhostblk("status", "disk", "--json", "--interval", "0.1", directory=short_dir)
+    [export] = json.loads(done.stdout)[0]["exports"]
+    assert export["operations"]["discard"]["refused"] == 3
+    lines = vhostblk("status", "disk", "--interval", "0.1", directory=short_dir).stdout.splitlines()
+    [head] = [line for line in lines if "REFUSED" in line]
+    [row] = [line for line in lines if " discard " in line]
+    assert row[head.index("REFUSED") :].split()[0] == "3"
 
 
 def test_ls_status_and_qmp(start_backend: Start, short_dir: Path, image: Path) -> None:

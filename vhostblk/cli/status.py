@@ -153,6 +153,7 @@ def _operations(
         short = _SHORT.get(name)
         if short is not None:
             entry["failed"] = stats["stats"][f"failed_{short}_operations"]
+            entry["refused"] = stats["stats"][f"invalid_{short}_operations"]
         if name in _WITH_BYTES:
             entry["bytes"] = stats["stats"][f"{short}_bytes"]
         if old is not None and elapsed > 0.01:
@@ -178,7 +179,8 @@ def _text(report: dict[str, Any]) -> str:
     rows = []
     for export in report["exports"]:
         for name, entry in export.get("operations", {}).items():
-            if not entry["operations"] and name not in ("read", "write"):
+            used = entry["operations"] or entry.get("refused")
+            if not used and name not in ("read", "write"):
                 continue
             latency = entry["latency"]
             rate = entry.get("bytes-per-second")
@@ -190,6 +192,7 @@ def _text(report: dict[str, Any]) -> str:
                     "-" if rate is None else size(rate) + "/s",
                     count(entry["operations"]),
                     count(entry["failed"]) if "failed" in entry else "-",
+                    count(entry["refused"]) if "refused" in entry else "-",
                     *(
                         duration(latency.get(f"{point}-ns") if entry["operations"] else None)
                         for point in ("p50", "p99", "p99.9")
@@ -205,6 +208,7 @@ def _text(report: dict[str, Any]) -> str:
             "RATE",
             "TOTAL",
             "FAILED",
+            "REFUSED",
             "P50",
             "P99",
             "P99.9",
