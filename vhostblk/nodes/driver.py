@@ -432,6 +432,14 @@ class NodeDriver:
             self.prepared[name], ours[name] = ours[name], value
         self._exchanged = not self._exchanged
 
+    async def become_read_only(self) -> bool:
+        """Nobody writes to this node any more: an overlay has taken its place.
+
+        A format that can be read-only from now on without holding up its readers does so, and
+        has written all that it had to write. Whether that is the case.
+        """
+        return False
+
     def children_changed(self) -> None:
         """Children have been added, removed or replaced, here or below, or have another size.
 

@@ -258,7 +258,7 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
 
     async def afterwards() -> None:
         for leg in legs:
-            await _make_read_only(backend, change, leg)
+            await _make_read_only(backend, leg)
 
     await flush()
     change.inside(in_the_pause)
@@ -269,19 +269,18 @@ async def _wait(io: Any) -> None:
     await io
 
 
-async def _make_read_only(backend: Backend, change: Change, leg: NodeDriver) -> None:
+async def _make_read_only(backend: Backend, leg: NodeDriver) -> None:
     """As QEMU does: others may look at a snapshot. What cannot be is left as it is."""
-    perm, _ = backend.graph.permissions_of(leg)
-    formats = any(role.kind is RoleKind.STORAGE for role in leg.child_roles.values())
-    if not formats or leg.read_only or perm & (Perm.WRITE | Perm.RESIZE):
+    graph = backend.graph
+    perm, _ = graph.permissions_of(leg)
+    if perm & (Perm.WRITE | Perm.RESIZE):
         return
     try:
-        async with backend.graph.change() as second:
-            second.reopen(leg, {"read-only": True}, keep=True)
-    except VhostblkError as error:
-        logger.warning("snapshot '%s' stays open for writing: %s", leg.name, error.desc)
-    else:
-        change.pause_us = max(change.pause_us, second.pause_us)
+        if await leg.become_read_only():
+            graph.set_given_options(leg, {**graph.given_options(leg), "read-only": True})
+            graph.update_permissions()
+    except (VhostblkError, OSError) as error:
+        logger.warning("snapshot '%s' stays open for writing: %s", leg.name, error)
 
 
 def _freeze(change: Change, arguments: FreezeOptions, result: dict[str, Any]) -> None:
