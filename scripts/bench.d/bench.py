@@ -103,9 +103,9 @@ def _job_options(row: Row, setting: Setting) -> list[str]:
     return options
 
 
-def _clean_pages(setting: Setting) -> None:
+def _clean_pages(path: Path) -> None:
     """Nobody pays for what the run before left to be written."""
-    fd = os.open(setting.file, os.O_RDWR)
+    fd = os.open(path, os.O_RDWR)
     try:
         os.fdatasync(fd)
     finally:
@@ -190,9 +190,10 @@ def measure(row: Row, setting: Setting) -> dict[str, Any]:
         # There and back, so that nobody always follows the same neighbour.
         for contestant in turns if turn % 2 == 0 else reversed(turns):
             if "{file}" in "".join(row.nodes):
-                _clean_pages(setting)
+                _clean_pages(setting.file)
             if row.image is not None:
                 prepare(row.image, setting.file)
+                _clean_pages(path_of(row.image, setting.file))
             runs.setdefault(contestant.name, []).append(contestant.run())
     medians = {
         name: {key: statistics.median(one[key] for one in of_name) for key in of_name[0]}

@@ -49,6 +49,7 @@ from vhostblk.nodes.qcow2.geometry import (
 from vhostblk.nodes.qcow2.header import BITMAPS, CORRUPT, DATA_FILE_RAW, DIRTY, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
+from vhostblk.nodes.qcow2.outdated import mark_in_use
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
 from vhostblk.nodes.qcow2.storage import ChildStorage
@@ -256,7 +257,7 @@ class Qcow2(HookedNode):
                 logger.warning("bitmaps of '%s': %s", self.filename(), error.desc)
                 directory, autoclear = None, autoclear & ~BITMAPS
             if directory is not None:
-                await bitmaps.mark_in_use(self.file, directory)
+                await mark_in_use(self.file, directory)
         if autoclear != self.header.autoclear:
             await self.write_header(autoclear=autoclear)
 

@@ -41,10 +41,7 @@ class Slice:
 
     def image(self) -> bytes:
         """A copy as it is on disk (big-endian)."""
-        copy = array("Q", self.words)
-        if sys.byteorder == "little":
-            copy.byteswap()
-        return copy.tobytes()
+        return words_to(self.words)
 
 
 def words_from(data: bytes) -> array[int]:
@@ -54,6 +51,14 @@ def words_from(data: bytes) -> array[int]:
     if sys.byteorder == "little":
         words.byteswap()
     return words
+
+
+def words_to(words: array[int]) -> bytes:
+    """The opposite; the words stay as they are."""
+    copy = words[:]
+    if sys.byteorder == "little":
+        copy.byteswap()
+    return copy.tobytes()
 
 
 class Source(Protocol):
