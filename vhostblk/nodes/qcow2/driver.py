@@ -31,7 +31,7 @@ from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
 from vhostblk.nodes.qcow2 import bitmaps
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
-from vhostblk.nodes.qcow2.check import check as check_image
+from vhostblk.nodes.qcow2.check import repair_dirty
 from vhostblk.nodes.qcow2.compression import decompress
 from vhostblk.nodes.qcow2.create import Qcow2CreateOptions
 from vhostblk.nodes.qcow2.creating import create_image
@@ -46,10 +46,9 @@ from vhostblk.nodes.qcow2.geometry import (
     translate,
     units_of,
 )
-from vhostblk.nodes.qcow2.header import BITMAPS, CORRUPT, DATA_FILE_RAW, DIRTY, BadImage, Header
+from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
-from vhostblk.nodes.qcow2.outdated import mark_in_use
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
 from vhostblk.nodes.qcow2.storage import ChildStorage
@@ -226,40 +225,21 @@ class Qcow2(HookedNode):
             )
         if header.dirty:
             await self._repair()
-        await self._outdate_bitmaps()
+        # Bitmaps that would have to know of our writes are out of date now.
+        self.header = await bitmaps.mark_in_use(self.file, self.header)
 
     async def _repair(self) -> None:
         """The image was not closed: find out what is used."""
         logger.warning("image '%s' was not closed properly; it is repaired", self.filename())
         try:
-            result = await check_image(self.file, self.header, "all")
+            self.header = await repair_dirty(self.file, self.header)
         except BadImage as error:
-            raise self._error(f"'{self.filename()}' cannot be repaired: {error.desc}") from None
-        if result.corruptions != result.corruptions_fixed:
             raise self._error(
-                f"Image '{self.filename()}' was not closed properly and cannot be repaired while "
-                f"it is opened ({result.corruptions - result.corruptions_fixed} errors are left); "
-                f"try: qemu-img check -r all '{self.filename()}'",
+                f"Image '{self.filename()}': {error.desc}; try: "
+                f"qemu-img check -r all '{self.filename()}'",
                 "dirty",
-            )
-        self.header = await self._read_header()
-        await self.refcounts.load()
-        if self.header.dirty:
-            await self.write_header(incompatible=self.header.incompatible & ~DIRTY)
-
-    async def _outdate_bitmaps(self) -> None:
-        """Bitmaps are not kept up to date: say so in each, and clear bits that nobody knows."""
-        autoclear = self.header.autoclear & (DATA_FILE_RAW | BITMAPS)
-        if self.header.autoclear & BITMAPS:
-            try:
-                directory = await bitmaps.read_directory(self.file, self.header)
-            except BadImage as error:
-                logger.warning("bitmaps of '%s': %s", self.filename(), error.desc)
-                directory, autoclear = None, autoclear & ~BITMAPS
-            if directory is not None:
-                await mark_in_use(self.file, directory)
-        if autoclear != self.header.autoclear:
-            await self.write_header(autoclear=autoclear)
+            ) from None
+        self.refcounts = await self._load_refcounts()
 
     async def _load_l1(self) -> list[int]:
         raw = await self.file.read(self.header.l1_table_offset, 8 * self.header.l1_size)

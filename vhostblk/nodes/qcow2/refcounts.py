@@ -76,7 +76,7 @@ class Refcounts:
     def __init__(self, storage: Storage, header: Header) -> None:
         self._storage = storage
         self._bits = header.refcount_bits
-        self._cluster_bits = header.cluster_bits
+        self.cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self.table_offset = header.refcount_table_offset
         self.table_clusters = header.refcount_table_clusters
@@ -92,7 +92,7 @@ class Refcounts:
 
     async def load(self) -> None:
         """Read the table; blocks are read when they are needed."""
-        length = self.table_clusters << self._cluster_bits
+        length = self.table_clusters << self.cluster_bits
         data = await self._storage.read(self.table_offset, length)
         self.table = list(struct.unpack(f">{length // 8}Q", data))
 
@@ -132,7 +132,7 @@ class Refcounts:
                 await self._put(cluster, 1)
             if first <= self._free_from:
                 self._free_from = first + count
-            return first << self._cluster_bits
+            return first << self.cluster_bits
 
     async def _find(self, count: int) -> int:
         """The first of `count` free clusters in a row; they may lie beyond the table."""
@@ -181,7 +181,7 @@ class Refcounts:
         block = unpack_counts(bytes(self._cluster_size), self._bits)
         block[cluster - start] = 1
         self._blocks[number] = block
-        self.table[number] = cluster << self._cluster_bits
+        self.table[number] = cluster << self.cluster_bits
         self._dirty.add(number)
         self._table_dirty.add(number)
 
@@ -208,10 +208,10 @@ class Refcounts:
         fresh: dict[int, array[int]] = {}
         for number in range(first_own, first_own + own):
             fresh[number] = unpack_counts(bytes(size), self._bits)
-            table[number] = (start + number - first_own) << self._cluster_bits
+            table[number] = (start + number - first_own) << self.cluster_bits
         for cluster in range(start, start + own + clusters):
             fresh[cluster // self.per_block][cluster % self.per_block] = 1
-        offset = (start + own) << self._cluster_bits
+        offset = (start + own) << self.cluster_bits
         # What the old table points to, and what it is to point to, first.
         await self._write_dirty()
         for number, block in fresh.items():
@@ -224,7 +224,7 @@ class Refcounts:
         self.table, self.table_offset, self.table_clusters = table, offset, clusters
         self._blocks.update(fresh)
         for cluster in range(old_clusters):
-            await self._change((old_offset >> self._cluster_bits) + cluster, -1)
+            await self._change((old_offset >> self.cluster_bits) + cluster, -1)
 
     # ---- changing
 
@@ -247,14 +247,14 @@ class Refcounts:
     async def add(self, host: int, count: int) -> None:
         """One more user for `count` clusters."""
         async with self._lock:
-            first = host >> self._cluster_bits
+            first = host >> self.cluster_bits
             for cluster in range(first, first + count):
                 await self._change(cluster, 1)
 
     async def free(self, host: int, count: int) -> bool:
         """One user less for `count` clusters; whether nobody uses any of them any more."""
         async with self._lock:
-            first = host >> self._cluster_bits
+            first = host >> self.cluster_bits
             left = [await self._change(cluster, -1) for cluster in range(first, first + count)]
             return not any(left)
 

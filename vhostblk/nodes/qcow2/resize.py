@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from vhostblk.nodes.qcow2 import bitmaps
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ async def resize(live: Qcow2, size: int) -> None:
     old = live.size
     if size == old:
         return
+    # Bitmaps are as long as the disk was.
+    live.header = await bitmaps.mark_in_use(live.file, live.header, every=True)
     if size < old:
         await _cut(live, size, old)
     await live.writeback.flush()
