@@ -22,6 +22,7 @@ import errno
 import struct
 import sys
 from array import array
+from collections.abc import Iterable
 from typing import Protocol
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
@@ -134,6 +135,22 @@ class Refcounts:
                 self._free_from = first + count
             return first << self.cluster_bits
 
+    async def adopt(self, clusters: Iterable[int]) -> None:
+        """These are in use, whatever is on disk: what a killed process had not written."""
+        async with self._lock:
+            wanted = set(clusters)
+            for cluster in sorted(wanted):
+                number = cluster // self.per_block
+                if number >= len(self.table):
+                    raise _corrupt(f"cluster {cluster} lies beyond the refcount table")
+                if not self.table[number] and number not in self._blocks:
+                    # Nothing else is in use where there is no block.
+                    start = number * self.per_block
+                    place = next(c for c in range(start, start + self.per_block) if c not in wanted)
+                    await self._make_block(number, place)
+                if await self.get(cluster) == 0:
+                    await self._put(cluster, 1)
+
     async def _find(self, count: int) -> int:
         """The first of `count` free clusters in a row; they may lie beyond the table."""
         start, run = self._free_from, 0
@@ -165,25 +182,16 @@ class Refcounts:
         if last >= len(self.table):
             await self._grow_table(last + 1)
             return False
-        complete = True
-        for number in range(first // self.per_block, last + 1):
-            if not self.table[number]:
-                await self._make_block(number, first)
-                complete = False
-        return complete
-
-    async def _make_block(self, number: int, first: int) -> None:
-        """A new block describes itself, in the first free cluster it is about."""
-        start = number * self.per_block
-        cluster = max(first, start)
-        if cluster >= start + self.per_block:
-            cluster = start
-        block = unpack_counts(bytes(self._cluster_size), self._bits)
-        block[cluster - start] = 1
-        self._blocks[number] = block
-        self.table[number] = cluster << self.cluster_bits
-        self._dirty.add(number)
-        self._table_dirty.add(number)
+        missing = [n for n in range(first // self.per_block, last + 1) if not self.table[n]]
+        # In front of the run, not inside it: a run may need many blocks.
+        for number, cluster in zip(missing, range(first, first + len(missing)), strict=True):
+            self._blocks[number] = unpack_counts(bytes(self._cluster_size), self._bits)
+            self.table[number] = cluster << self.cluster_bits
+            self._dirty.add(number)
+            self._table_dirty.add(number)
+        for cluster in range(first, first + len(missing)):
+            await self._put(cluster, 1)
+        return not missing
 
     async def _grow_table(self, blocks: int) -> None:
         """A longer table, behind everything that the old one knows; then the header names it."""
