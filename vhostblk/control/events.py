@@ -68,6 +68,17 @@ class QuorumFailure(Model):
     sectors_count: int
 
 
+class BlockImageCorrupted(Model):
+    """An image is broken; with `fatal` nothing is written to it any more."""
+
+    device: str
+    node_name: str | None = None
+    msg: str
+    offset: int | None = None
+    size: int | None = None
+    fatal: bool
+
+
 class JobStatusChange(Model):
     """A job has entered another state."""
 
@@ -77,6 +88,7 @@ class JobStatusChange(Model):
 
 EVENTS: dict[str, type[Model]] = {
     "BLOCK_EXPORT_DELETED": BlockExportDeleted,
+    "BLOCK_IMAGE_CORRUPTED": BlockImageCorrupted,
     "JOB_STATUS_CHANGE": JobStatusChange,
     "QUORUM_FAILURE": QuorumFailure,
     "QUORUM_REPORT_BAD": QuorumReportBad,
