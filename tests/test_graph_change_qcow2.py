@@ -13,8 +13,9 @@ from in_process import MIB, Host, refused, with_host
 
 
 def qemu_img(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(
-        ["qemu-img", *arguments], check=True, capture_output=True, text=True
+        ["qemu-img", *arguments], check=True, capture_output=True, text=True, env=environment
     ).stdout
 
 
