@@ -132,9 +132,9 @@ class Allocator:
             # The next write that finds no cluster comes up and gets the error.
             logger.debug("no clusters in advance: %s", task.exception())
 
-    async def more_runs(self) -> None:
-        """A request found no cluster: it may look again afterwards."""
-        await asyncio.shield(self._refill())
+    async def more_runs(self) -> bool:
+        """A request found no cluster: it may look again afterwards. False if there were some."""
+        return await asyncio.shield(self._refill())
 
     # ---- giving back
 

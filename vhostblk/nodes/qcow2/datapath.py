@@ -260,8 +260,9 @@ class DataPath:
             live.l2.apply_log()
             groups = list(_groups(claims, live.geometry.extended))
             await gather([self._place(request, group, pinned) for group in groups])
-        if run_wanted:
-            await live.allocator.more_runs()
+        if run_wanted and not await live.allocator.more_runs():
+            # It has clusters, so it is the log that is full.
+            await live.writeback.flush()
         return left
 
     def _units(self, offset: int, length: int, cluster: int) -> range:
@@ -352,8 +353,16 @@ class DataPath:
             for claim in claims:
                 self.release(claim)
             raise
-        for claim in claims:
-            self.settle(claim)
+        await self.publish(claims)
+
+    async def publish(self, claims: list[Claim]) -> None:
+        """The L2 entries have been changed: let the engine see them."""
+        try:
+            for claim in claims:
+                await self._live.record(claim)
+        finally:
+            for claim in claims:
+                self.settle(claim)
 
     async def _move(self, request: Request, claims: list[Claim], pinned: dict[int, Slice]) -> None:
         """To new clusters."""

@@ -125,7 +125,7 @@ class Discarder:
                         for unit in wanted:
                             await path.wait_for(cluster, unit)
                     if change(claim):
-                        path.settle(claim)
+                        await path.publish([claim])
                         continue
                     path.release(claim)
                     unit_size = 1 << geometry.unit_bits

@@ -26,16 +26,17 @@ from vhostblk.engine import (
     OP_READ,
     MapHandle,
 )
+from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes.driver import ChildRole, CreateHost, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
-from vhostblk.nodes.qcow2 import bitmaps
+from vhostblk.nodes.qcow2 import bitmaps, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.check import repair_dirty
 from vhostblk.nodes.qcow2.compression import decompress
 from vhostblk.nodes.qcow2.create import Qcow2CreateOptions
 from vhostblk.nodes.qcow2.creating import create_image
-from vhostblk.nodes.qcow2.datapath import DataPath
+from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.discard import Discarder
 from vhostblk.nodes.qcow2.geometry import (
     COMPRESSED,
@@ -138,7 +139,7 @@ class Qcow2(HookedNode):
         self._cleaner: asyncio.Task[None] | None = None
         self.stopped = False
         self._written_to = False
-        header = self.header
+        header, token = self.header, b""
         if header.crypt_method:
             raise self._error(
                 f"Image '{self.filename()}' is encrypted, which is not supported yet", "encrypted"
@@ -146,6 +147,7 @@ class Qcow2(HookedNode):
         self.refcounts = await self._load_refcounts()
         if not self.read_only:
             await self._make_writable()
+            header = self.header
         limits = cache_limits(
             self.options, 1 << header.cluster_bits, self.options.refcount_cache_size or 0
         )
@@ -165,11 +167,15 @@ class Qcow2(HookedNode):
         self.l1_offset = header.l1_table_offset
         self.l1 = await self._load_l1()
         self._know_backing()
+        log: LogFile | None = None
+        records: list[Record] = []
+        if not self.read_only:
+            log, token, records = await journal.open_for(self, header)
         # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place.
         self.engine_allocates = not (
             self.read_only or self.geometry.extended or self.geometry.external
         )
-        self.map = self._new_map()
+        self.map = self._new_map(log)
         self.handle = self.map
         self.l2 = L2Cache(self.geometry, self.map, self, limits.slices, self._made_dirty)
         self._size_at_open = self.file.size
@@ -188,7 +194,42 @@ class Qcow2(HookedNode):
         self.discarder = discarder
         request = self.options.pass_discard_request
         self.pass_discard_request = self.options.discard == "unmap" if request is None else request
+        try:
+            await self._begin_log(log, token, records)
+        except BaseException:
+            self.handle = None
+            self.map.free()
+            if log is not None:
+                log.close(remove=False)
+            raise
         self._start_cleaning()
+
+    async def _begin_log(self, log: LogFile | None, token: bytes, records: list[Record]) -> None:
+        """Enter what a predecessor left behind; from now on the image has this log."""
+        self.log = log
+        if records:
+            logger.info("image '%s': %d changes of a killed process", self.filename(), len(records))
+            # The child nodes are tied to the engine half after open() only.
+            self.relink()
+            await journal.replay(self, records)
+        if log is None:
+            return
+        log.clear()
+        if self.header.extension(journal.EXT_LOG) != token or not (
+            self.header.autoclear & journal.HAS_LOG
+        ):
+            self.header = self.header.with_extension(journal.EXT_LOG, token)
+            await self.write_header(autoclear=self.header.autoclear | journal.HAS_LOG)
+
+    async def record(self, claim: Claim) -> None:
+        """A change of an L2 entry in memory, about to be seen, is to survive a kill."""
+        if self.log is None:
+            return
+        geometry = self.geometry
+        words, at = claim.slice.words, claim.index * geometry.words
+        bitmap = words[at + 1] if geometry.extended else 0
+        if not self.map.add_to_log(claim.cluster << geometry.cluster_bits, words[at], bitmap):
+            await self.writeback.flush()  # puts it on disk, and empties the log
 
     # ---- the format
 
@@ -265,7 +306,7 @@ class Qcow2(HookedNode):
             found.add(header.snapshots_offset)
         return found
 
-    def _new_map(self) -> MapHandle:
+    def _new_map(self, log: LogFile | None) -> MapHandle:
         geometry = self.geometry
         return self.engine.new_map(
             size=self._size,
@@ -277,6 +318,7 @@ class Qcow2(HookedNode):
             allocate=self.engine_allocates,
             sink=self._start,
             low=self._low,
+            log=log,
         )
 
     def _low(self) -> None:
@@ -633,6 +675,8 @@ class Qcow2(HookedNode):
         finally:
             self.handle = None
             self.map.free()
+            if self.log is not None:
+                self.log.close(remove=not self.header.autoclear & journal.HAS_LOG)
 
     async def _write_everything(self) -> None:
         self.l2.apply_log()
@@ -644,6 +688,9 @@ class Qcow2(HookedNode):
         await self.allocator.write_counts()
         await self._shorten(unused)
         await self.file.flush()
+        if self.header.autoclear & journal.HAS_LOG:
+            self.header = self.header.with_extension(journal.EXT_LOG, None)
+            await self.write_header(autoclear=self.header.autoclear & ~journal.HAS_LOG)
 
     async def _shorten(self, unused: list[tuple[int, int]]) -> None:
         """Cut clusters off the end of the file that were taken in advance and not used."""

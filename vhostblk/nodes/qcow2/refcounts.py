@@ -147,7 +147,10 @@ class Refcounts:
                     # Nothing else is in use where there is no block.
                     start = number * self.per_block
                     place = next(c for c in range(start, start + self.per_block) if c not in wanted)
-                    await self._make_block(number, place)
+                    self._blocks[number] = unpack_counts(bytes(self._cluster_size), self._bits)
+                    self.table[number] = place << self.cluster_bits
+                    self._table_dirty.add(number)
+                    await self._put(place, 1)
                 if await self.get(cluster) == 0:
                     await self._put(cluster, 1)
 

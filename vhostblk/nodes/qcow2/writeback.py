@@ -77,6 +77,7 @@ class Writeback:
         # Whatever the engine allocates from here on sends the next flush up as well.
         live.map.set_dirty(True)
         live.l2.apply_log()
+        recorded = live.map.log_taken()
         slices = list(live.l2.dirty.values())
         live.l2.dirty.clear()
         freed, live.allocator.freed = live.allocator.freed, []
@@ -95,6 +96,8 @@ class Writeback:
         finally:
             for slice in slices:
                 slice.pins -= 1
+        if live.map.log is not None:
+            live.map.log_done(recorded)
         live.allocator.free_after_grace(freed)
         if not live.l2.dirty and not self._l1_dirty:
             live.map.set_dirty(False)
