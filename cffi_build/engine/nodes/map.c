@@ -230,7 +230,9 @@ static void zero_fill(struct cursor *cursor, uint64_t bytes)
         size_t here = cursor->iov->iov_len - cursor->skip;
         size_t n = here < bytes ? here : bytes;
 
+        vb_guest_write_begin();
         memset((char *)cursor->iov->iov_base + cursor->skip, 0, n);
+        vb_guest_write_end();
         bytes -= n;
         cursor->skip += n;
         if (cursor->skip == cursor->iov->iov_len) {

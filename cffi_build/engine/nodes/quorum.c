@@ -253,10 +253,12 @@ static void give_to_guest(const struct vote *vote, uint32_t leg)
     const struct vb_request *request = vote->request;
     const unsigned char *from = vote->versions[leg].iov_base;
 
+    vb_guest_write_begin();
     for (uint32_t i = 0; i < request->niov; i++) {
         memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);
         from += request->iov[i].iov_len;
     }
+    vb_guest_write_end();
 }
 
 /* Whether a leg took it shows at the next read; the guest has its data. As QEMU. */
