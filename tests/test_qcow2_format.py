@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash.tools import plain_environment
 from qcow2_files import ImageFile, run
 
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
@@ -29,7 +30,11 @@ KIB, MIB = 1024, 1 << 20
 
 def qemu_img(*arguments: object, status: int = 0) -> str:
     done = subprocess.run(
-        ["qemu-img", *map(str, arguments)], capture_output=True, text=True, check=False
+        ["qemu-img", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=plain_environment(),
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
@@ -37,7 +42,12 @@ def qemu_img(*arguments: object, status: int = 0) -> str:
 
 def qemu_io(path: Path, *commands: str) -> None:
     given = [part for command in commands for part in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", "qcow2", *given, path], check=True, capture_output=True)
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", *given, path],
+        check=True,
+        capture_output=True,
+        env=plain_environment(),
+    )
 
 
 @pytest.fixture
@@ -326,7 +336,10 @@ def test_damage_is_found_as_qemu_finds_it_and_repaired(image: Path, opened: Any)
 
         run(damage())
         done = subprocess.run(
-            ["qemu-img", "check", "--output=json", image], capture_output=True, check=False
+            ["qemu-img", "check", "--output=json", image],
+            capture_output=True,
+            check=False,
+            env=plain_environment(),
         )
         report = json.loads(done.stdout)
         ours = checked(storage)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash.tools import plain_environment
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES, REQ_MAY_UNMAP
@@ -230,6 +231,8 @@ def test_legs_are_equal_for_qemu(tmp_path: Path) -> None:
         await submit(host, OP_FLUSH, 0, 0)
         for leg in "bc":
             command = ["qemu-img", "compare", "-U", "-f", "raw", "-F", "raw"]
-            subprocess.run([*command, host.path("a"), host.path(leg)], check=True)
+            subprocess.run(
+                [*command, host.path("a"), host.path(leg)], check=True, env=plain_environment()
+            )
 
     with_host(test)
