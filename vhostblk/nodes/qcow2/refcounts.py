@@ -28,6 +28,7 @@ from typing import Protocol
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
 
 _HEADER_TABLE_OFFSET = 48
+SECTOR = 512
 # Array types by width; narrower counts are unpacked into bytes.
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -287,10 +288,15 @@ class Refcounts:
             raise
         if not self._table_dirty:
             return
-        await self._storage.flush()
+        sector = None
         for number in sorted(self._table_dirty):
-            entry = struct.pack(">Q", self.table[number])
-            await self._storage.write(self.table_offset + 8 * number, entry)
+            at = self.table_offset + 8 * number
+            if at // SECTOR != sector:
+                # The blocks, then the table; and in the table first the sectors that come first,
+                # since a new block may be counted in one before it, which is new, too.
+                await self._storage.flush()
+                sector = at // SECTOR
+            await self._storage.write(at, struct.pack(">Q", self.table[number]))
         self._table_dirty.clear()
 
 
