@@ -7,6 +7,7 @@ disk; see tests/crash. VHOSTBLK_CRASH_SEED=n repeats a failure, or looks for ano
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,38 @@ async def sequential(drive: Drive) -> None:
             await drive.flush()
 
 
+async def large_holes(drive: Drive) -> None:
+    """Room for whole runs becomes free, and what is written there next does not fill its clusters.
+
+    Nothing of what was there before may show around it.
+    """
+    half = drive.size // 2
+    for start in (0, half):
+        await drive.discard(start, half)
+        await drive.flush()
+        for _ in range(3):
+            await asyncio.sleep(0.02)  # for what is freed after a flush
+            for _ in range(12):
+                at = drive.rnd.randrange(drive.size // 512 - 4) * 512
+                await drive.write(at, drive.rnd.randbytes(512 * drive.rnd.randint(1, 4)))
+            await drive.flush()
+        await drive.check()
+
+
+async def moving_on(drive: Drive) -> None:
+    """One area after the other: tables for the next one come to be where data were."""
+    step = drive.size // 32
+    for turn in range(32):
+        for _ in range(3):
+            at = turn * step + drive.rnd.randrange(step // 512 - 8) * 512
+            await drive.write(at, drive.rnd.randbytes(4096))
+        if turn:
+            await drive.discard((turn - 1) * step, step)
+        if turn % 2:
+            await drive.flush()
+            await asyncio.sleep(0.005)
+
+
 async def resizing(drive: Drive) -> None:
     sizes = [SIZE + MIB, SIZE // 2 + 512, SIZE, 3 * SIZE, SIZE - 4096 * 3 - 512]
     for size in sizes:
@@ -122,8 +155,10 @@ SCENARIOS = {
     "overwrite": (overwrite, {}, {"filled": True}),
     "overwrite-fresh": (overwrite, {}, {}),
     "fua": (durable_writes, {}, {}),
-    "reuse": (reuse, {"cluster_size": 2048}, {"size": 512 * KIB}),
+    "reuse": (reuse, {"cluster_size": 2048}, {"size": 512 * KIB, "discard": "unmap"}),
     "reuse-unmap": (reuse, {}, {"discard": "unmap", "filled": True}),
+    "reuse-runs": (large_holes, {}, {"discard": "unmap", "filled": True, "size": 6 * MIB}),
+    "reuse-for-tables": (moving_on, {"cluster_size": 512}, {"discard": "unmap"}),
     "reuse-no-unref": (reuse, {}, {"discard": "unmap", "discard_no_unref": True, "filled": True}),
     "zeroes": (zeroes, {}, {"filled": True, "discard": "unmap"}),
     "v2": (mixed, {"compat": "0.10"}, {}),
@@ -133,19 +168,27 @@ SCENARIOS = {
     "backing-fua": (durable_writes, {"cluster_size": 16 * KIB}, {"backing": True}),
     "backing-zeroes": (zeroes, {}, {"backing": True}),
     "refcounts-512": (sequential, {"cluster_size": 512}, {}),
-    "refcounts-512-wide": (sequential, {"cluster_size": 512, "refcount_bits": 64}, {"size": MIB}),
+    "refcounts-512-wide": (
+        sequential,
+        {"cluster_size": 512, "refcount_bits": 64},
+        {"size": 3 * MIB},
+    ),
     "refcounts-512-narrow": (sequential, {"cluster_size": 512, "refcount_bits": 1}, {}),
     "refcounts-mixed": (mixed, {"cluster_size": 512, "refcount_bits": 64}, {"size": MIB}),
     "small-cache": (mixed, {"cluster_size": 512},
                     {"l2_cache_size": 2048, "l2_cache_entry_size": 512}),
     "lazy": (mixed, {"lazy_refcounts": "on"}, {}),
-    "lazy-reuse": (reuse, {"lazy_refcounts": "on"}, {"size": 512 * KIB}),
+    "lazy-reuse": (reuse, {"lazy_refcounts": "on"}, {"size": 512 * KIB, "discard": "unmap"}),
     "extended": (mixed, {"extended_l2": "on", "cluster_size": 16 * KIB}, {}),
     "extended-backing": (mixed, {"extended_l2": "on", "cluster_size": 16 * KIB}, {"backing": True}),
-    "extended-reuse": (reuse, {"extended_l2": "on", "cluster_size": 16 * KIB}, {}),
+    "extended-reuse": (
+        reuse,
+        {"extended_l2": "on", "cluster_size": 16 * KIB},
+        {"discard": "unmap"},
+    ),
     "data-file": (mixed, {"data_file": "disk.data"}, {}),
     "data-file-raw": (mixed, {"data_file": "disk.data", "data_file_raw": "on"}, {}),
-    "data-file-reuse": (reuse, {"data_file": "disk.data"}, {"size": 512 * KIB}),
+    "data-file-reuse": (reuse, {"data_file": "disk.data"}, {"size": 512 * KIB, "discard": "unmap"}),
     "resize": (resizing, {}, {}),
     "resize-512": (resizing, {"cluster_size": 512}, {}),
     "resize-extended": (resizing, {"extended_l2": "on", "cluster_size": 16 * KIB}, {}),

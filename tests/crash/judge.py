@@ -143,7 +143,8 @@ class PowerCut:
     def _check(self, image: Path, when: str) -> bool:
         found = self.tools.check(image, format=self.format)
         if found.corruptions or found.errors:
-            raise WrongContentError(f"qemu-img check {when}:\n{found.text[-2000:]}")
+            lines = [line for line in found.text.splitlines() if not line.startswith("Leaked")]
+            raise WrongContentError(f"qemu-img check {when}:\n" + "\n".join(lines[:40]))
         return found.leaks > 0
 
     def _content(self, time: int, content: bytes, who: str) -> None:

@@ -72,7 +72,8 @@ class Survival:
         return self._truncates_in_order(volatile, fate)
 
     def _tear(self, change: Change) -> list[bool] | bool:
-        count = -(-change.length // SECTOR)
+        first = change.offset // SECTOR
+        count = -(-(change.offset + change.length) // SECTOR) - first
         how = self._rnd.random()
         if change.kind == "truncate" or count < 2 or how < 0.3:
             return self._rnd.random() < 0.5
@@ -177,7 +178,7 @@ class Recording:
     def image(self, file: str, time: int, survival: Survival) -> bytes:
         """The file as it may be on disk after a cut right after tick `time`."""
         durable, volatile = self.split(file, time)
-        fate = survival.sectors(volatile)
+        fate = _in_order_within_sectors(volatile, survival.sectors(volatile))
         fate.update(dict.fromkeys(durable, True))
         image = bytearray(self._initial[file])
         for change in self.changes:
@@ -201,6 +202,28 @@ class Recording:
         return [*chosen, self.clock.now]
 
 
+def _in_order_within_sectors(
+    volatile: list[Change], fate: dict[Change, list[bool] | bool]
+) -> dict[Change, list[bool] | bool]:
+    """Writes to parts of one sector meet in a cache: who has the last of them has them all."""
+    there: set[int] = set()
+    for change in reversed(volatile):
+        if change.kind == "truncate":
+            continue
+        first = change.offset // SECTOR
+        count = -(-(change.offset + change.length) // SECTOR) - first
+        present = fate[change]
+        if present is not True:
+            parts = [False] * count if present is False else list(present)
+            parts += [False] * (count - len(parts))
+            fate[change] = [part or first + number in there for number, part in enumerate(parts)]
+        now = fate[change]
+        there.update(
+            first + number for number in range(count) if now is True or (now and now[number])
+        )
+    return fate
+
+
 def _ended(change: Change, time: int) -> bool:
     return change.end is not None and change.end <= time
 
@@ -217,10 +240,12 @@ def _apply(image: bytearray, change: Change, there: list[bool] | bool) -> None:
         _put(image, change.offset, data)
         return
     assert not isinstance(there, bool)
+    start = change.offset // SECTOR * SECTOR
     for number, present in enumerate(there):
         if present:
-            at = number * SECTOR
-            _put(image, change.offset + at, data[at : at + SECTOR])
+            at = start + number * SECTOR
+            begin, end = max(at, change.offset), min(at + SECTOR, change.offset + len(data))
+            _put(image, begin, data[begin - change.offset : end - change.offset])
 
 
 def _put(image: bytearray, offset: int, data: bytes) -> None:
