@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -218,3 +219,48 @@ def test_snapshots_filters_and_additions_in_one_transaction() -> None:
         assert content(host, "raw")[MIB : MIB + 3072] == b"before" * 512
 
     with_host(test, Through)
+
+
+def test_what_becomes_of_discards_changes_live() -> None:
+    async def test(host: Host) -> None:
+        await disk(host, discard="unmap")
+        await host.export("disk")
+        reopen = {"driver": "qcow2", "node-name": "disk", "file": "disk-file"}
+
+        def allocated() -> int:
+            return os.stat(host.path("disk")).st_blocks * 512
+
+        async with host.device() as guest:
+            for options, gives_back in (
+                ({"discard": "unmap"}, True),
+                ({}, False),
+                ({"pass-discard-request": True, "discard": "unmap"}, True),
+                ({"pass-discard-request": False, "discard": "unmap"}, False),
+            ):
+                await act(host, "blockdev-reopen", options=[{**reopen, **options}])
+                await guest.write(0, b"x" * 4 * MIB)
+                await guest.flush()
+                full = allocated()
+                await guest.discard((0, 4 * MIB))
+                await guest.flush()
+                if gives_back:  # when nobody can be on the way there any more
+                    await host.until(lambda full=full: allocated() <= full - 3 * MIB)  # type: ignore[misc]
+                else:
+                    await asyncio.sleep(0.05)
+                    assert allocated() > full - MIB, options
+            before = picture(host.backend.graph)
+            for texts, options in (
+                (["Cannot change the option 'l2-cache-size'"], {"l2-cache-size": MIB}),
+                (
+                    ["discard-no-unref without pass-discard-request"],
+                    {"discard-no-unref": True, "pass-discard-request": False},
+                ),
+            ):
+                with refused(*texts):
+                    await act(host, "blockdev-reopen", options=[{**reopen, **options}])
+            assert picture(host.backend.graph) == before
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("disk")
+        qemu_img("check", host.path("disk"))
+
+    with_host(test)

@@ -90,6 +90,14 @@ class Qcow2(HookedNode):
     Options = Qcow2Options
     options: Qcow2Options
     child_class = Qcow2Child
+    reopenable = HookedNode.reopenable | {
+        "pass-discard-request",
+        "pass-discard-snapshot",
+        "pass-discard-other",
+        "discard-no-unref",
+        "lazy-refcounts",
+        "allow-backing-from",
+    }
     child_roles: ClassVar[Mapping[str, ChildRole]] = {
         "file": ChildRole(RoleKind.STORAGE),
         "data-file": ChildRole(RoleKind.STORAGE, optional=True),
@@ -192,8 +200,6 @@ class Qcow2(HookedNode):
             discarder.write_zeroes,
         ]
         self.discarder = discarder
-        request = self.options.pass_discard_request
-        self.pass_discard_request = self.options.discard == "unmap" if request is None else request
         try:
             await self._begin_log(log, token, records)
         except BaseException:
@@ -267,7 +273,7 @@ class Qcow2(HookedNode):
         if header.dirty:
             await self._repair()
         # Bitmaps that would have to know of our writes are out of date now.
-        self.header = await bitmaps.mark_in_use(self.file, self.header)
+        self.header = await bitmaps.mark_in_use(self.file, self.header, known=journal.HAS_LOG)
 
     async def _repair(self) -> None:
         """The image was not closed: find out what is used."""
@@ -621,7 +627,14 @@ class Qcow2(HookedNode):
     def commit_permissions(self, perm: Perm, shared: Perm) -> None:
         self._written_to = bool(perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE))
 
+    @property
+    def pass_discard_request(self) -> bool:
+        """Whether what the guest discards is given back to the storage."""
+        request = self.options.pass_discard_request
+        return self.options.discard == "unmap" if request is None else request
+
     async def reopen_prepare(self, options: Qcow2Options) -> None:
+        check(options)
         if options.read_only and not self.read_only:
             if self._written_to:
                 raise self._error(
@@ -642,6 +655,8 @@ class Qcow2(HookedNode):
             return False
         await self._write_everything()
         self.options = self.options.model_copy(update={"read_only": True})
+        if self.log is not None and not self.header.autoclear & journal.HAS_LOG:
+            self.log.retire()
         return True
 
     async def truncate(self, size: int) -> None:
