@@ -86,6 +86,11 @@ class LogFile:
         struct.pack_into("=6Q", self._memory, 0, *identity)
         return False
 
+    def retire(self) -> None:
+        """The image needs it no more, but the engine still has it: give the memory back."""
+        self.path.unlink(missing_ok=True)
+        self._memory.madvise(mmap.MADV_REMOVE, mmap.PAGESIZE)
+
     def close(self, *, remove: bool) -> None:
         """Give it back; `remove` it if the image needs it no more."""
         if remove:
