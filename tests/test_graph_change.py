@@ -152,6 +152,31 @@ def test_above_a_node_with_two_users() -> None:
     with_host(test, Through)
 
 
+def test_one_filter_moves_about() -> None:
+    async def test(host: Host) -> None:
+        for name in "ab":
+            await host.add("file", name, filename=host.file(name))
+        await host.add("raw", "r", file="a")
+        await host.export("r")
+        through = await host.add("through", "x", file="b")  # not where it will be
+        async with host.device() as guest, load(guest):
+            places: list[dict[str, Any]] = [
+                {"export_id": "e"},
+                {"node_name": "r", "child": "file"},
+                {"above": "a"},
+            ]
+            for place in places:
+                await act(host, "block-filter-insert", filter="x", **place)
+                seen = through.seen
+                await host.until(partial(has_seen, through, seen + 8))
+                assert roles(host, "x") == {"file": "r" if "export_id" in place else "a"}
+                await act(host, "block-filter-remove", node_name="x", keep=True)
+                assert not host.backend.graph.parents_of(through)
+        assert not any(content(host, "b"))
+
+    with_host(test, Through)
+
+
 def test_filters_change_places_in_one_transaction() -> None:
     async def test(host: Host) -> None:
         await host.add("file", "f", filename=host.file("a"))
