@@ -135,14 +135,16 @@ async def table_entries(storage: Storage, bitmap: Bitmap) -> AsyncIterator[int]:
             yield entry
 
 
-async def mark_in_use(storage: Storage, header: Header, *, every: bool = False) -> Header:
+async def mark_in_use(
+    storage: Storage, header: Header, *, every: bool = False, known: int = 0
+) -> Header:
     """We are going to write (or, `every`, to resize): which bitmaps do not know of it.
 
     Durable when this returns. Unknown auto-clear bits are cleared, as the specification asks of
-    who does not know what they stand for. A directory that cannot be read makes the bitmaps as a
-    whole out of date. Returns the header as it is now.
+    who does not know what they stand for (`known`: bits that the caller does know). A directory
+    that cannot be read makes the bitmaps as a whole out of date. Returns the header as it is now.
     """
-    keep = header.autoclear & 3
+    keep = header.autoclear & (3 | known)
     changed = False
     try:
         directory = await read_directory(storage, header)
