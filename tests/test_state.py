@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,7 @@ from graph_changes import act
 from in_process import Host, refused
 
 from vhostblk import objects
+from vhostblk.schema import VhostblkError
 from vhostblk.state import Document, StateFile
 
 
@@ -310,12 +312,12 @@ def test_a_change_that_cannot_be_recorded_is_undone() -> None:
         ("[" * 100000, ["it is broken"]),
         (
             '{"format": "vhostblk-state", "version": 1, "nodes": [{"name": "x", "owned": true,'
-            ' "options": {"driver": "nonesuch"}}]}',
+            ' "options": {"driver": "nonesuch", "node-name": "x"}}]}',
             ["node 'x'", "'nonesuch'"],
         ),
         (
             '{"format": "vhostblk-state", "version": 1, "nodes": [{"name": "x", "owned": true,'
-            ' "options": {"driver": "file", "filename": "/nonexistent/x"}}]}',
+            ' "options": {"driver": "file", "node-name": "x", "filename": "/nonexistent/x"}}]}',
             ["node 'x'", "/nonexistent/x"],
         ),
         (
@@ -336,6 +338,53 @@ def test_broken_files(text: str, words: list[str]) -> None:
         assert path.read_text() == text  # whatever it is, it is not ours to change
 
     run(test)
+
+
+def test_any_document_is_loaded_or_refused_with_a_sentence() -> None:
+    """A valid file with one thing changed, many times."""
+
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await build(host)
+        original = (directory / "s").read_text()
+        rng = random.Random(5)
+        loaded = 0
+        for _ in range(150):
+            data = json.loads(original)
+            spoil(data, rng)
+            (directory / "s").write_text(json.dumps(data))
+            try:
+                async with kept(directory):
+                    loaded += 1
+            except VhostblkError as error:
+                assert str(directory / "s") in error.desc
+        assert 0 < loaded < 100
+
+    run(test)
+
+
+def spoil(data: Any, rng: random.Random) -> None:
+    """Remove, repeat or replace something somewhere inside."""
+    while True:
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        if not keys:
+            data.append({}) if isinstance(data, list) else data.update(x=1)
+            return
+        key = rng.choice(keys)
+        if isinstance(data[key], dict | list) and rng.random() < 0.8:
+            data = data[key]
+            continue
+        kind = rng.randrange(4)
+        if kind == 0:
+            del data[key]
+        elif kind == 1 and isinstance(data, list):
+            data.append(data[key])
+        elif kind == 2:
+            values = [None, -1, 1 << 70, "", "x", "#block0", "a", [], {}, True, 1.5, "e" * 5000]
+            data[key] = rng.choice(values)
+        else:
+            data[rng.choice(keys)] = data[key]
+        return
 
 
 def test_files_that_others_could_have_written(short_dir: Path) -> None:

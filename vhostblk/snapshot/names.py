@@ -106,8 +106,8 @@ class Names:
             if found is None:
                 raise VhostblkError(
                     f"Parameter '{parameter}': {{{name}}} means nothing for node "
-                    f"'{self._node.name}' ({self._node.driver}), which is in no file; give "
-                    "snapshot-file, or a template without it",
+                    f"'{self._node.name}' ({self._node.driver}), which is not in a regular "
+                    "file; give snapshot-file, or a template without it",
                     data={"code": "no-file", "node": self._node.name},
                 )
             return found
@@ -128,7 +128,9 @@ def plain_filename(node: NodeDriver) -> str | None:
 
 def _directory(node: NodeDriver) -> str | None:
     name = plain_filename(node)
-    return None if name is None else os.path.dirname(os.path.abspath(name))
+    if name is None or name.startswith("/dev/"):
+        return None  # a block device: nothing that stays can be put next to it
+    return os.path.dirname(os.path.abspath(name))
 
 
 def _stem(node: NodeDriver) -> str | None:

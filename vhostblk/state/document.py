@@ -219,6 +219,8 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
             )
     for entry in document.nodes:
         with _about(file, f"node '{entry.name}'"):
+            if not entry.name.startswith("#") and entry.options.get("node-name") != entry.name:
+                raise VhostblkError("its options have another 'node-name'")
             await backend.restore_node(
                 entry.name, entry.options, owned=entry.owned, inherited=frozenset(entry.inherited)
             )
