@@ -115,7 +115,7 @@ async def check(storage: Storage, header: Header, repair: Repair = "none") -> Ch
     await found.count_tables()
     await found.count_refcounts()
     disk = await found.disk_counts()
-    wrong = found.compare(disk)
+    wrong = found.compare(disk, repair=repair)
     if repair == "none":
         await found.check_flags(disk)
         return result
@@ -149,6 +149,9 @@ class _Findings:
         self.fixable = 0
         """Corruptions that writing new reference counts repairs, whatever the counts are."""
         self.bad_blocks: set[int] = set()
+        """Those that cannot be read."""
+        self.faulty_blocks: set[int] = set()
+        """Those whose contents are not to be kept."""
         self.tables: dict[int, tuple[str, int]] = {}
         """What must not share its cluster with anything: kind, and how often it is counted."""
         self._active: list[int] = []  # offsets of L2 tables
@@ -389,6 +392,7 @@ class _Findings:
         self.corrupt(f"refcount block {number} ({entry:#x}) {fault}")
         self.fixable += 1
         self.rebuild = True
+        self.faulty_blocks.add(number)
         if not readable:
             self.bad_blocks.add(number)
 
@@ -405,7 +409,7 @@ class _Findings:
                 if first + at > self.file_clusters or not any(part):
                     continue
                 for index, value in enumerate(part):
-                    if value:
+                    if value and first + at + index <= self.file_clusters:
                         counts.set(first + at + index, value)
         return counts
 
@@ -420,7 +424,7 @@ class _Findings:
 
     # ---- comparing
 
-    def compare(self, disk: Counts) -> bool:
+    def compare(self, disk: Counts, *, repair: Repair) -> bool:
         """Counts on disk with those found; whether there is a difference."""
         result, found = self.result, self.found
         most = (1 << self.header.refcount_bits) - 1
@@ -444,17 +448,32 @@ class _Findings:
                 if used[index] == said[index]:
                     continue
                 wrong = True
-                self._differs(first + index, said[index], used[index])
-                if used[index] > most:
-                    result.say(f"ERROR cluster {first + index} has too many references to count")
+                self._differs(first + index, said[index], used[index], most)
         result.image_end_offset = highest + 1 << self.header.cluster_bits
+        # Tables and what shares their clusters. Reference counts get another place in a repair.
+        own = Counter(
+            cluster
+            for offset, length in self.structure
+            for cluster in clusters_of(self.header, offset, length)
+        )
         for cluster, (kind, times) in self.tables.items():
-            if found[cluster] > times and found[cluster] == disk[cluster]:
+            moves = kind.startswith("refcount")
+            if found[cluster] - own[cluster] <= (0 if moves else times):
+                continue
+            # Where the counts differ that has been said, and counting right does not mend it.
+            if found[cluster] == disk[cluster] or (repair == "all" and not moves):
                 self.corrupt(f"the {kind} in cluster {cluster} overlaps with something else")
+                self.fixable += moves
+                self.rebuild |= moves
         return wrong
 
-    def _differs(self, cluster: int, said: int, used: int) -> None:
-        if used > said:
+    def _differs(self, cluster: int, said: int, used: int, most: int) -> None:
+        if used > most:
+            self.corrupt(
+                f"cluster {cluster} refcount={said} reference={used}, more than can be counted; "
+                "`qemu-img amend -o refcount_bits=…` or a copy of the image helps"
+            )
+        elif used > said:
             self.fixable += 1
             self.corrupt(f"cluster {cluster} refcount={said} reference={used}")
         else:
@@ -518,40 +537,42 @@ class _Findings:
 
 
 async def _repair(found: _Findings, disk: Counts, wrong: bool, repair: Repair) -> None:
-    header, result = found.header, found.result
-    storage = found.storage
-    hopeless = result.corruptions - found.fixable
+    header, result, storage = found.header, found.result, found.storage
     raise_ = repair == "all"
-    lower = hopeless == 0
-    counts = found.found
+    # An entry that points nowhere may have pointed to what looks leaked.
+    lower = result.corruptions == found.fixable
+    counts = disk
     if (wrong or found.rebuild) and (raise_ or (result.leaks and not found.rebuild)):
         header = await _write_counts(found, disk, raise_=raise_, lower=lower)
-        counts = disk
-        if lower:
-            result.leaks_fixed, result.leaks = result.leaks, 0
-        if raise_:
-            result.corruptions_fixed += found.fixable
-            result.corruptions -= found.fixable
-    else:
-        counts = disk
-    result.header = found.header = header
-    await found.check_flags(counts, repair=raise_ or not (result.corruptions or result.leaks))
-    if not raise_:
-        await storage.flush()
-        return
-    bits = DIRTY if lower else 0
-    if not result.corruptions:
-        bits |= CORRUPT
-    if header.incompatible & bits:
-        await storage.flush()
-        header = await patch_header(storage, header, incompatible=header.incompatible & ~bits)
+    found.header = header
+    safe = lower and not found.fixable
+    flags = result.corruptions_fixed
+    await found.check_flags(counts, repair=raise_ or safe)
+    flags = result.corruptions_fixed - flags
     await storage.flush()
+    # What is left, by looking again.
+    after = await check(storage, header)
+    result.corruptions_fixed = max(result.corruptions - after.corruptions, 0) + flags
+    result.leaks_fixed = max(result.leaks - after.leaks, 0)
+    result.corruptions, result.leaks = after.corruptions, after.leaks
+    result.check_errors, result.image_end_offset = after.check_errors, after.image_end_offset
+    if raise_ and not after.corruptions and header.incompatible & (DIRTY | CORRUPT):
+        header = await patch_header(
+            storage, header, incompatible=header.incompatible & ~(DIRTY | CORRUPT)
+        )
+        await storage.flush()
     result.header = header
 
 
 async def _write_counts(found: _Findings, disk: Counts, *, raise_: bool, lower: bool) -> Header:
     """New reference counts; `disk` becomes what is on disk then."""
     new = Counts()
+    per_block = found.header.cluster_size * 8 // found.header.refcount_bits
+    for block in found.faulty_blocks:
+        first = block * per_block
+        for cluster in range(first, min(first + per_block, found.file_clusters + 1)):
+            if disk[cluster]:
+                disk.set(cluster, 0)
     for number in found.found.pieces.keys() | disk.pieces.keys():
         used, said = found.found.pieces.get(number), disk.pieces.get(number)
         if used is None or said is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vhostblk.nodes.qcow2 import bitmaps
+from vhostblk.nodes.qcow2 import bitmaps, journal
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ async def resize(live: Qcow2, size: int) -> None:
     if size == old:
         return
     # Bitmaps are as long as the disk was.
-    live.header = await bitmaps.mark_in_use(live.file, live.header, every=True)
+    live.header = await bitmaps.mark_in_use(
+        live.file, live.header, every=True, known=journal.HAS_LOG
+    )
     if size < old:
         await _cut(live, size, old)
     await live.writeback.flush()
