@@ -225,7 +225,7 @@ ROWS: tuple[Row, ...] = (
         nodes=qcow2(),
         compare=Compare.IOPS,
         target=2.0,
-        job=Job("randwrite"),
+        job=Job("randwrite", span=16),
         daemons=QCOW2_DAEMONS,
         image=Image.FILLED,
     ),
