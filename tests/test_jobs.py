@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cow_driver import Cow
+from frontend import Qmp, vhostblk
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.jobs import Job
@@ -252,3 +254,30 @@ def test_what_is_refused_at_once() -> None:
         assert not os.path.exists("x")
 
     with_host(test, Cow)
+
+
+def test_over_the_control_socket() -> None:
+    arguments = ["--control", "{dir}/q.sock", "--blockdev", "null-co,node-name=n"]
+    with vhostblk(*arguments) as daemon, Qmp(daemon.socket("q")) as qmp:
+        path = str(daemon.directory / "a.qcow2")
+        for number, options in enumerate(
+            (
+                {"driver": "file", "filename": path, "size": 0},
+                {"driver": "qcow2", "file": {"driver": "file", "filename": path}, "size": MIB},
+            )
+        ):
+            qmp.command("blockdev-create", **{"job-id": f"j{number}", "options": options})
+            while (jobs := qmp.command("query-jobs"))[0]["status"] != "concluded":
+                time.sleep(0.01)
+            assert "error" not in jobs[0]
+            qmp.command("job-dismiss", id=f"j{number}")
+            assert qmp.command("query-jobs") == []
+        node = {"driver": "qcow2", "node-name": "q", "file": {"driver": "file", "filename": path}}
+        qmp.command("blockdev-add", **node)
+        for name in ("job-dismiss", "job-cancel", "job-finalize"):
+            with pytest.raises(AssertionError, match="Job 'j0' not found"):
+                qmp.command(name, id="j0")
+        schema = {entry["name"]: entry for entry in qmp.command("query-qmp-schema")}
+        assert "BlockdevCreateOptions-qcow2" in schema
+        members = schema[schema["blockdev-create"]["arg-type"]]["members"]
+        assert {"name": "options", "type": "BlockdevCreateOptions"} in members

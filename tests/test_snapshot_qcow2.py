@@ -185,6 +185,35 @@ def test_two_drives_under_load() -> None:
     with_host(test)
 
 
+def test_going_back_to_a_snapshot() -> None:
+    """As docs/snapshots.md describes it."""
+
+    async def test(host: Host) -> None:
+        await host.add("raw", "d", file={"driver": "file", "filename": host.file("disk.img")})
+        await host.export("d")
+        async with host.device() as guest:
+            await guest.write(0, b"1" * 4096)
+            await snapshot(host, device="e")
+            await guest.write(0, b"2" * 4096)
+            await snapshot(host, device="e")
+        await host.backend.block_export_del("e", "hard")
+        new = host.path("b.qcow2")
+        qemu_img("create", "-q", "-f", "qcow2", "-b", host.path("disk.img"), "-F", "raw", new)
+        await host.add("qcow2", "b", file={"driver": "file", "filename": new}, backing="d")
+        await host.export("b")
+        async with host.device() as guest:
+            assert await guest.read(0, 4096) == b"1" * 4096
+            await guest.write(4096, b"3" * 4096)
+        for name in ("d-2", "d-1"):
+            await host.backend.blockdev_del(name)
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("b")
+        assert content(new, "qcow2")[:8192] == b"1" * 4096 + b"3" * 4096
+        assert Path(host.path("disk.img")).read_bytes()[:8192] == b"1" * 4096 + bytes(4096)
+
+    with_host(test)
+
+
 def test_a_chain_of_200() -> None:
     async def test(host: Host) -> None:
         path = host.path("disk.qcow2")
