@@ -109,6 +109,10 @@ class Filter(HookedNode):
             if getattr(type(self), method) is not getattr(Filter, method)
         }
 
+    def filename(self) -> str:
+        """The image's, for messages and queries; by default that of the child."""
+        return self.file.node.filename() if "file" in self.children else ""
+
     async def truncate(self, size: int) -> None:
         """Change the size (`block_resize`); by default that of the child."""
         await self.file.node.truncate(size)

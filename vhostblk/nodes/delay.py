@@ -33,6 +33,7 @@ class Delay(Filter):
     """Holds requests back for a while."""
 
     driver = "delay"
+    keeps_data = True
     Options = DelayOptions
     options: DelayOptions
 

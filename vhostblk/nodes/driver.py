@@ -256,6 +256,8 @@ class NodeDriver:
     CreateOptions: ClassVar[type[Model] | None] = None
     """What `blockdev-create` takes for this driver, `driver` included; None: it creates nothing."""
     is_filter: ClassVar[bool] = False  # stays on top of a snapshot of the drive
+    keeps_data: ClassVar[bool] = False
+    """A filter with the very data of its child `file`: an image may name that in its place."""
     child_class: ClassVar[type[Child]] = Child
     reopenable: ClassVar[frozenset[str]] = frozenset(INHERITED)
     """Options that `blockdev-reopen` may change, with QAPI's names; children always may."""

@@ -37,6 +37,7 @@ class ErrorInject(Filter):
     """Makes requests fail."""
 
     driver = "error-inject"
+    keeps_data = True
     Options = ErrorInjectOptions
     options: ErrorInjectOptions
 

@@ -189,6 +189,8 @@ def backing_reference(node: NodeDriver) -> tuple[str, str]:
 
 def _as_options(node: NodeDriver) -> dict[str, Any]:
     """The data of a node as options that another program could open it with."""
+    while node.keeps_data:  # such filters come and go; the image is there without them
+        node = node.child("file").node
     if node.driver not in _WELL_KNOWN and not can_be_overlay(type(node)):
         raise VhostblkError(
             f"An image cannot refer to node '{node.name}' ({node.driver}): other programs would "
