@@ -78,20 +78,48 @@ class Allocator:
 
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece; the offset of the first. They count as used."""
-        length = count << self._geometry.cluster_bits
         async with self._lock:
             host = await self.refcounts.reserve(count, True)
-            self._owner.check_new(host, length)
-            end = host + length
-            try:
-                await self._file.ensure(end)
-                if zeroed:
-                    await self._zero(host, end)
-            except BaseException:
-                await self.refcounts.free(host, count)
-                raise
-            self._virgin = max(self._virgin, end)
+            await self._prepare(host, count, zeroed)
         return host
+
+    async def _prepare(self, host: int, count: int, zeroed: bool) -> None:
+        """Make clusters that have just been reserved usable."""
+        length = count << self._geometry.cluster_bits
+        end = host + length
+        try:
+            self._owner.check_new(host, length)
+            await self._file.ensure(end)
+            if zeroed:
+                await self._zero(host, end)
+        except BaseException:
+            await self.refcounts.free(host, count)
+            raise
+        self._virgin = max(self._virgin, end)
+
+    async def _reserve_run(self, most: int) -> tuple[int, int]:
+        """Clusters in one piece, `most` at the end of the file, fewer in a gap; offset, count.
+
+        Gaps come first, however small: a disk that is discarded and written again must not
+        make its file longer and longer.
+        """
+        bits = self._geometry.cluster_bits
+        async with self._lock:
+            host = await self.refcounts.reserve(1, True)
+            count = 1
+            while count < most:
+                # Beyond all that was ever used the rest can be had at once.
+                more = most - count if host + (count << bits) >= self._virgin else 1
+                try:
+                    following = await self.refcounts.reserve(more, True)
+                except OSError:
+                    break  # what there is will do
+                if following != host + (count << bits):
+                    await self.refcounts.free(following, more)
+                    break
+                count += more
+            await self._prepare(host, count, True)
+        return host, count
 
     async def _zero(self, start: int, end: int) -> None:
         known = min(max(start, self._virgin), end) if self.grows else end
@@ -104,7 +132,7 @@ class Allocator:
         count = min(max(self._run >> bits, 4), self.most)
         while True:
             try:
-                host = await self.reserve(count, zeroed=True)
+                host, count = await self._reserve_run(count)
                 break
             except OSError as error:
                 if error.errno != errno.ENOSPC or count == 1:
