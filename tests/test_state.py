@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from in_process import Host, refused
 from vhostblk import objects
 from vhostblk.schema import VhostblkError
 from vhostblk.state import Document, StateFile
+from vhostblk.state import file as file_module
 
 
 @asynccontextmanager
@@ -292,6 +294,29 @@ def test_a_change_that_cannot_be_recorded_is_undone() -> None:
             document = json.loads((directory / "s").read_text())
             assert [entry["name"] for entry in document["nodes"]] == ["f", "g", "n"]
             assert document["exports"] == []
+
+    run(test)
+
+
+def test_a_directory_that_cannot_be_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new document is in place, but not for sure: the old one is put back."""
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await host.add("file", "f", filename=host.file("a"))
+            await host.export("f")
+            before, text = picture(host), (directory / "s").read_text()
+            with monkeypatch.context() as patch:
+                patch.setattr(file_module, "_sync_directory", fail)
+                with refused("Cannot write state file", "Input/output error"):
+                    await act(host, "blockdev-snapshot-sync", device="e", format="cow")
+            assert picture(host) == before and (directory / "s").read_text() == text
+            assert not list(directory.glob("*.cow"))
+            await act(host, "blockdev-snapshot-sync", device="e", format="cow")
+            assert "f-1" in (directory / "s").read_text()
 
     run(test)
 

@@ -122,29 +122,39 @@ class StateFile:
 
     def write_now(self, text: str) -> None:
         """The same, waiting."""
-        self._written = None  # whatever it is if this fails
-        temporary = f"{self.path}.tmp"
+        previous, self._written = self._written, None  # whatever it is if this fails
+        replaced = False
         try:
-            self._write_temporary(temporary, text.encode())
+            self._write_temporary(text)
             fault_point("state-synced")
-            os.rename(temporary, self.path)
+            os.rename(self._temporary, self.path)
+            replaced = True
             fault_point("state-renamed")
             _sync_directory(self._directory)
         except OSError as error:
+            if replaced and previous is not None:
+                # What is being undone must not be what the next start finds.
+                with contextlib.suppress(OSError):
+                    self._write_temporary(previous)
+                    os.rename(self._temporary, self.path)
             raise self._error(
                 f"Cannot write state file '{self.path}': {error.strerror}", code="state-unwritten"
             ) from None
         fault_point("state-safe")
         self._written = text
 
-    def _write_temporary(self, path: str, data: bytes) -> None:
+    @property
+    def _temporary(self) -> str:
+        return f"{self.path}.tmp"
+
+    def _write_temporary(self, text: str) -> None:
         # Left over from a process that was killed, or somebody's trap: never written through.
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+            os.unlink(self._temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+        with open(os.open(self._temporary, flags, 0o600), "wb", buffering=0) as file:
             fault_point("state-begun")
-            view = memoryview(data)
+            view = memoryview(text.encode())
             while view:
                 view = view[file.write(view) :]
             fault_point("state-written")
