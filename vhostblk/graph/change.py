@@ -447,9 +447,12 @@ class Change:
             graph.set_given_options(node, reopening.given)
         for node in self._deleted:
             graph.disown(node)
-        for node in self._disturbed_bottom_up():
+        for node in graph.bottom_up():
+            # What has grown below a node that nobody used yet is not known there.
             for child in graph.children_of(node).values():
                 child.refresh()
+            if node not in self._disturbed:
+                continue
             text = f"Could not reopen node '{node.name}' ({node.driver})"
             with sentence(text, "reopen-failed", node):
                 if node in self._reopenings:
@@ -466,10 +469,6 @@ class Change:
             await graph.on_switched()
         for backend in graph.backends:
             backend.refresh_size()
-
-    def _disturbed_bottom_up(self) -> list[NodeDriver]:
-        """All that is above a change, then and now; children before parents."""
-        return [node for node in self.graph.bottom_up() if node in self._disturbed]
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
         for role, child in list(self._live(parent).items()):
@@ -510,9 +509,11 @@ class Change:
             self._restore()
             for child in self._tied:
                 child.detach()
-            for node in self._disturbed_bottom_up():
+            for node in graph.bottom_up():
                 for child in graph.children_of(node).values():
                     child.refresh()
+                if node not in self._disturbed:
+                    continue
                 with _logged(f"putting back node '{node.name}'"):
                     node.children_changed()
                     node.relink()
