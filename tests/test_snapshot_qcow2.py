@@ -185,6 +185,46 @@ def test_two_drives_under_load() -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "format"),
+    [
+        ({"driver": "file", "filename": "{file}"}, "{file}", "file"),
+        ({"driver": "raw", "file": "f"}, "{file}", "raw"),
+        ({"driver": "delay", "file": {"driver": "raw", "file": "f"}}, "{file}", "raw"),
+        ({"driver": "raw", "file": {"driver": "delay", "file": "f"}}, "{file}", "raw"),
+        ({"driver": "raw", "file": "f", "offset": 65536, "size": 65536}, "json:{", "raw"),
+    ],
+)
+def test_what_the_image_names(options: dict[str, Any], name: str, format: str) -> None:
+    """QEMU finds what is below an overlay, whatever that is to us."""
+
+    async def test(host: Host) -> None:
+        path = host.file("disk.img")
+        data = random.Random(2).randbytes(MIB)
+        Path(path).write_bytes(data)
+        given = json.loads(json.dumps(options).replace("{file}", path))
+        if options["driver"] != "file":
+            await host.add("file", "f", filename=path)
+        await host.backend.blockdev_add({**given, "node-name": "d"})
+        await host.export("d")
+        new = host.path("o.qcow2")
+        await snapshot(host, node_name="d", snapshot_file=new)
+        async with host.device() as guest:
+            await guest.write(4096, b"n" * 4096)
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("d-1")
+        info = json.loads(qemu_img("info", "-U", "--output=json", new))
+        assert info["backing-filename"].startswith(name.replace("{file}", path))
+        assert info["backing-filename-format"] == format
+        seen = data[65536:131072] if "offset" in options else data
+        wanted = seen[:4096] + b"n" * 4096 + seen[8192:]
+        raw = host.path("raw")
+        qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", new, raw)
+        assert Path(raw).read_bytes() == wanted
+
+    with_host(test)
+
+
 def test_going_back_to_a_snapshot() -> None:
     """As docs/snapshots.md describes it."""
 

@@ -179,12 +179,12 @@ def _quietly(function: Callable[..., None], *arguments: Any) -> None:
 def backing_reference(node: NodeDriver) -> tuple[str, str]:
     """What an overlay's header says about `node`: a name and a format, as QEMU writes them."""
     options = _as_options(node)
+    driver, file = str(options["driver"]), options.get("file")
     if set(options) == {"driver", "filename"}:
-        return options["filename"], node.driver
-    file = options.get("file")
+        return str(options["filename"]), driver
     if set(options) == {"driver", "file"} and isinstance(file, Mapping) and "filename" in file:
-        return str(file["filename"]), node.driver
-    return "json:" + json.dumps(options, separators=(",", ":")), node.driver
+        return str(file["filename"]), driver
+    return "json:" + json.dumps(options, separators=(",", ":")), driver
 
 
 def _as_options(node: NodeDriver) -> dict[str, Any]:
