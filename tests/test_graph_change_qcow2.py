@@ -65,6 +65,34 @@ def test_a_filter_between_a_format_and_its_file() -> None:
     with_host(test, Through)
 
 
+def test_a_filter_that_was_there_before_the_file_grew() -> None:
+    async def test(host: Host) -> None:
+        await disk(host)
+        early = await host.add("through", "early", file="disk-file")
+        raw = await host.add("raw", "spare", file="early")
+        await host.export("disk")
+        async with host.device() as guest:
+            for offset in range(0, 16 * MIB, MIB):
+                await guest.write(offset, b"1" * MIB)
+            await act(host, "block-filter-insert", node_name="disk", child="file", filter="early")
+            size = host.backend.graph.node("disk-file").size
+            assert size > 16 * MIB and early.size == raw.size == size
+            for offset in range(16 * MIB, 32 * MIB, MIB):
+                await guest.write(offset, b"2" * MIB)
+            await act(host, "block-filter-remove", node_name="early", keep=True)
+            await guest.write(32 * MIB, b"3" * 4 * MIB)
+            await host.add("through", "above", file="spare")
+            assert host.backend.graph.node("above").size > 36 * MIB
+            for offset in range(0, 32 * MIB, MIB):
+                assert await guest.read(offset, MIB) == (b"2" if offset >= 16 * MIB else b"1") * MIB
+        await host.backend.block_export_del("e", "hard")
+        for name in ("above", "spare", "early", "disk"):
+            await host.backend.blockdev_del(name)
+        qemu_img("check", host.path("disk"))
+
+    with_host(test, Through)
+
+
 def test_storage_below_a_format_is_replaced_by_a_copy() -> None:
     async def test(host: Host) -> None:
         await disk(host)
@@ -206,7 +234,7 @@ def test_snapshots_filters_and_additions_in_one_transaction() -> None:
                 assert [n.name for n in drive.filters] == ["x"]
                 assert drive.top_node_below_filters.name == "top"
                 assert roles(host, "top") == {"file": "y", "backing": "disk"}
-                assert graph.node("disk").read_only
+                await host.until(lambda: bool(graph.node("disk").read_only))
             await guest.write(MIB, b"after!" * 512)
             assert await guest.read(MIB, 3072) == b"after!" * 512
         await host.backend.block_export_del("e", "hard")

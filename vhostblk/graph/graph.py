@@ -395,11 +395,21 @@ class Graph:
                 f"Node '{parent.name}' cannot have more than {MAX_CHILDREN} children",
                 data={"code": "too-many-children", "node": parent.name},
             )
+        self._refresh_below(node)
         child = parent.child_class(self, role, node)
         self._children[parent][role] = child
         self._parents[node].append(Edge(parent, child))
         child.refresh()
         return child
+
+    def _refresh_below(self, node: NodeDriver) -> None:
+        """What has grown below a node that nobody used yet is not known there."""
+        below = set(self.below(node))
+        if len(below) > 1:
+            for current in self.bottom_up():
+                if current in below:
+                    for child in self._children[current].values():
+                        child.refresh()
 
     def untie(self, parent: NodeDriver, role: str) -> Child:
         """Undo tie(); the child still does I/O until it is detached."""
@@ -522,6 +532,7 @@ class Graph:
 
     def attach(self, backend: BlockBackend) -> None:
         """Put a drive on top of its root node; refused if others use that incompatibly."""
+        self._refresh_below(backend.root)
         edge = Edge(backend, backend.root_child)
         self._parents[backend.root].append(edge)
         self._backends.append(backend)
