@@ -263,6 +263,30 @@ def test_an_image_with_data_is_never_overwritten() -> None:
     with_host(test, *DRIVERS)
 
 
+DEVICES = [path for path in ("/dev/loop0", "/dev/vda", "/dev/sda") if Path(path).is_block_device()]
+
+
+class OnDevice(Through):
+    """A disk that says that it is a block device."""
+
+    driver = "on-device"
+    is_filter = False
+
+    def filename(self) -> str:
+        return DEVICES[0]
+
+
+@pytest.mark.skipif(not DEVICES, reason="there is no block device here")
+def test_nothing_is_put_beside_a_block_device() -> None:
+    async def test(host: Host) -> None:
+        await host.add("on-device", "d", file={"driver": "null-co"})
+        await host.export("d")
+        with refused("{directory} means nothing for node 'd' (on-device)", "give snapshot-file"):
+            await snapshot(host, device="e")
+
+    with_host(test, *DRIVERS, OnDevice)
+
+
 def test_a_drive_without_a_file_needs_a_name() -> None:
     async def test(host: Host) -> None:
         await host.null("n")

@@ -90,6 +90,7 @@ def run(directory: Path, arguments: argparse.Namespace, client: Path, snapshots:
     export = f"vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path={path},writable=on"
     command += ["--export", f"{export},num-queues=1,iothread=io"]
     pauses: list[int] = []
+    failed: list[BenchError] = []
     with backend(command, path, directory / "log"):
         load = [str(client), "--job", arguments.job, "--depth", str(arguments.depth)]
         load += ["--block-size", "4096", "--queues", "1", "--range", f"{arguments.size}M"]
@@ -97,6 +98,12 @@ def run(directory: Path, arguments: argparse.Namespace, client: Path, snapshots:
         begun = time.monotonic()
 
         def take() -> None:
+            try:
+                take_all()
+            except BenchError as error:
+                failed.append(error)
+
+        def take_all() -> None:
             connection = Control(control)
             for number in range(snapshots):
                 at = begun + 1 + number * (arguments.seconds - 1) / snapshots
@@ -109,6 +116,8 @@ def run(directory: Path, arguments: argparse.Namespace, client: Path, snapshots:
         taking.start()
         numbers = result_of(load)
         taking.join()
+    if failed:
+        raise failed[0]
     return {**numbers, "pauses-us": pauses}
 
 

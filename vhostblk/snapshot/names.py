@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
@@ -128,9 +129,16 @@ def plain_filename(node: NodeDriver) -> str | None:
 
 def _directory(node: NodeDriver) -> str | None:
     name = plain_filename(node)
-    if name is None or name.startswith("/dev/"):
-        return None  # a block device: nothing that stays can be put next to it
+    if name is None or _is_device(name):
+        return None  # nothing that stays can be put next to it
     return os.path.dirname(os.path.abspath(name))
+
+
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _stem(node: NodeDriver) -> str | None:
