@@ -322,6 +322,48 @@ def test_broken_images_that_are_only_read_stay_as_they_are() -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}, {"cluster_size": 512}])
+def test_internal_snapshots_while_it_is_written(options: dict[str, Any]) -> None:
+    async def test(host: Host) -> None:
+        rnd = random.Random(9)
+        disk = new_disk(host, 2 * MIB, **options)
+        await disk.open()
+        content = bytearray(2 * MIB)
+        was: dict[str, bytes] = {}
+
+        async def work() -> None:
+            for _ in range(20):
+                offset, data = 512 * rnd.randrange(3900), rnd.randbytes(512 * rnd.randint(1, 100))
+                await disk.write(offset, data)
+                content[offset : offset + len(data)] = data
+            await disk.discard(MIB, 256 * KIB)
+            content[MIB : MIB + 256 * KIB] = bytes(256 * KIB)
+
+        for number in range(4):
+            await work()
+            name = f"s{number}"
+            assert (await host.backend.internal_snapshot("disk", "create", name))["name"] == name
+            was[name] = bytes(content)
+            assert await disk.read(0, 2 * MIB) == content
+        await host.backend.internal_snapshot("disk", "delete", "s1")
+        del was["s1"]
+        await work()
+        await host.backend.internal_snapshot("disk", "apply", "s2")
+        assert await disk.read(0, 2 * MIB) == was["s2"]
+        content[:] = was["s2"]
+        await work()
+        with refused("s2", "exists"):
+            await host.backend.internal_snapshot("disk", "create", "s2")
+        await work()
+        await disk.close()
+        disk.judge(bytes(content))
+        for name, data in was.items():
+            found = disk.tools.content(disk.path, "qcow2", "-l", f"snapshot.name={name}")
+            assert found == data
+
+    with_host(test)
+
+
 def test_two_writers_of_one_cluster() -> None:
     """All sectors of a few clusters over a backing file, each in a request of its own, at once."""
 

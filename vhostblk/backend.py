@@ -226,6 +226,34 @@ class Backend:
         async with self.changing():
             await self.graph.resize(self.graph.node(node_name), size)
 
+    async def internal_snapshot(self, device: str, what: Any, name: str) -> dict[str, Any]:
+        """Create, delete or go back to (`apply`) a snapshot inside an image."""
+        async with self.changing():
+            node = self._node_of(device)
+            change = getattr(node, "change_snapshots", None)
+            if change is None:
+                raise VhostblkError(
+                    f"Block format '{node.driver}' used by node '{node.name}' does not support "
+                    "internal snapshots",
+                    data={"code": "no-internal-snapshots", "node": node.name},
+                )
+            if what == "apply" and self.graph.above([node])[1]:
+                raise VhostblkError(
+                    f"Node '{node.name}' is in use by an export: a guest would see its disk "
+                    "change under its feet",
+                    data={"code": "node-in-use", "node": node.name},
+                )
+            async with self.graph.drained([node]):
+                snapshot = await change(what, name)
+            described: dict[str, Any] = snapshot.describe()
+            return described
+
+    def _node_of(self, device: str) -> Any:
+        """A node by its name, or the top node below the filters of an export."""
+        if device in self.graph.nodes:
+            return self.graph.node(device)
+        return self.graph.backend(device).top_node_below_filters
+
     # ---- jobs
 
     async def blockdev_create(self, job_id: str, options: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from vhostblk.control import introspect
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
-from vhostblk.schema import Model, OnOff, Size
+from vhostblk.schema import Model, OnOff, Size, VhostblkError
 from vhostblk.snapshot.actions import BlockdevSnapshot, BlockdevSnapshotSync
 from vhostblk.transaction import (
     BlockdevDel,
@@ -130,6 +130,44 @@ async def blockdev_snapshot_sync(context: Context, arguments: BlockdevSnapshotSy
 async def blockdev_snapshot(context: Context, arguments: BlockdevSnapshot) -> Any:
     """Put an overlay that is open on a node; with `device` one on each leg of a drive."""
     return await context.run_action("blockdev-snapshot", arguments)
+
+
+class InternalSnapshot(Model):
+    """Arguments of the commands for snapshots inside an image."""
+
+    device: str
+    name: str
+
+
+@command("blockdev-snapshot-internal-sync")
+async def blockdev_snapshot_internal_sync(context: Context, arguments: InternalSnapshot) -> None:
+    """Keep the present state inside the image; `device` is a node or an export."""
+    await context.backend.internal_snapshot(arguments.device, "create", arguments.name)
+
+
+class InternalSnapshotDelete(Model):
+    """Arguments of blockdev-snapshot-delete-internal-sync."""
+
+    device: str
+    id: str | None = None
+    name: str | None = None
+
+
+@command("blockdev-snapshot-delete-internal-sync")
+async def blockdev_snapshot_delete_internal_sync(
+    context: Context, arguments: InternalSnapshotDelete
+) -> Any:
+    """Delete a snapshot inside an image; what it was."""
+    wanted = arguments.id or arguments.name
+    if wanted is None:
+        raise VhostblkError("Name or id must be provided", data={"code": "missing-parameter"})
+    return await context.backend.internal_snapshot(arguments.device, "delete", wanted)
+
+
+@command("blockdev-snapshot-internal-apply")
+async def blockdev_snapshot_internal_apply(context: Context, arguments: InternalSnapshot) -> Any:
+    """Make a node, which no export uses, what it was when a snapshot inside it was taken."""
+    return await context.backend.internal_snapshot(arguments.device, "apply", arguments.name)
 
 
 class Transaction(Model):

@@ -29,7 +29,7 @@ from vhostblk.engine import (
 from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes.driver import ChildRole, CreateHost, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
-from vhostblk.nodes.qcow2 import bitmaps, journal
+from vhostblk.nodes.qcow2 import bitmaps, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.check import repair_dirty
@@ -52,6 +52,7 @@ from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
+from vhostblk.nodes.qcow2.snapshots import Snapshot
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.nodes.qcow2.writeback import Writeback
 from vhostblk.schema import Model, VhostblkError
@@ -641,7 +642,7 @@ class Qcow2(HookedNode):
                     f"Node '{self.name}' cannot be made read-only: it is written to", "in-use"
                 )
             # Nobody allocates any more. The file may be read-only before we are.
-            await self._write_everything()
+            await self._finish_writing()
         elif self.read_only and not options.read_only:
             raise self._error(
                 f"Node '{self.name}' cannot be made writable again while it is open; remove it "
@@ -653,7 +654,7 @@ class Qcow2(HookedNode):
     async def become_read_only(self) -> bool:
         if self._written_to or self.read_only or self.stopped:
             return False
-        await self._write_everything()
+        await self._finish_writing()
         self.options = self.options.model_copy(update={"read_only": True})
         if self.log is not None and not self.header.autoclear & journal.HAS_LOG:
             self.log.retire()
@@ -673,6 +674,14 @@ class Qcow2(HookedNode):
         self.metadata.difference_update(range(old, old + old_clusters * size, size))
         self.metadata.update(range(new, new + new_clusters * size, size))
 
+    async def change_snapshots(self, what: internal.Change, name: str) -> Snapshot:
+        """Create, delete or go back to an internal snapshot; inside a drained section."""
+        return await internal.change(self, what, name)
+
+    async def snapshots(self) -> list[Snapshot]:
+        """The internal snapshots."""
+        return await internal.listed(self)
+
     # ---- closing
 
     async def close(self) -> None:
@@ -683,7 +692,7 @@ class Qcow2(HookedNode):
         try:
             await self.l2.settle()
             if not self.read_only and not self.stopped:
-                await self._write_everything()
+                await self._finish_writing()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         except OSError as error:
             logger.error("image '%s' could not be closed in order: %s", self.filename(), error)
@@ -693,7 +702,9 @@ class Qcow2(HookedNode):
             if self.log is not None:
                 self.log.close(remove=not self.header.autoclear & journal.HAS_LOG)
 
-    async def _write_everything(self) -> None:
+    async def write_everything(self) -> None:
+        """All that is in memory to disk; nothing is in flight. The engine's runs are taken back."""
+        await self.l2.settle()
         self.l2.apply_log()
         await self.allocator.settle()
         await self.writeback.flush()
@@ -703,6 +714,22 @@ class Qcow2(HookedNode):
         await self.allocator.write_counts()
         await self._shorten(unused)
         await self.file.flush()
+
+    async def read_again(self) -> None:
+        """Something else has changed the image on disk; nothing is in flight."""
+        self.l2.clear()
+        self._decompressed.clear()
+        self.header = await self._read_header()
+        self._size = self.header.size
+        self.l1_offset = self.header.l1_table_offset
+        self.l1 = await self._load_l1()
+        self.refcounts = await self._load_refcounts()
+        self.allocator.refcounts = self.refcounts
+        self.metadata = self._where_metadata_are()
+
+    async def _finish_writing(self) -> None:
+        """The same, and the image needs no log any more."""
+        await self.write_everything()
         if self.header.autoclear & journal.HAS_LOG:
             self.header = self.header.with_extension(journal.EXT_LOG, None)
             await self.write_header(autoclear=self.header.autoclear & ~journal.HAS_LOG)
