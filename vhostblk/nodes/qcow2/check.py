@@ -195,21 +195,20 @@ class _Findings:
         self.use_table("header", 0, size)
         where = [(header.l1_table_offset, header.l1_size, "active L1 table")]
         where += await self._snapshots()
-        read: set[tuple[int, int]] = set()
         total = 0
         times: Counter[int] = Counter()
-        for number, (offset, count, what) in enumerate(where):
-            if not self.use_table("L1 table", offset, 8 * count):
+        # The same table several times over is wrong, and must not take several times as long.
+        for (offset, count), number in Counter((at, count) for at, count, _ in where).items():
+            what = next(what for at, size_, what in where if (at, size_) == (offset, count))
+            if not self.use_table("L1 table", offset, 8 * count, number):
                 continue
-            if (offset, count) not in read:
-                # Those that are right do not overlap, so all together are not longer than the file.
-                read.add((offset, count))
-                total += 8 * count
-                if total > self.file_size + MAX_L1_BYTES:
-                    raise BadImage("The L1 tables of the snapshots overlap each other")
+            # Those that are right do not overlap, so all together are not longer than the file.
+            total += 8 * count
+            if total > self.file_size + MAX_L1_BYTES:
+                raise BadImage("The L1 tables of the snapshots overlap each other")
             entries = words_of(await self.storage.read(offset, 8 * count))
-            self._count_l1(entries, what, times)
-            if number == 0:
+            self._count_l1(entries, what, times, number)
+            if what is where[0][2]:
                 self._active = list(
                     dict.fromkeys(word & OFFSET_MASK for word in entries if word & OFFSET_MASK)
                 )
@@ -245,19 +244,20 @@ class _Findings:
                 found.append((one.l1_offset, one.l1_size, what))
         return found
 
-    def _count_l1(self, entries: array[int], what: str, times: Counter[int]) -> None:
+    def _count_l1(self, entries: array[int], what: str, times: Counter[int], number: int) -> None:
         size = self.header.cluster_size
-        for index, entry in enumerate(entries):
+        for entry, named in Counter(entries).items():
             if not entry:
                 continue
+            named *= number
             if entry & L1_RESERVED:
-                self.corrupt(f"{what}: entry {index} ({entry:#x}) has reserved bits set")
+                self.corrupt(f"{what}: entry {entry:#x} has reserved bits set", named)
             offset = entry & OFFSET_MASK
             if offset % size:
-                self.corrupt(f"{what}: entry {index} ({entry:#x}) is not cluster aligned")
-                self.use("L2 table", offset, size)
-            elif self.use_table("L2 table", offset, size) and offset:
-                times[offset] += 1
+                self.corrupt(f"{what}: entry {entry:#x} is not cluster aligned", named)
+                self.use("L2 table", offset, size, named)
+            elif self.use_table("L2 table", offset, size, named) and offset:
+                times[offset] += named
 
     async def _count_l2(self, table: int, times: int, active: bool) -> None:
         header, result = self.header, self.result

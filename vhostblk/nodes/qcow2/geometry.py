@@ -8,6 +8,8 @@ extended L2 entries, else a cluster.
 
 from __future__ import annotations
 
+import functools
+import sys
 from array import array
 from dataclasses import dataclass
 
@@ -97,9 +99,59 @@ class Geometry:
 def translate(geometry: Geometry, words: array[int], nothing: int, writable: bool) -> array[int]:
     """Map entries for a slice of L2 words. `nothing`: what unallocated means (zero or backing)."""
     if not any(words):
-        return array("Q", [nothing]) * (geometry.slice_entries * geometry.units)
+        return array("Q", [nothing]) * (len(words) // geometry.words * geometry.units)
     if geometry.extended:
         return _translate_extended(geometry, words, nothing, writable)
+    fast = _translate_lanes(geometry, words, nothing, writable)
+    return fast if fast is not None else _translate_each(geometry, words, nothing, writable)
+
+
+@functools.lru_cache(maxsize=8)
+def _lanes(count: int, value: int) -> int:
+    """`value` in each of `count` lanes of 64 bits."""
+    return value * (((1 << 64 * count) - 1) // ((1 << 64) - 1))
+
+
+def _translate_lanes(
+    geometry: Geometry, words: array[int], nothing: int, writable: bool
+) -> array[int] | None:
+    """All words at once, as one number with a lane of 64 bits for each; None if any is broken.
+
+    Ten operations on a number of 4 KiB take a fraction of what a loop of 512 turns takes.
+    """
+    count = len(words)
+    one = _lanes(count, 1)
+    all_words = int.from_bytes(words.tobytes(), sys.byteorder)
+    compressed = all_words >> 62 & one
+    standard = one ^ compressed
+    # The words that are not compressed; the others are 0 now, which is MAP_MISS.
+    plain = all_words & standard * ((1 << 64) - 1)
+    wrong = RESERVED | ((1 << geometry.cluster_bits) - 1 & OFFSET_MASK)
+    if geometry.version < 3:
+        wrong |= ZERO
+    if plain & one * wrong:
+        return None
+    hosts = plain & one * OFFSET_MASK
+    zero = plain & one
+    # Adding the largest number of 63 bits carries into bit 63 unless the other is 0.
+    low = one * ((1 << 63) - 1)
+    somewhere = hosts + low >> 63 & one
+    copied = plain >> 63 & one
+    used = somewhere | copied | zero
+    data = used & ~zero
+    if data & ~somewhere and not geometry.external:
+        return None
+    entries = hosts | data * MAP_DATA | zero * MAP_ZERO | (standard & ~used) * nothing
+    if writable:
+        entries |= (data & copied) * MAP_WRITABLE
+    result = array("Q")
+    result.frombytes(entries.to_bytes(8 * count, sys.byteorder))
+    return result
+
+
+def _translate_each(
+    geometry: Geometry, words: array[int], nothing: int, writable: bool
+) -> array[int]:
     data = MAP_DATA | MAP_WRITABLE if writable else MAP_DATA
     misaligned = (1 << geometry.cluster_bits) - 1
     result = array("Q", bytes(8 * len(words)))
@@ -131,8 +183,30 @@ def _translate_extended(
     geometry: Geometry, words: array[int], nothing: int, writable: bool
 ) -> array[int]:
     result = array("Q")
-    for index in range(geometry.slice_entries):
-        result.extend(units_of(geometry, words, index, nothing, writable))
+    size, step = 1 << geometry.cluster_bits, 1 << geometry.unit_bits
+    absent = array("Q", [nothing]) * SUBCLUSTERS
+    unusual = RESERVED | ZERO | COMPRESSED | (size - 1 & OFFSET_MASK)
+    # Clusters in a row that are complete and lie behind each other are one range of numbers.
+    start = end = 0
+    pairs = zip(words[::2], words[1::2], strict=True)
+    for index, (word, bitmap) in enumerate(pairs):
+        host = word & OFFSET_MASK
+        if bitmap == ALL_ALLOCATED and host and not word & unusual:
+            data = host | MAP_DATA
+            if writable and word & COPIED:
+                data |= MAP_WRITABLE
+            if data != end:
+                result.extend(range(start, end, step))
+                start = data
+            end = data + size
+            continue
+        result.extend(range(start, end, step))
+        start = end = 0
+        if word or bitmap:
+            result.extend(units_of(geometry, words, index, nothing, writable))
+        else:
+            result.extend(absent)
+    result.extend(range(start, end, step))
     return result
 
 
@@ -144,7 +218,7 @@ def units_of(
         if not words[index]:
             return [nothing]
         try:
-            return list(translate(geometry, words[index : index + 1], nothing, writable))
+            return list(_translate_each(geometry, words[index : index + 1], nothing, writable))
         except BrokenEntry as error:
             error.index = index
             raise
