@@ -55,8 +55,10 @@ class Recorder(Filter):
             await self.file.forward(request)
 
     async def discard(self, request: Request) -> None:
+        # Not carried out: what was discarded may go on to read as before, and who has discarded
+        # it must not count on zeroes.
         with self._recording.during(self._name, "discard", request.offset, request.length):
-            await self.file.forward(request)
+            pass
 
     async def flush(self, request: Request) -> None:
         with self._recording.during(self._name, "flush"):

@@ -71,6 +71,9 @@ class Survival:
             fate = {change: rnd.random() < chance for change in volatile}
         return self._truncates_in_order(volatile, fate)
 
+    def toss(self) -> bool:
+        return self._rnd.random() < 0.5
+
     def _tear(self, change: Change) -> list[bool] | bool:
         first = change.offset // SECTOR
         count = -(-(change.offset + change.length) // SECTOR) - first
@@ -179,7 +182,8 @@ class Recording:
         """The file as it may be on disk after a cut right after tick `time`."""
         durable, volatile = self.split(file, time)
         fate = _in_order_within_sectors(volatile, survival.sectors(volatile))
-        fate.update(dict.fromkeys(durable, True))
+        # A discard promises nothing, however durable it is.
+        fate.update((change, change.kind != "discard" or survival.toss()) for change in durable)
         image = bytearray(self._initial[file])
         for change in self.changes:
             if there := fate.get(change):
