@@ -307,6 +307,33 @@ def test_a_broken_entry_stops_writing(entry: int) -> None:
     with_host(test)
 
 
+def test_a_cluster_that_nobody_counted() -> None:
+    """What a discard is to free counts as free already: others may use it, too."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        disk.tools.io(disk.path, "write -P 9 0 128k", options=("-f", "qcow2"))
+        data = bytearray(disk.path.read_bytes())
+        table = struct.unpack_from(">Q", data, 48)[0]
+        block = struct.unpack_from(">Q", data, table)[0]
+        l1 = struct.unpack_from(">Q", data, 40)[0]
+        l2 = struct.unpack_from(">Q", data, l1)[0] & 0x00FFFFFFFFFFFE00
+        host_cluster = (struct.unpack_from(">Q", data, l2)[0] & 0x00FFFFFFFFFFFE00) // CLUSTER
+        struct.pack_into(">H", data, block + 2 * host_cluster, 0)
+        disk.path.write_bytes(data)
+        await disk.open()
+        await disk.discard(0, CLUSTER)
+        await disk.flush()
+        await host.until(lambda: bool(host.named("BLOCK_IMAGE_CORRUPTED")))
+        with pytest.raises(OSError):
+            await disk.write(0, bytes(512))
+        assert await disk.read(CLUSTER, 512) == b"\x09" * 512
+        await disk.close()
+        assert disk.path.read_bytes()[79] & 2
+
+    with_host(test)
+
+
 def test_broken_images_that_are_only_read_stay_as_they_are() -> None:
     async def test(host: Host) -> None:
         disk = broken_disk(host, 1 << 63 | 0x10000)

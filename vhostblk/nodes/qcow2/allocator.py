@@ -24,8 +24,8 @@ from typing import Any, Protocol
 
 from vhostblk.engine import MapHandle
 from vhostblk.nodes.qcow2.geometry import Geometry
-from vhostblk.nodes.qcow2.refcounts import Refcounts
-from vhostblk.nodes.qcow2.storage import ChildStorage
+from vhostblk.nodes.qcow2.refcounts import InconsistentCounts, Refcounts
+from vhostblk.nodes.qcow2.storage import ChildStorage, background
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class Owner(Protocol):
 
     def check_new(self, host: int, length: int) -> None:
         """Raise if metadata are there: the reference counts are wrong."""
+
+    def corrupt(self, text: str, *, fatal: bool = False) -> OSError:
+        """The image is broken: nothing is written from now on."""
 
 
 class Allocator:
@@ -73,6 +76,11 @@ class Allocator:
     def most(self) -> int:
         """Clusters that can be had in one piece even if they need new refcount blocks."""
         return max(self.refcounts.per_block // 2, 1)
+
+    def adopt(self, refcounts: Refcounts) -> None:
+        """Others have changed the image and its counts, and may have written anywhere."""
+        self.refcounts = refcounts
+        self._virgin = max(self._virgin, self._file.size)
 
     # ---- taking
 
@@ -150,7 +158,7 @@ class Allocator:
 
     def _refill(self) -> asyncio.Task[bool]:
         if self._wanted is None:
-            self._wanted = asyncio.get_running_loop().create_task(self.give_run())
+            self._wanted = background(self.give_run())
             self._wanted.add_done_callback(self._refilled)
         return self._wanted
 
@@ -173,7 +181,7 @@ class Allocator:
     def free_after_grace(self, freed: list[tuple[int, int, bool]]) -> None:
         """Nor does any on disk: free once the requests of now have ended."""
         if freed:
-            task = asyncio.get_running_loop().create_task(self._free(freed))
+            task = background(self._free(freed))
             self._freeing.add(task)
             task.add_done_callback(self._freeing.discard)
 
@@ -186,6 +194,8 @@ class Allocator:
                     gone = await self.refcounts.free(host, clusters)
                     if discard and gone:
                         await self._file.child.discard(host, clusters << bits)
+        except InconsistentCounts as error:
+            self._owner.corrupt(str(error.strerror), fatal=True)
         except OSError as error:
             # They stay in use for nobody: space is lost, no data.
             logger.warning("clusters could not be freed: %s", error)

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from vhostblk.engine import MapHandle
 from vhostblk.nodes.qcow2.geometry import COPIED, Geometry
+from vhostblk.nodes.qcow2.storage import background
 
 
 class Slice:
@@ -155,7 +156,7 @@ class L2Cache:
             del self._loading[index]
             done.set_result(None)
         if len(self._slices) > self.limit and self._evicting is None:
-            self._evicting = asyncio.get_running_loop().create_task(self._evict())
+            self._evicting = background(self._evict())
 
     def install(self, slice: Slice) -> None:
         """Tell the engine."""
@@ -238,7 +239,7 @@ class L2Cache:
     async def drop_unused(self) -> None:
         """Forget what nobody has used since the last time (cache-clean-interval)."""
         if self._evicting is None:
-            self._evicting = asyncio.get_running_loop().create_task(self._clean())
+            self._evicting = background(self._clean())
             await self._evicting
 
     async def _clean(self) -> None:

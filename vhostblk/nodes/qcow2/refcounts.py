@@ -33,6 +33,10 @@ SECTOR = 512
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
+class InconsistentCounts(OSError):
+    """What the image says about its clusters cannot be."""
+
+
 class Storage(Protocol):
     """The file that holds the image."""
 
@@ -300,5 +304,5 @@ class Refcounts:
         self._table_dirty.clear()
 
 
-def _corrupt(text: str) -> OSError:
-    return OSError(errno.EIO, f"the image is corrupt: {text}")
+def _corrupt(text: str) -> InconsistentCounts:
+    return InconsistentCounts(errno.EIO, f"the image is corrupt: {text}")

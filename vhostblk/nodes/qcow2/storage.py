@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Coroutine
+from contextvars import Context
+from typing import Any, TypeVar
 
 from vhostblk.nodes.driver import Child
 from vhostblk.schema import VhostblkError
 
 SECTOR = 512
+T = TypeVar("T")
 
 
 class ChildStorage:
@@ -73,6 +77,11 @@ class ChildStorage:
         _refresh(self.child)
         if self.child.size < size:
             raise OSError(errno.ENOSPC, f"node {self.child.node.name} cannot grow to {size}")
+
+
+def background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task of its own: the request that happens to be running now need not wait for its I/O."""
+    return asyncio.get_running_loop().create_task(work, context=Context())
 
 
 def _refresh(child: Child) -> None:
