@@ -724,7 +724,7 @@ class Qcow2(HookedNode):
         self.l1_offset = self.header.l1_table_offset
         self.l1 = await self._load_l1()
         self.refcounts = await self._load_refcounts()
-        self.allocator.refcounts = self.refcounts
+        self.allocator.adopt(self.refcounts)
         self.metadata = self._where_metadata_are()
 
     async def _finish_writing(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from vhostblk.nodes.qcow2 import snapshots
+from vhostblk.nodes.qcow2 import journal, snapshots
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -28,7 +28,16 @@ async def change(live: Qcow2, what: Change, name: str) -> snapshots.Snapshot:
             data={"code": "read-only" if live.read_only else "corrupt", "node": live.name},
         )
     await live.write_everything()
-    editor = snapshots.Editor(live.file, live.header)
+    if what == "apply":
+        table = await snapshots.read_table(live.file, live.header)
+        size = snapshots.find(table, name).disk_size
+        if size != live.size:
+            raise VhostblkError(
+                f"Snapshot '{name}' has {size} bytes and node '{live.name}' {live.size}; "
+                "resize the node first (block_resize)",
+                data={"code": "size-mismatch", "node": live.name},
+            )
+    editor = snapshots.Editor(live.file, live.header, known=journal.HAS_LOG)
     try:
         if what == "create":
             return await editor.create(name)

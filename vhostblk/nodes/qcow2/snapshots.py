@@ -232,8 +232,13 @@ async def delete(storage: Storage, header: Header, wanted: str) -> tuple[Header,
     return await rewrite.commit(**changes), snapshot
 
 
-async def apply(storage: Storage, header: Header, wanted: str) -> tuple[Header, Snapshot]:
-    """Make the image what it was when the snapshot was taken, its size included."""
+async def apply(
+    storage: Storage, header: Header, wanted: str, *, known: int = 0
+) -> tuple[Header, Snapshot]:
+    """Make the image what it was when the snapshot was taken, its size included.
+
+    `known`: auto-clear bits that the caller knows and takes care of.
+    """
     table = await _prepare(storage, header)
     snapshot = find(table, wanted)
     reach = header.cluster_size * (header.cluster_size // (8 * entry_words(header)))
@@ -245,7 +250,8 @@ async def apply(storage: Storage, header: Header, wanted: str) -> tuple[Header, 
             "resize it first (version 2 of the format)"
         )
     # What the bitmaps say of the image is not true of the snapshot.
-    header = await mark_in_use(storage, header, every=snapshot.disk_size != header.size)
+    resized = snapshot.disk_size != header.size
+    header = await mark_in_use(storage, header, every=resized, known=known)
     rewrite = await Rewrite.begin(storage, header)
     entries = await _read_l1(storage, header, snapshot.l1_offset, snapshot.l1_size)
     await _count(rewrite, entries, 1)
@@ -264,8 +270,9 @@ async def apply(storage: Storage, header: Header, wanted: str) -> tuple[Header, 
 class Editor:
     """Changes the snapshots of one image, whose header it keeps."""
 
-    def __init__(self, storage: Storage, header: Header) -> None:
+    def __init__(self, storage: Storage, header: Header, *, known: int = 0) -> None:
         self._storage = storage
+        self._known = known
         self.header = header
 
     async def create(self, name: str) -> Snapshot:
@@ -280,7 +287,7 @@ class Editor:
 
     async def apply(self, wanted: str) -> Snapshot:
         """Make the image what it was when the snapshot was taken."""
-        self.header, snapshot = await apply(self._storage, self.header, wanted)
+        self.header, snapshot = await apply(self._storage, self.header, wanted, known=self._known)
         return snapshot
 
 
