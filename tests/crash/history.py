@@ -18,6 +18,7 @@ SECTOR = 512
 ZERO = bytes(SECTOR)
 
 Kind = Literal["write", "write-zeroes", "discard", "flush", "resize"]
+# A whole disk that is replaced (by going back to a snapshot) is a write that is durable at once.
 
 
 class WrongContentError(AssertionError):

@@ -125,17 +125,23 @@ class PowerCut:
             self.tools.check(copy, "-r", "all", format=self.format)
             self._check(copy, "after qemu-img check -r all")
             self._content(time, self._read(copy), "after qemu-img check -r all QEMU reads")
-        if self.snapshots is not None:
-            for name, content in self.snapshots(time).items():
-                found = self.tools.content(image, self.format, "-l", f"snapshot.name={name}")
-                if found != content:
-                    raise WrongContentError(f"snapshot {name} has changed")
+        self._snapshots(time)
         if self.open_ours is not None:
             self._content(time, await self.open_ours(image), "our driver reads")
             if is_dirty(image.read_bytes()[:512], self.format):
                 raise WrongContentError("the image is still dirty after our driver had it open")
             self._check(image, "after our driver had it open")
             self._content(time, self._read(image), "after our driver had it open QEMU reads")
+            self._snapshots(time)
+
+    def _snapshots(self, time: int) -> None:
+        if self.snapshots is None:
+            return
+        image = self.directory / self.image
+        for name, content in self.snapshots(time).items():
+            found = self.tools.content(image, self.format, "-l", f"snapshot.name={name}")
+            if found != content:
+                raise WrongContentError(f"snapshot {name} has changed")
 
     def _read(self, image: Path) -> bytes:
         return self.tools.content(image, self.format)
