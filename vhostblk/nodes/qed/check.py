@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checking a QED image: every cluster named once, and all that is named is in the file.
+
+Facts: QEMU's docs/interop/qed_spec, section "Consistency checking". What a crash leaves is an
+entry that names what never got into the file: repaired by making it unallocated, which is
+what it was before. A cluster that nobody names is leaked; it is harmless and stays.
+A cluster named twice is no crash's work, and nothing says who is right.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vhostblk.nodes.qed.header import NEED_CHECK, Header, Writer, write_header
+from vhostblk.nodes.qed.tables import entries_from
+
+_CHUNK = 1 << 20
+_MESSAGES = 100
+
+Repair = Literal["none", "leaks", "all"]
+
+
+@dataclass
+class QedCheck:
+    """What is left after the repair, and what was repaired, as in QAPI's ImageCheck."""
+
+    header: Header
+    corruptions: int = 0
+    corruptions_fixed: int = 0
+    leaks: int = 0
+    leaks_fixed: int = 0
+    check_errors: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    compressed_clusters: int = 0
+    fragmented_clusters: int = 0
+    image_end_offset: int = 0
+    messages: list[str] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+
+
+async def check(storage: Writer, header: Header, repair: Repair = "none") -> QedCheck:
+    """Look at all tables. `repair=all` also clears the need-check bit if all is well then."""
+    found = _Check(storage, header, repair == "all")
+    await found.run()
+    result = found.result
+    if repair == "all" and not result.corruptions:
+        await storage.flush()  # the repairs, before the image claims to be sound
+        if header.need_check:
+            header = header.with_(features=header.features & ~NEED_CHECK)
+            await write_header(storage, header)
+        result.header = header
+    return result
+
+
+class _Check:
+    def __init__(self, storage: Writer, header: Header, fix: bool) -> None:
+        self._storage = storage
+        self._header = header
+        self._fix = fix
+        self._end = storage.size
+        size = header.cluster_size
+        self.result = QedCheck(header)
+        self.result.total_clusters = -(-header.size // size)
+        self.result.image_end_offset = self._end
+        self._last = 0
+
+    async def run(self) -> None:
+        header, result = self._header, self.result
+        result.used.update(range(header.header_size))
+        self._use(header.l1_table_offset, header.table_size)
+        tables = []
+        async for at, number, entry in self._entries(header.l1_table_offset):
+            if not self._valid(entry, header.table_bytes):
+                await self._bad(at, f"L1 entry {number} ({entry:#x}) names no table in the file")
+            elif not self._use(entry, header.table_size):
+                self._say(f"L1 entry {number} ({entry:#x}) names clusters that are in use")
+                result.corruptions += 1
+            else:
+                tables.append((number, entry))
+        for number, table in tables:
+            async for at, index, entry in self._entries(table):
+                if entry == 1:
+                    continue
+                where = f"L2 entry {index} of table {number} ({entry:#x})"
+                if not self._valid(entry, header.cluster_size):
+                    await self._bad(at, f"{where} names no cluster in the file")
+                elif not self._use(entry, 1):
+                    self._say(f"{where} names a cluster that is in use")
+                    result.corruptions += 1
+                else:
+                    result.allocated_clusters += 1
+                    if self._last and entry != self._last + header.cluster_size:
+                        result.fragmented_clusters += 1
+                    self._last = entry
+        result.leaks = max(0, self._end // header.cluster_size - len(result.used))
+
+    async def _entries(self, table: int) -> AsyncIterator[tuple[int, int, int]]:
+        for start in range(0, self._header.table_bytes, _CHUNK):
+            length = min(_CHUNK, self._header.table_bytes - start)
+            raw = await self._storage.read(table + start, length)
+            if raw.count(0) == length:
+                continue
+            for index, entry in enumerate(entries_from(raw)):
+                if entry:
+                    yield table + start + 8 * index, start // 8 + index, entry
+
+    def _valid(self, entry: int, length: int) -> bool:
+        header = self._header
+        return (
+            entry % header.cluster_size == 0
+            and entry >= header.header_size * header.cluster_size
+            and entry + length <= self._end
+        )
+
+    def _use(self, offset: int, count: int) -> bool:
+        first = offset // self._header.cluster_size
+        clusters = range(first, first + count)
+        free = self.result.used.isdisjoint(clusters)
+        self.result.used.update(clusters)
+        return free
+
+    async def _bad(self, at: int, text: str) -> None:
+        self._say(text)
+        if not self._fix:
+            self.result.corruptions += 1
+            return
+        # A sector at a time, as everybody else writes tables.
+        sector = at // 512 * 512
+        raw = bytearray(await self._storage.read(sector, 512))
+        struct.pack_into("<Q", raw, at - sector, 0)
+        await self._storage.write(sector, bytes(raw))
+        self.result.corruptions_fixed += 1
+
+    def _say(self, text: str) -> None:
+        if len(self.result.messages) < _MESSAGES:
+            self.result.messages.append(text)

@@ -1,0 +1,678 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qed: QEMU's enhanced disk format, read and written while a guest runs.
+
+The engine's `map` node answers from tables in memory, as for qcow2, whose caches and data path
+serve here too (nodes/qcow2/l2cache.py, datapath.py). The rest is simpler. There are no reference
+counts: a new cluster is appended to the file, and none is ever freed. Metadata are written
+through: when a write completes, the entry that names its cluster is in the host's page cache, so
+a kill of this process loses nothing, and a guest's flush goes straight to the storage.
+
+What a power cut may leave decides the order of writes:
+
+* The need-check bit is on disk before the first entry changes. It goes when nothing has been
+  allocated for a while, after a flush, and when the image is closed. Whoever opens an image with
+  the bit looks at all tables first: an entry that got to the disk although the end of the file
+  did not is taken back (check.py).
+* Data before the entry, with a barrier between them if a backing file shows through: else the
+  rest of the cluster, copied from below, might be missing. Without one the rest is zeroes
+  however little arrives, since the cluster is new.
+* A new table is on disk, empty, before the L1 entry that names it.
+
+Engine half: cffi_build/engine/nodes/map.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import struct
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+from vhostblk.engine import IO, MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, OP_WRITE
+from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
+from vhostblk.nodes.hooks import HookedNode, Request
+from vhostblk.nodes.qcow2.backing import NamedFiles
+from vhostblk.nodes.qcow2.creating import NewFile
+from vhostblk.nodes.qcow2.datapath import Claim, DataPath
+from vhostblk.nodes.qcow2.driver import Qcow2Child
+from vhostblk.nodes.qcow2.geometry import ZERO, translate, units_of
+from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
+from vhostblk.nodes.qcow2.storage import ChildStorage
+from vhostblk.nodes.qed.check import check
+from vhostblk.nodes.qed.create import QedCreateOptions, create
+from vhostblk.nodes.qed.header import (
+    MAX_L1_BYTES,
+    NEED_CHECK,
+    SECTOR,
+    BadImage,
+    Header,
+    read_header,
+    write_header,
+)
+from vhostblk.nodes.qed.tables import (
+    SLICE_BYTES,
+    entries_from,
+    entry_of,
+    geometry,
+    words_of,
+)
+from vhostblk.schema import BlockdevRef, Model, StrOrList, VhostblkError
+
+logger = logging.getLogger(__name__)
+
+_L2_CACHE = 32 << 20
+_MAX_CLUSTER = 2 << 20
+"""What the engine's map can describe; QEMU creates larger ones only when asked to."""
+_IDLE = 5.0
+"""Seconds without an allocation after which the need-check bit is cleared."""
+_ZEROES = 1 << 20
+
+
+class QedOptions(NodeOptions):
+    """Options of qed."""
+
+    file: BlockdevRef
+    """The node that holds the image."""
+    backing: BlockdevRef | None = None
+    """What the image does not have; null: nothing. What the image itself names if absent."""
+    allow_backing_from: StrOrList | None = None
+    """Directories whose files an image may name as its backing file; its own if absent."""
+
+
+class _Clusters:
+    """New clusters, at the end of the file: the allocator that the data path asks."""
+
+    def __init__(self, file: ChildStorage, cluster_size: int) -> None:
+        self._file = file
+        self._size = cluster_size
+        self._end = -(-file.size // cluster_size) * cluster_size
+        self.refcounts = self
+
+    async def reserve(self, count: int, *, zeroed: bool = False) -> int:
+        """`count` clusters in one piece, full of zeroes; the offset of the first."""
+        host, end = self._end, self._end + count * self._size
+        self._end = end
+        try:
+            await self._file.ensure(end)
+        except BaseException:
+            if self._end == end:
+                self._end = host
+            raise
+        return host
+
+    async def free(self, host: int, count: int) -> None:
+        """Nothing names them, and something may have been written there: they are leaked."""
+
+    async def more_runs(self) -> bool:
+        """The engine does not allocate."""
+        return True
+
+
+class _Path(DataPath):
+    """The data path, with entries that are written before a request completes."""
+
+    def __init__(self, live: Qed) -> None:
+        super().__init__(cast(Any, live))
+        self._qed = live
+
+    async def publish(self, claims: list[Claim]) -> None:
+        try:
+            await self._qed.write_entries(claims)
+        except BaseException:
+            # As if nothing had been written: the guest is told so.
+            for claim in claims:
+                claim.slice.words[claim.index] = self._qed.word_before(claim)
+                self.release(claim)
+            raise
+        for claim in claims:
+            self.settle(claim)
+
+
+class Qed(HookedNode):
+    """A QED image."""
+
+    driver = "qed"
+    Options = QedOptions
+    options: QedOptions
+    child_class = Qcow2Child
+    reopenable = HookedNode.reopenable | {"allow-backing-from"}
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {
+        "file": ChildRole(RoleKind.STORAGE),
+        "backing": ChildRole(RoleKind.BACKING, optional=True),
+    }
+    CreateOptions: ClassVar[type[Model] | None] = QedCreateOptions
+
+    # What the data path asks of an image.
+    stopped = False
+    engine_allocates = False
+    data_role = "file"
+
+    @classmethod
+    async def create(cls, host: CreateHost, options: QedCreateOptions) -> None:
+        async with host.image(options.file) as file:
+            await create(options, NewFile(file))
+
+    # ---- opening
+
+    async def implied_children(self) -> Mapping[str, str | dict[str, Any]]:
+        self.file = ChildStorage(self.child("file"))
+        try:
+            self.header = await read_header(self.file)
+        except BadImage as error:
+            raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
+        if not self.header.backing_file or "backing" in self.options.model_fields_set:
+            return {}
+        names = NamedFiles(self.name, self.filename(), self.options.allow_backing_from)
+        return {"backing": names.backing(self.header.backing_file, self.header.backing_format)}
+
+    async def open(self) -> None:
+        self._prepare_hooks()
+        self._readers: set[asyncio.Future[None]] = set()
+        self._written_to = False
+        header = self.header
+        if header.cluster_size > _MAX_CLUSTER:
+            raise self._error(
+                f"Image '{self.filename()}' has clusters of {header.cluster_size} bytes; more than "
+                f"{_MAX_CLUSTER} are not supported; convert it with: qemu-img convert"
+            )
+        if not self.read_only:
+            await self._make_writable()
+        self.geometry = geometry(header.cluster_bits, header.table_bytes)
+        self._size = header.size
+        self.data = self.file
+        self.l1 = await self._load_l1(self.header)
+        self._know_backing()
+        self.map = self.engine.new_map(
+            size=self._size,
+            unit_bits=header.cluster_bits,
+            cluster_bits=header.cluster_bits,
+            table_bits=self.geometry.table_bits,
+            has_backing=self.has_backing,
+            backing_size=self.backing_size,
+            allocate=False,
+            sink=self._start,
+            low=_nothing,
+            log=None,
+        )
+        self.handle = self.map
+        self.l2 = L2Cache(self.geometry, self.map, self, _L2_CACHE // SLICE_BYTES, _nothing)
+        self.allocator = _Clusters(self.file, header.cluster_size)
+        self.writeback = self  # what it has to flush is the file
+        self.path = _Path(self)
+        self._hooks = [
+            self.path.read,
+            self.path.write,
+            self._flush,
+            self._discard,
+            self._write_zeroes,
+        ]
+        self._table_lock = asyncio.Lock()
+        self._bit_lock = asyncio.Lock()
+        self._changing = 0
+        self._changed = 0
+        self._clearing: asyncio.Task[None] | None = None
+        self._barrier_lock = asyncio.Lock()
+        self._barriers_begun = self._barriers_done = 0
+
+    async def _make_writable(self) -> None:
+        header = self.header
+        if header.need_check:
+            logger.warning("image '%s' was not closed properly; it is checked", self.filename())
+            result = await check(self.file, header, "all")
+            if result.corruptions:
+                raise self._error(
+                    f"Image '{self.filename()}' is corrupt: {result.messages[0]}; open it with "
+                    "read-only=on and copy what can be read",
+                    "corrupt",
+                )
+            header = result.header
+        if header.autoclear:
+            # Features that we do not know are off from the first write on.
+            header = header.with_(autoclear=0)
+            await write_header(self.file, header)
+        self.header = header
+
+    async def _load_l1(self, header: Header) -> array[int]:
+        length = -(-8 * header.l1_entries // SECTOR) * SECTOR
+        return entries_from(await self.file.read(header.l1_table_offset, length))
+
+    def _know_backing(self) -> None:
+        child = self.children.get("backing")
+        self.has_backing = child is not None
+        self.backing_size = child.size if child is not None else 0
+        self.nothing = MAP_BACKING if self.has_backing else MAP_ZERO
+
+    # ---- what it is
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def filename(self) -> str:
+        return self.child("file").node.filename()
+
+    def describe(self) -> dict[str, Any]:
+        header = self.header
+        image: dict[str, Any] = {
+            "filename": self.filename(),
+            "format": "qed",
+            "virtual-size": self._size,
+            "actual-size": self.file.size,
+            "cluster-size": header.cluster_size,
+            "dirty-flag": header.need_check,
+        }
+        facts: dict[str, Any] = {"image": image}
+        if header.backing_file:
+            image["backing-filename"] = header.backing_file
+            if header.backing_format:
+                image["backing-filename-format"] = header.backing_format
+            facts["backing_file"] = header.backing_file
+        depth, node = 0, self.children.get("backing")
+        if node is not None:
+            image["full-backing-filename"] = node.node.filename()
+        while node is not None:
+            depth += 1
+            node = node.node.children.get("backing")
+        facts["backing_file_depth"] = depth
+        return facts
+
+    def relink(self) -> None:
+        for child in self.children.values():
+            child.refresh()
+        if self.handle is not None:
+            self.handle.set_child(0, self.child("file").node.effective)
+            if "backing" in self.children:
+                self.handle.set_child(1, self.child("backing").node.effective)
+
+    def children_changed(self) -> None:
+        before = self.has_backing, self.backing_size
+        self._know_backing()
+        if (self.has_backing, self.backing_size) != before:
+            self.map.set_size(self._size, self.backing_size)
+            self.l2.install_again()
+
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        if role.kind is RoleKind.BACKING:
+            return Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        return super().child_permissions(role, perm, shared)
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        self._written_to = bool(perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE))
+
+    # ---- for the data path and the cache
+
+    def transfer(self, role: str, request: Request, offset: int, length: int, position: int) -> IO:
+        """Read from a child into a guest's memory, `position` bytes from its beginning."""
+        child = self.children[role]
+        assert isinstance(child, Qcow2Child)
+        return child.transfer(request, offset, length, position)
+
+    def read_backing(self, offset: int, into: memoryview) -> IO:
+        """Read what the image does not have."""
+        return self.children["backing"].read(offset, into)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Clusters are never used again: there is nothing to be said."""
+        yield
+
+    async def grace(self) -> None:
+        """Done when all requests that have begun by now have ended in the engine."""
+        await self.map.grace()
+
+    async def again(self, request: Request, op: int) -> None:
+        """Carry out a request through the engine's map once more, without its flags."""
+        io = self.engine.submit(
+            self.map, op, request.offset, None, request.length, request=request.handle
+        )
+        request._inflight += 1
+        io.owner = request
+        await io
+
+    def entries_of(self, slice: Slice, index: int) -> list[int]:
+        """What the engine is to know of one cluster."""
+        return units_of(self.geometry, slice.words, index, self.nothing, not self.read_only)
+
+    def map_entries(self, slice: Slice) -> array[int] | None:
+        """What the engine is to know of a slice."""
+        return translate(self.geometry, slice.words, self.nothing, not self.read_only)
+
+    async def load_slice(self, index: int) -> array[int]:
+        """The words of a slice as they are on disk; zeroes if there is no table."""
+        table, part = divmod(index, self.geometry.slices_per_table)
+        offset = self.l1[table]
+        if not offset:
+            return array("Q", bytes(SLICE_BYTES))
+        if not self._inside(offset, self.header.table_bytes):
+            raise self._corrupt(f"L1 entry {table} ({offset:#x}) names no table in the file")
+        entries = entries_from(await self.file.read(offset + part * SLICE_BYTES, SLICE_BYTES))
+        size = self.header.cluster_size
+        for number, entry in enumerate(entries):
+            if entry > 1 and not self._inside(entry, size):
+                guest = (index * self.geometry.slice_entries + number) * size
+                raise self._corrupt(f"the entry of guest offset {guest:#x} ({entry:#x}) is invalid")
+        return words_of(entries)
+
+    def _inside(self, offset: int, length: int) -> bool:
+        size, l1 = self.header.cluster_size, self.header.l1_table_offset
+        end = -(-self.file.size // size) * size
+        return (
+            offset % size == 0
+            and offset >= self.header.header_size * size
+            and offset + length <= end
+            and not l1 - length < offset < l1 + self.header.table_bytes
+        )
+
+    def _corrupt(self, text: str) -> OSError:
+        logger.error("image '%s' (node '%s') is corrupt: %s", self.filename(), self.name, text)
+        self.host.emit(
+            "BLOCK_IMAGE_CORRUPTED",
+            {"device": "", "node-name": self.name, "msg": text, "fatal": False},
+        )
+        return OSError(errno.EIO, f"the image is corrupt: {text}")
+
+    def replaced(self, word: int) -> None:
+        """The engine does not allocate."""
+
+    def let_go(self, word: int) -> None:
+        """A claim never moves what has a place."""
+
+    async def write_back(self) -> None:
+        """Nothing is kept back."""
+
+    # ---- metadata to disk
+
+    def word_before(self, claim: Claim) -> int:
+        """What the L2 entry in memory was when it was claimed."""
+        return ZERO if claim.units[0] & MAP_TYPE == MAP_ZERO and self.has_backing else 0
+
+    async def write_entries(self, claims: list[Claim]) -> None:
+        """Write the L2 entries of claims; their data have been written."""
+        self._changing += 1
+        try:
+            await self._mark()
+            uncovers = any(
+                claim.units[0] & MAP_TYPE == MAP_BACKING
+                and entry_of(claim.slice.words[claim.index]) > 1
+                for claim in claims
+            )
+            if uncovers:
+                await self.flush()
+            for claim in claims:
+                # Written through: the slice may leave memory at any time.
+                self.l2.dirty.pop(claim.slice.index, None)
+            for claims_of_table in _by_table(claims, self.geometry.table_entries):
+                async with self._table_lock:
+                    await self._write_table(claims_of_table)
+        finally:
+            self._changing -= 1
+            self._changed += 1
+
+    async def _write_table(self, claims: list[Claim]) -> None:
+        table = claims[0].cluster // self.geometry.table_entries
+        if not self.l1[table]:
+            await self._new_table(table)
+        sectors: dict[int, bytearray] = {}
+        for claim in claims:
+            at = 8 * (claim.cluster % self.geometry.table_entries)
+            sector = at // SECTOR * SECTOR
+            if sector not in sectors:
+                # From the disk: neighbours in memory may be waiting for their data.
+                sectors[sector] = bytearray(await self.file.read(self.l1[table] + sector, SECTOR))
+            entry = entry_of(claim.slice.words[claim.index])
+            struct.pack_into("<Q", sectors[sector], at - sector, entry)
+        for sector, data in sectors.items():
+            await self.file.write(self.l1[table] + sector, data)
+
+    async def _new_table(self, table: int) -> None:
+        host = await self.allocator.reserve(self.header.table_size)
+        length = self.header.table_bytes
+        for start in range(0, length, _ZEROES):
+            await self.file.write(host + start, bytes(min(_ZEROES, length - start)))
+        await self.flush()
+        first = table // 64 * 64
+        entries = self.l1[first : first + 64]
+        entries[table - first] = host
+        data = struct.pack(f"<{len(entries)}Q", *entries)
+        await self.file.write(self.header.l1_table_offset + 8 * first, data)
+        self.l1[table] = host
+
+    async def flush(self) -> None:
+        """A barrier; those who ask while one is under way share the next."""
+        wanted = self._barriers_begun + 1
+        async with self._barrier_lock:
+            if self._barriers_done >= wanted:
+                return
+            self._barriers_begun += 1
+            serves = self._barriers_begun
+            await self.file.flush()
+            self._barriers_done = serves
+
+    async def _mark(self) -> None:
+        """The need-check bit is on disk before any table changes."""
+        async with self._bit_lock:
+            if not self.header.need_check:
+                header = self.header.with_(features=self.header.features | NEED_CHECK)
+                await write_header(self.file, header)
+                self.header = header
+        if self._clearing is None:
+            self._clearing = self.engine.loop.create_task(self._clear_when_idle())
+
+    async def _clear_when_idle(self) -> None:
+        try:
+            seen = -1
+            while seen != self._changed or self._changing or not await self._clear():
+                seen = self._changed
+                await asyncio.sleep(_IDLE)
+        except OSError as error:
+            logger.warning("image '%s' stays marked: %s", self.filename(), error)
+        finally:
+            self._clearing = None
+
+    async def _clear(self) -> bool:
+        """Take the need-check bit away; False if tables are being changed."""
+        async with self._bit_lock:
+            if not self.header.need_check:
+                return True
+            seen = self._changed
+            await self.file.flush()
+            if self._changing or seen != self._changed:
+                return False
+            header = self.header.with_(features=self.header.features & ~NEED_CHECK)
+            await write_header(self.file, header)
+            self.header = header
+            return True
+
+    # ---- requests
+
+    async def _flush(self, request: Request) -> None:
+        await self.file.flush()
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int, bool]]:
+        """The clusters of a range: number, offset, bytes, whether it is all of the cluster."""
+        size, end = self.header.cluster_size, offset + length
+        while offset < end:
+            cluster = offset // size
+            stop = min(end, (cluster + 1) * size)
+            whole = offset == cluster * size and stop == min((cluster + 1) * size, self._size)
+            yield cluster, offset, stop - offset, whole
+            offset = stop
+
+    async def _discard(self, request: Request) -> None:
+        if self.options.discard != "unmap":
+            return
+        # In place: a cluster without a name would be lost.
+        for cluster, offset, length, _ in self._pieces(request.offset, request.length):
+            slice = await self.l2.pin(cluster // self.geometry.slice_entries)
+            try:
+                entry = self.map.get(cluster)
+                if entry & MAP_TYPE == MAP_DATA:
+                    host = (entry & MAP_OFFSET) + offset % self.header.cluster_size
+                    await self.data.child.discard(host, length)
+            finally:
+                self.l2.unpin(slice)
+
+    async def _write_zeroes(self, request: Request) -> None:
+        await self.zero(request.offset, request.length, unmap=request.may_unmap)
+        if request.fua:
+            await self.flush()
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeroes."""
+        claims: list[Claim] = []
+        pinned: list[Slice] = []
+        try:
+            for cluster, start, count, whole in self._pieces(offset, length):
+                slice = await self.l2.pin(cluster // self.geometry.slice_entries)
+                pinned.append(slice)
+                claim = await self._zero_cluster(slice, cluster, start, count, whole, unmap)
+                if claim is not None:
+                    claims.append(claim)
+                if len(claims) >= self.geometry.slice_entries:
+                    await self._claimed_zeroes(claims)
+                    claims = []
+            if claims:
+                done, claims = claims, []
+                await self._claimed_zeroes(done)
+        finally:
+            for claim in claims:
+                self.path.release(claim)
+            for slice in pinned:
+                self.l2.unpin(slice)
+
+    async def _claimed_zeroes(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            claim.slice.words[claim.index] = ZERO
+        await self.path.publish(claims)
+
+    async def _zero_cluster(
+        self, slice: Slice, cluster: int, start: int, count: int, whole: bool, unmap: bool
+    ) -> Claim | None:
+        entry = self.map.get(cluster)
+        kind = entry & MAP_TYPE
+        if kind == MAP_ZERO:
+            return None
+        if kind == MAP_DATA:
+            host = (entry & MAP_OFFSET) + start % self.header.cluster_size
+            await self.data.child.write_zeroes(host, count, unmap=unmap)
+            return None
+        if kind == MAP_BACKING and whole:
+            claim = self.path.claim(cluster, slice, cluster % self.geometry.slice_entries, [0])
+            if claim is not None:
+                return claim
+        # A part of what shows through from below, or somebody is at it: an ordinary write.
+        await self.engine.submit(self.map, OP_WRITE, start, bytearray(count))
+        return None
+
+    # ---- changes
+
+    async def reopen_prepare(self, options: QedOptions) -> None:
+        if options.read_only and not self.read_only:
+            if self._written_to:
+                raise self._error(
+                    f"Node '{self.name}' cannot be made read-only: it is written to", "in-use"
+                )
+            await self._write_everything()
+        elif self.read_only and not options.read_only:
+            raise self._error(
+                f"Node '{self.name}' cannot be made writable again while it is open; remove it "
+                "and add it anew",
+                "cannot-change",
+            )
+        await super().reopen_prepare(options)
+
+    async def become_read_only(self) -> bool:
+        if self._written_to or self.read_only:
+            return False
+        await self._write_everything()
+        self.options = self.options.model_copy(update={"read_only": True})
+        return True
+
+    async def truncate(self, size: int) -> None:
+        old = self._size
+        if size == old:
+            return
+        self._check_size(size)
+        header = self.header.with_(size=size)
+        # What appears reads as zeroes: the rest of the last cluster is made so before the header.
+        tail = old % header.cluster_size
+        if tail:
+            cluster = old // header.cluster_size
+            slice = await self.l2.pin(cluster // self.geometry.slice_entries)
+            try:
+                entry = self.map.get(cluster)
+            finally:
+                self.l2.unpin(slice)
+            if entry & MAP_TYPE == MAP_DATA:
+                host = (entry & MAP_OFFSET) + tail
+                await self.file.write_zeroes(host, header.cluster_size - tail)
+        await self.file.flush()
+        l1 = await self._load_l1(header)
+        async with self._bit_lock:
+            header = self.header.with_(size=size)
+            await write_header(self.file, header)
+            self.header = header
+        self.l1 = l1
+        self._size = size
+        self.map.set_size(size, self.backing_size)
+
+    def _check_size(self, size: int) -> None:
+        header = self.header
+        if self.read_only:
+            raise self._error(f"Node '{self.name}' is read-only", "read-only")
+        if size % SECTOR:
+            raise self._error("The new size must be a multiple of 512", "cannot-resize")
+        if size < self._size:
+            raise self._error("Shrinking QED images is not supported", "cannot-resize")
+        if size > header.max_size or header.with_(size=size).l1_entries * 8 > MAX_L1_BYTES:
+            raise self._error(
+                f"The tables of '{self.filename()}' cannot describe {size} bytes", "cannot-resize"
+            )
+        if self.backing_size > self._size:
+            raise self._error(
+                "The backing file is larger than the image: what it has there would appear",
+                "cannot-resize",
+            )
+
+    # ---- closing
+
+    async def close(self) -> None:
+        if self.handle is None:
+            return
+        try:
+            if self._clearing is not None:
+                self._clearing.cancel()
+                await asyncio.gather(self._clearing, return_exceptions=True)
+            await self.l2.settle()
+            if not self.read_only:
+                await self._write_everything()
+        except OSError as error:
+            logger.error("image '%s' could not be closed in order: %s", self.filename(), error)
+        finally:
+            self.handle = None
+            self.map.free()
+
+    async def _write_everything(self) -> None:
+        await self.file.flush()
+        await self._clear()
+
+    def _error(self, text: str, code: str = "bad-image") -> VhostblkError:
+        return VhostblkError(
+            text, data={"code": code, "node": self.name, "filename": self.filename()}
+        )
+
+
+def _nothing() -> None:
+    """Nobody is waiting for it."""
+
+
+def _by_table(claims: list[Claim], entries: int) -> Iterator[list[Claim]]:
+    """Claims that are in one L2 table together."""
+    tables: dict[int, list[Claim]] = {}
+    for claim in claims:
+        tables.setdefault(claim.cluster // entries, []).append(claim)
+    yield from tables.values()
