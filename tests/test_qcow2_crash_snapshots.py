@@ -98,7 +98,7 @@ def test_power_cuts(tmp_path: Path, kind: str) -> None:
     image = newest_tools().create(tmp_path / "disk.qcow2", MIB, **create)
     made = Stage(image, create["cluster_size"], options={"discard": "unmap"})
     made.snapshots = snapshots.expected
-    made.cuts = 80
+    made.cuts = 64
     made.play(scenario, seed=1)
     listed = newest_tools().img("snapshot", "-l", image)
     assert " c " in listed and " a " not in listed and " b " not in listed

@@ -36,7 +36,7 @@ class Stage:
     data_file: Path | None = None
     companions: tuple[Path, ...] = ()
     discards_show: bytes | None = None
-    cuts: int | None = 64
+    cuts: int | None = 48
     """None: the process is killed, at each change of a file."""
     snapshots: Snapshots | None = None
     tools: Tools = field(default_factory=newest_tools)
