@@ -60,7 +60,9 @@ def prepared() -> Iterator[Path]:
 def start(directory: Path, fault: str | None = None) -> Daemon:
     """The same command for each start: nothing of the tree is in it."""
     command = [*VHOSTBLK, "serve", *(word.replace("{dir}", str(directory)) for word in PROCESS)]
-    daemon = Daemon(command, directory, env={"VHOSTBLK_FAULT": fault or ""})
+    # What images leave for the next process is in the directory, too.
+    env = {"VHOSTBLK_FAULT": fault or "", "VHOSTBLK_LOG_DIR": str(directory)}
+    daemon = Daemon(command, directory, env=env)
     try:
         daemon.wait_line("vhostblk: ready")
     except BaseException:
