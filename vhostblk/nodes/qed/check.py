@@ -3,7 +3,8 @@
 
 Facts: QEMU's docs/interop/qed_spec, section "Consistency checking". What a crash leaves is an
 entry that names what never got into the file: repaired by making it unallocated, which is
-what it was before. A cluster that nobody names is leaked; it is harmless and stays.
+what it was before. Clusters that nobody names are leaked: cut off at the end of the file,
+harmless elsewhere.
 A cluster named twice is no crash's work, and nothing says who is right.
 """
 
@@ -47,6 +48,14 @@ async def check(storage: Writer, header: Header, repair: Repair = "none") -> Qed
     found = _Check(storage, header, repair == "all")
     await found.run()
     result = found.result
+    if repair != "none" and not result.corruptions:
+        end = (max(result.used) + 1) * header.cluster_size
+        if end < storage.size:
+            leaked = -(-(storage.size - end) // header.cluster_size)
+            await storage.truncate(end)
+            result.leaks_fixed = min(leaked, result.leaks)
+            result.leaks -= result.leaks_fixed
+            result.image_end_offset = end
     if repair == "all" and not result.corruptions:
         await storage.flush()  # the repairs, before the image claims to be sound
         if header.need_check:

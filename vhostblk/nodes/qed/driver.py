@@ -9,10 +9,11 @@ a kill of this process loses nothing, and a guest's flush goes straight to the s
 
 What a power cut may leave decides the order of writes:
 
+* The file grows in steps, with a barrier: what an entry names is there. The rest is cut off when
+  the image is closed, or found by the check after a crash.
 * The need-check bit is on disk before the first entry changes. It goes when nothing has been
   allocated for a while, after a flush, and when the image is closed. Whoever opens an image with
-  the bit looks at all tables first: an entry that got to the disk although the end of the file
-  did not is taken back (check.py).
+  the bit looks at all tables first (check.py): other programs do not take this much care.
 * Data before the entry, with a barrier between them if a backing file shows through: else the
   rest of the cluster, copied from below, might be missing. Without one the rest is zeroes
   however little arrives, since the cluster is new.
@@ -70,6 +71,8 @@ _MAX_CLUSTER = 2 << 20
 _IDLE = 5.0
 """Seconds without an allocation after which the need-check bit is cleared."""
 _ZEROES = 1 << 20
+_MIN_STEP, _MAX_STEP = 1 << 20, 16 << 20
+"""How far the file grows ahead of what is used, bytes."""
 
 
 class QedOptions(NodeOptions):
@@ -90,19 +93,38 @@ class _Clusters:
         self._file = file
         self._size = cluster_size
         self._end = -(-file.size // cluster_size) * cluster_size
+        self._durable = file.size
+        self._step = _MIN_STEP
+        self._lock = asyncio.Lock()
         self.refcounts = self
 
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece, full of zeroes; the offset of the first."""
-        host, end = self._end, self._end + count * self._size
-        self._end = end
-        try:
-            await self._file.ensure(end)
-        except BaseException:
-            if self._end == end:
-                self._end = host
-            raise
+        async with self._lock:
+            host, end = self._end, self._end + count * self._size
+            if end > self._durable:
+                await self._grow(end)
+            self._end = end
         return host
+
+    async def _grow(self, end: int) -> None:
+        """Lengthen the file, durably: no entry names what a power cut takes away."""
+        ahead = end + self._step // self._size * self._size
+        try:
+            await self._file.ensure(ahead)
+        except OSError:
+            ahead = end
+            await self._file.ensure(end)
+        await self._file.flush()
+        self._durable = ahead
+        self._step = min(2 * self._step, _MAX_STEP)
+
+    async def trim(self) -> None:
+        """Cut off what was not needed."""
+        async with self._lock:
+            if self._file.size > self._end:
+                await self._file.truncate(self._end)
+            self._durable = min(self._durable, self._end)
 
     async def free(self, host: int, count: int) -> None:
         """Nothing names them, and something may have been written there: they are leaked."""
@@ -479,6 +501,7 @@ class Qed(HookedNode):
             if not self.header.need_check:
                 return True
             seen = self._changed
+            await self.allocator.trim()
             await self.file.flush()
             if self._changing or seen != self._changed:
                 return False
@@ -657,6 +680,7 @@ class Qed(HookedNode):
             self.map.free()
 
     async def _write_everything(self) -> None:
+        await self.allocator.trim()
         await self.file.flush()
         await self._clear()
 

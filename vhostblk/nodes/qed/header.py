@@ -191,6 +191,9 @@ class Writer(Reader, Protocol):
     async def flush(self) -> None:
         """What was written before is on stable storage afterwards."""
 
+    async def truncate(self, size: int) -> None:
+        """Set the length of the file."""
+
 
 async def write_header(storage: Writer, header: Header) -> None:
     """Exchange the fixed part, durably. One sector: it is there, or it is not."""
