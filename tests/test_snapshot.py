@@ -12,13 +12,15 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
-from cow_driver import Cow, Mirror, Through
+from cow_driver import Cow, CowCreateOptions, Mirror, Through
 from frontend import Device
 from graph_changes import act, picture, roles, transaction
 from in_process import MIB, Guest, Host, refused, with_host
+
+from vhostblk.nodes.driver import CreateHost, NodeDriver
 
 DRIVERS = (Cow, Mirror, Through)
 
@@ -447,6 +449,44 @@ class Writer:
                     self.completed[sector] = value
             if self.stop.is_set():
                 return
+
+
+class Watched(Cow):
+    """Knows whether guests were held up when it was created and opened."""
+
+    driver = "watched"
+    held_up: ClassVar[list[bool]] = []
+    below: ClassVar[NodeDriver]
+
+    @classmethod
+    async def create(cls, host: CreateHost, options: CowCreateOptions) -> None:
+        cls.held_up.append(cls.below.host.is_drained(cls.below))
+        await super().create(host, options)
+
+    async def open(self) -> None:
+        self.held_up.append(self.host.is_drained(self.below))
+        await super().open()
+
+    def children_changed(self) -> None:
+        self.held_up.append(self.host.is_drained(self.below))
+
+
+class WatchedCreateOptions(CowCreateOptions):
+    driver: Literal["watched"]  # type: ignore[assignment]
+
+
+Watched.CreateOptions = WatchedCreateOptions
+
+
+def test_what_is_slow_is_done_before_the_pause() -> None:
+    async def test(host: Host) -> None:
+        Watched.below = await host.add("file", "f", filename=host.file("disk.img"))
+        Watched.held_up.clear()
+        await host.export("f")
+        await snapshot(host, device="e", format="watched")
+        assert Watched.held_up == [False, False, True]  # created, opened, put on top
+
+    with_host(test, Watched)
 
 
 # ---- long chains
