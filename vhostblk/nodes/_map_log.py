@@ -30,7 +30,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-RECORDS = 16384
+RECORDS = 65536  # 4 GiB of new 64 KiB clusters between two flushes
 _HEADER = struct.Struct("=6QQQ")
 _RECORD = struct.Struct("=4Q")
 _MAGIC = 0x76626C6F67000001  # "vblog", version 1

@@ -127,7 +127,7 @@ class DataPath:
         live = self._live
         transfers = []
         position = 0
-        for kind, where, guest, length in self._extents(request.offset, request.length, pinned):
+        for kind, where, guest, length in self.extents(request.offset, request.length, pinned):
             if kind == MAP_DATA:
                 there = max(0, min(length, live.data.size - where))
                 if there:
@@ -150,7 +150,7 @@ class DataPath:
             if isinstance(error, BaseException):
                 raise error
 
-    def _extents(
+    def extents(
         self, offset: int, length: int, pinned: dict[int, Slice]
     ) -> Iterator[tuple[int, int, int, int]]:
         """What a range consists of: kind, host offset (or L2 word), guest offset, bytes.
@@ -205,7 +205,7 @@ class DataPath:
             return
         reads: list[Awaitable[Any]] = []
         position = 0
-        for kind, where, guest, length in self._extents(offset, len(into), pinned):
+        for kind, where, guest, length in self.extents(offset, len(into), pinned):
             part = into[position : position + length]
             position += length
             if kind == MAP_DATA:
@@ -261,8 +261,10 @@ class DataPath:
             groups = list(_groups(claims, live.geometry.extended))
             await gather([self._place(request, group, pinned) for group in groups])
         if run_wanted and not await live.allocator.more_runs():
-            # It has clusters, so it is the log that is full.
-            await live.writeback.flush()
+            # It has clusters, perhaps since a moment ago; or its log is full.
+            live.l2.apply_log()
+            if live.waiting_records() * 8 > live.map_records * 7:
+                await live.writeback.flush()
         return left
 
     def _units(self, offset: int, length: int, cluster: int) -> range:

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import logging
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
 from vhostblk.engine import (
@@ -26,12 +26,14 @@ from vhostblk.engine import (
     OP_READ,
     MapHandle,
 )
+from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes.driver import ChildRole, CreateHost, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
-from vhostblk.nodes.qcow2 import bitmaps, internal, journal
+from vhostblk.nodes.qcow2 import bitmaps, extents, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
+from vhostblk.nodes.qcow2.check import check as check_at_rest
 from vhostblk.nodes.qcow2.check import repair_dirty
 from vhostblk.nodes.qcow2.compression import decompress
 from vhostblk.nodes.qcow2.create import Qcow2CreateOptions
@@ -53,7 +55,7 @@ from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
 from vhostblk.nodes.qcow2.snapshots import Snapshot
-from vhostblk.nodes.qcow2.storage import ChildStorage
+from vhostblk.nodes.qcow2.storage import ChildStorage, background
 from vhostblk.nodes.qcow2.writeback import Writeback
 from vhostblk.schema import Model, VhostblkError
 
@@ -146,6 +148,7 @@ class Qcow2(HookedNode):
         self._readers: set[asyncio.Future[None]] = set()
         self._decompressed: dict[int, bytes] = {}
         self._cleaner: asyncio.Task[None] | None = None
+        self._early: asyncio.Task[None] | None = None
         self.stopped = False
         self._written_to = False
         header, token = self.header, b""
@@ -329,7 +332,29 @@ class Qcow2(HookedNode):
         )
 
     def _low(self) -> None:
+        """The engine is about to run out of clusters; it has allocated some."""
         self.allocator.run_is_low()
+        self.l2.apply_log()
+        if self._early is None and self.waiting_records() * 2 > self.map_records:
+            # Before the log is full and requests have to wait for a flush.
+            self._early = background(self._flush_early())
+
+    def waiting_records(self) -> int:
+        """Records in the map's log of what is not on disk."""
+        return 0 if self.log is None else self.map.log_taken() - self.writeback.recorded
+
+    @property
+    def map_records(self) -> int:
+        """How many there is room for."""
+        return 1 if self.log is None else self.log.records
+
+    async def _flush_early(self) -> None:
+        try:
+            await self.writeback.flush()
+        except OSError:
+            pass  # it has been logged; the guest's own flush will tell the guest
+        finally:
+            self._early = None
 
     async def decompress(self, word: int) -> bytes:
         """The contents of a compressed cluster."""
@@ -415,6 +440,15 @@ class Qcow2(HookedNode):
         facts["backing_file_depth"] = depth
         facts["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
         return facts
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        async for extent in extents.extents(self, offset, length):
+            yield extent
+
+    async def check_image(self) -> dict[str, Any]:
+        if not self.read_only and not self.stopped:
+            await self.write_everything()
+        return (await check_at_rest(self.file, self.header)).describe()
 
     def relink(self) -> None:
         for child in self.children.values():
@@ -705,6 +739,8 @@ class Qcow2(HookedNode):
     async def write_everything(self) -> None:
         """All that is in memory to disk; nothing is in flight. The engine's runs are taken back."""
         await self.l2.settle()
+        if self._early is not None:
+            await self._early
         self.l2.apply_log()
         await self.allocator.settle()
         await self.writeback.flush()

@@ -59,6 +59,8 @@ class Writeback:
         self._begun = 0
         self._done = 0
         self._l1_dirty: set[int] = set()
+        self.recorded = live.map.log_taken()
+        """Records of the map's log, since it exists, that are on disk."""
 
     async def flush(self) -> None:
         """What has completed by now is on stable storage afterwards."""
@@ -98,6 +100,7 @@ class Writeback:
                 slice.pins -= 1
         if live.map.log is not None:
             live.map.log_done(recorded)
+            self.recorded = recorded
         live.allocator.free_after_grace(freed)
         if not live.l2.dirty and not self._l1_dirty:
             live.map.set_dirty(False)
