@@ -247,6 +247,34 @@ def test_a_flush_makes_what_is_on_disk_complete() -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize("extended", ["off", "on"])
+def test_a_log_that_is_full(monkeypatch: pytest.MonkeyPatch, extended: str) -> None:
+    """More changes than there is room for between two flushes, by the engine and by Python."""
+    monkeypatch.setattr("vhostblk.nodes._map_log.RECORDS", 8)
+
+    async def test(host: Host) -> None:
+        rnd = random.Random(10)
+        disk = new_disk(host, extended_l2=extended, cluster_size=16 * KIB)
+        await disk.open()
+        assert disk.node.log is not None and disk.node.log.records == 8
+        content = bytearray(8 * MIB)
+        for _ in range(6):
+            work = []
+            for cluster in rnd.sample(range(512), 60):
+                data = rnd.randbytes(1024)
+                content[cluster * 16 * KIB : cluster * 16 * KIB + 1024] = data
+                work.append(disk.write(cluster * 16 * KIB, data))
+            await asyncio.gather(*work)
+            start = 16 * KIB * rnd.randrange(400)
+            content[start : start + MIB] = bytes(MIB)
+            await disk.discard(start, MIB)
+        assert await disk.read(0, 8 * MIB) == content
+        await disk.close()
+        disk.judge(bytes(content))
+
+    with_host(test)
+
+
 def test_a_dirty_image_is_repaired() -> None:
     async def test(host: Host) -> None:
         disk = new_disk(host)
