@@ -22,6 +22,7 @@ from vhostblk.export import Export, export_type
 from vhostblk.export import export_types as known_export_types
 from vhostblk.graph import Graph
 from vhostblk.graph.describe import describe_drive, describe_graph
+from vhostblk.image import Extent, merged
 from vhostblk.jobs import JobStore
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
@@ -247,6 +248,43 @@ class Backend:
                 snapshot = await change(what, name)
             described: dict[str, Any] = snapshot.describe()
             return described
+
+    async def block_image_map(
+        self, device: str, offset: int, length: int | None, limit: int
+    ) -> dict[str, Any]:
+        """block-image-map: the extents of a range, and where to go on if they are too many."""
+        async with self.graph.lock:
+            node = self._node_of(device)
+            end = node.size if length is None else offset + length
+            if not 0 <= offset <= end <= node.size:
+                raise VhostblkError(
+                    f"Bytes {offset} to {end} are not inside node '{node.name}' of {node.size} "
+                    "bytes",
+                    data={"code": "bad-range", "node": node.name},
+                )
+            found: list[Extent] = []
+            async for extent in node.extents(offset, end - offset):
+                found.append(extent)
+                if len(found) > 2 * limit:
+                    found = merged(found)
+                    if len(found) > limit:
+                        break
+        found = merged(found)
+        result: dict[str, Any] = {"node-name": node.name, "size": node.size}
+        if len(found) > limit:
+            result["next-offset"] = found[limit].start
+        result["extents"] = [extent.describe() for extent in found[:limit]]
+        return result
+
+    async def block_image_check(self, device: str) -> dict[str, Any]:
+        """block-image-check: guests are paused while the tables are walked."""
+        async with self.graph.lock:
+            node = self._node_of(device)
+            begun = time.monotonic()
+            async with self.graph.drained([node]):
+                result: dict[str, Any] = await node.check_image()
+            pause = round((time.monotonic() - begun) * 1e6)
+        return {"node-name": node.name, **result, "pause-us": pause}
 
     def _node_of(self, device: str) -> Any:
         """A node by its name, or the top node below the filters of an export."""

@@ -13,7 +13,7 @@ from vhostblk.control import introspect
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
-from vhostblk.schema import Model, OnOff, Size, VhostblkError
+from vhostblk.schema import Model, OnOff, Size, UInt32, UInt64, VhostblkError
 from vhostblk.snapshot.actions import BlockdevSnapshot, BlockdevSnapshotSync
 from vhostblk.transaction import (
     BlockdevDel,
@@ -168,6 +168,35 @@ async def blockdev_snapshot_delete_internal_sync(
 async def blockdev_snapshot_internal_apply(context: Context, arguments: InternalSnapshot) -> Any:
     """Make a node, which no export uses, what it was when a snapshot inside it was taken."""
     return await context.backend.internal_snapshot(arguments.device, "apply", arguments.name)
+
+
+class BlockImageMap(Model):
+    """Arguments of block-image-map."""
+
+    device: str
+    offset: UInt64 = 0
+    length: UInt64 | None = None
+    limit: UInt32 = 10_000
+
+
+@command("block-image-map")
+async def block_image_map(context: Context, arguments: BlockImageMap) -> Any:
+    """Where the data of a node, or of an export's image, are; `limit` extents at a time."""
+    return await context.backend.block_image_map(
+        arguments.device, arguments.offset, arguments.length, max(1, arguments.limit)
+    )
+
+
+class BlockImageCheck(Model):
+    """Arguments of block-image-check."""
+
+    device: str
+
+
+@command("block-image-check")
+async def block_image_check(context: Context, arguments: BlockImageCheck) -> Any:
+    """Check an image in use, changing nothing; guests are paused until it is done (pause-us)."""
+    return await context.backend.block_image_check(arguments.device)
 
 
 class Transaction(Model):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum, IntFlag
@@ -32,6 +32,7 @@ from vhostblk.engine import (
     NodeHandle,
     Stats,
 )
+from vhostblk.image import Extent
 from vhostblk.schema import Model, NodeName, OnOff, VhostblkError
 
 
@@ -343,6 +344,11 @@ class NodeDriver:
     def _only_child(self) -> Child:
         return next(iter(self.children.values()))
 
+    @property
+    def is_format(self) -> bool:
+        """Whether a child stores something else than this node's data as they are."""
+        return any(role.kind is RoleKind.STORAGE for role in self.child_roles.values())
+
     def describe(self) -> dict[str, Any]:
         """Facts for `query-named-block-nodes`; may add members of the driver's own."""
         return {}
@@ -359,6 +365,18 @@ class NodeDriver:
         """
         options: dict[str, Any] = self.options.to_options()
         return options
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        """Where the data of a range are; by default where the first child has them."""
+        async for extent in self._only_child().node.extents(offset, length):
+            yield extent
+
+    async def check_image(self) -> dict[str, Any]:
+        """Check the image without changing it: QAPI's ImageCheck. Nothing is in flight."""
+        raise VhostblkError(
+            f"Block format '{self.driver}' used by node '{self.name}' does not support checks",
+            data={"code": "no-check", "node": self.name},
+        )
 
     def stats(self) -> Stats:
         """Counters of the engine half."""

@@ -15,10 +15,12 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vhostblk.engine import NodeHandle
+from vhostblk.image import Extent
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
 from vhostblk.nodes.driver import CreateHost, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
@@ -97,6 +99,31 @@ class File(NodeDriver):
             memory_align=opened.memory_align,
             request_align=opened.request_align,
         )
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        end = offset + length
+        while offset < end:
+            stop, data = await asyncio.to_thread(self._next_extent, offset, end)
+            yield Extent(
+                offset,
+                stop - offset,
+                zero=not data,
+                data=data,
+                offset=offset,
+                filename=self.options.filename,
+            )
+            offset = stop
+
+    def _next_extent(self, offset: int, end: int) -> tuple[int, bool]:
+        """How far the data, or the hole, at `offset` go (lseek(2), SEEK_DATA and SEEK_HOLE)."""
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+            if start > offset:
+                return min(start, end), False
+            return min(os.lseek(self._fd, offset, os.SEEK_HOLE), end), True
+        except OSError as error:
+            # ENXIO: a hole up to the end. Else the file system cannot tell: data.
+            return end, error.errno != errno.ENXIO
 
     async def close(self) -> None:
         await super().close()

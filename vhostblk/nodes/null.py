@@ -8,7 +8,10 @@ Engine half: cffi_build/engine/nodes/null.c.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from vhostblk.engine import NodeHandle
+from vhostblk.image import Extent
 from vhostblk.nodes.driver import NodeDriver, NodeOptions
 from vhostblk.schema import OnOff, Size, UInt64, VhostblkError
 
@@ -51,6 +54,9 @@ class NullCo(NodeDriver):
 
     def filename(self) -> str:
         return f"{self.driver}://"
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        yield Extent(offset, length, present=False, zero=self.options.read_zeroes, data=False)
 
     async def truncate(self, size: int) -> None:
         if self.read_only:

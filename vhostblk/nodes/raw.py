@@ -8,10 +8,11 @@ Engine half: cffi_build/engine/nodes/raw.c.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import ClassVar
 
 from vhostblk.engine import NodeHandle
+from vhostblk.image import Extent
 from vhostblk.nodes.driver import ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.schema import BlockdevRef, Size, VhostblkError
 
@@ -73,6 +74,11 @@ class Raw(NodeDriver):
 
     def filename(self) -> str:
         return self.child("file").node.filename()
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        base = self.options.offset
+        async for extent in self.child("file").node.extents(offset + base, length):
+            yield extent.moved(-base)
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         if self.options.offset or self.options.size is not None:

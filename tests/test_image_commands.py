@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`vhostblk create`, `info`, `map` and `check`, the latter on images in use."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backend_process import BackendProcess
+from crash.tools import plain_environment
+from frontend import Device
+from in_process import MIB, Host, refused, with_host
+
+from vhostblk.cli import main
+
+KIB = 1024
+
+
+def qemu(*arguments: object) -> str:
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=plain_environment(),
+    ).stdout
+
+
+def qemu_map(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(qemu("qemu-img", "map", "-U", "--output=json", path))
+    return found
+
+
+def same_map(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Extent by extent; QEMU 7.2 does not say what is compressed."""
+    keys = ("start", "length", "depth", "zero", "data", "offset", "present")
+    cut = [{key: entry[key] for key in keys if key in entry} for entry in ours]
+    assert cut == [{key: entry[key] for key in keys if key in entry} for entry in theirs]
+
+
+def chain(directory: Path) -> Path:
+    """An image with data, zeroes and holes over another one over a raw file."""
+    rng = random.Random(3)
+    base, middle, top = directory / "base.raw", directory / "middle.qcow2", directory / "top.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "raw", base, "6M")
+    qemu("qemu-io", "-f", "raw", "-c", "write -P 1 1M 1M", base)
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", middle, "8M")
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
+    for image in (middle, top):
+        for _ in range(6):
+            offset = rng.randrange(0, 7 * MIB, 64 * KIB)
+            kind = rng.choice(("write -P 3", "write -z"))
+            qemu("qemu-io", "-f", "qcow2", "-c", f"{kind} {offset} {64 * KIB}", image)
+    return top
+
+
+def test_map_of_an_image_in_use_is_that_of_qemu() -> None:
+    async def test(host: Host) -> None:
+        top = chain(host.directory)
+        before = qemu_map(top)
+        await host.add("qcow2", "d", file={"driver": "file", "filename": str(top)})
+        answer = await host.backend.block_image_map("d", 0, None, 1000)
+        same_map(answer["extents"], before)
+        assert answer["size"] == 8 * MIB and "next-offset" not in answer
+        # In pieces it is the same.
+        pieces: list[dict[str, Any]] = []
+        offset: int | None = 0
+        while offset is not None:
+            part = await host.backend.block_image_map("d", offset, None, 2)
+            assert len(part["extents"]) <= 2
+            pieces += part["extents"]
+            offset = part.get("next-offset")
+        assert sum(entry["length"] for entry in pieces) == 8 * MIB
+        same_map(pieces, before)
+        # What is not on disk yet is known.
+        for cluster in range(0, 128, 5):
+            await host.write("d", cluster * 64 * KIB, b"n" * 512)
+        now = await host.backend.block_image_map("d", 0, None, 1000)
+        own = [entry for entry in now["extents"] if entry["depth"] == 0 and entry["data"]]
+        covered = {
+            at for entry in own
+            for at in range(entry["start"], entry["start"] + entry["length"], 64 * KIB)
+        }  # fmt: skip
+        assert {cluster * 64 * KIB for cluster in range(0, 128, 5)} <= covered
+        await host.backend.blockdev_del("d")
+        same_map(now["extents"], qemu_map(top))
+
+    with_host(test)
+
+
+def test_map_of_raw_files_and_through_filters() -> None:
+    async def test(host: Host) -> None:
+        path = Path(host.file("f", MIB))
+        with path.open("r+b") as file:
+            file.seek(256 * KIB)
+            file.write(b"x" * 64 * KIB)
+        await host.add("file", "f", filename=str(path))
+        await host.add("raw", "r", file="f", offset=128 * KIB, size=512 * KIB)
+        await host.add("delay", "d", file="r")
+        same = [await host.backend.block_image_map(name, 0, None, 100) for name in ("r", "d")]
+        assert same[0]["extents"] == same[1]["extents"]
+        data = [entry for entry in same[0]["extents"] if entry["data"]]
+        assert [(entry["start"], entry["offset"]) for entry in data] == [(128 * KIB, 256 * KIB)]
+        with refused("not inside node 'r' of 524288 bytes"):
+            await host.backend.block_image_map("r", MIB, None, 100)
+
+    with_host(test)
+
+
+def test_check_of_an_image_under_load() -> None:
+    async def test(host: Host) -> None:
+        path = host.directory / "a.qcow2"
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "8M")
+        await host.add("qcow2", "d", file={"driver": "file", "filename": str(path)})
+        await host.export("d")
+        async with host.device() as guest:
+            for number in range(40):
+                await guest.write(number * 100 * KIB, b"w" * 4096)
+                if number % 8 == 0:
+                    result = await host.backend.block_image_check("e")
+                    assert result["node-name"] == "d"
+                    assert not result.get("corruptions") and not result.get("leaks")
+                    assert result["allocated-clusters"] == number + 1
+            assert await guest.read(0, 4096) == b"w" * 4096
+        await host.add("file", "f", filename=host.file("plain"))
+        with refused("Block format 'file' used by node 'f' does not support checks"):
+            await host.backend.block_image_check("f")
+
+    with_host(test)
+
+
+def test_check_finds_what_qemu_finds() -> None:
+    async def test(host: Host) -> None:
+        path = host.directory / "a.qcow2"
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+        qemu("qemu-io", "-f", "qcow2", "-c", "write 0 1M", path)
+        with path.open("r+b") as file:
+            file.seek(2 * 65536 + 2 * 9)  # a count in the first block
+            file.write(b"\x00\x02")
+        await host.add("qcow2", "d", file={"driver": "file", "filename": str(path)}, read_only=True)
+        result = await host.backend.block_image_check("d")
+        done = subprocess.run(
+            ["qemu-img", "check", "-U", "--output=json", path],
+            capture_output=True, check=False, env=plain_environment(),
+        )  # fmt: skip
+        report = json.loads(done.stdout)
+        assert result.get("leaks", 0) == report.get("leaks", 0)
+        assert bool(result.get("corruptions")) == bool(report.get("corruptions"))
+        assert report.get("leaks", 0) + report.get("corruptions", 0) > 0
+
+    with_host(test)
+
+
+# ---- the commands
+
+
+def test_info_map_and_check_of_a_running_backend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+    process = BackendProcess(
+        tmp_path,
+        "--blockdev",
+        f"driver=qcow2,node-name=d,file.driver=file,file.filename={path}",
+        "--export",
+        "type=vhost-user-blk,id=vda,node-name=d,writable=on,addr.type=unix,addr.path={dir}/v.sock",
+        "--control",
+        "{dir}/c.sock",
+    )
+    try:
+        process.wait_ready()
+        with Device(str(tmp_path / "v.sock"), timeout=20) as device:
+            device.write(MIB, b"x" * 64 * KIB)
+            socket = ["--socket", str(tmp_path / "c.sock")]
+            assert main(["info", *socket]) == 0
+            text = capsys.readouterr().out
+            assert "format: qcow2" in text and "virtual-size: 8388608" in text
+            assert main(["info", "vda", "--json", *socket]) == 0
+            assert json.loads(capsys.readouterr().out)["cluster-size"] == 65536
+            assert main(["map", *socket]) == 0
+            assert "data" in capsys.readouterr().out
+            assert main(["map", "d", "--json", *socket]) == 0
+            data = [entry for entry in json.loads(capsys.readouterr().out) if entry["data"]]
+            assert [(entry["start"], entry["length"]) for entry in data] == [(MIB, 64 * KIB)]
+            assert main(["check", *socket]) == 0
+            assert "no errors were found" in capsys.readouterr().out
+            assert main(["check", "nobody", *socket]) != 0
+            assert "nobody" in capsys.readouterr().err
+            assert device.read(MIB, 512) == b"x" * 512
+    finally:
+        process.close()
+
+
+def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    assert (
+        main(["create", "-f", "qcow2", "-o", "compat=0.10,cluster_size=4k", str(base), "4M"]) == 0
+    )
+    info = json.loads(qemu("qemu-img", "info", "--output=json", base))
+    assert (info["virtual-size"], info["cluster-size"]) == (4 * MIB, 4096)
+    assert info["format-specific"]["data"]["compat"] == "0.10"
+    arguments = ["-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "-o", "compression_type=zstd"]
+    assert main(["create", *arguments, str(top), "8M"]) == 0
+    info = json.loads(qemu("qemu-img", "info", "--output=json", top))
+    assert info["backing-filename"] == "base.qcow2"
+    assert info["format-specific"]["data"]["compression-type"] == "zstd"
+    qemu("qemu-img", "check", "-q", top)
+    raw = tmp_path / "disk.raw"
+    assert main(["create", "-f", "raw", str(raw), "3M"]) == 0
+    assert raw.stat().st_size == 3 * MIB
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-f", "qcow2", "there", "1M"], "exists and is not empty"),
+        (["-f", "qcow2", "new", "many"], "is not a size"),
+        (["-f", "qcow2", "-o", "cluster_size=5", "new", "1M"], "power of two"),
+        (["-f", "qcow2", "-o", "clusters=5", "new", "1M"], "unexpected"),
+        (["-f", "qcow2", "-o", "clusters", "new", "1M"], "not KEY=VALUE"),
+        (["-f", "qcow2", "-b", "there", "new", "1M"], "-b needs -F"),
+        (["-f", "qcow2", "-b", "missing", "-F", "raw", "new", "1M"], "does not exist"),
+        (["-f", "raw", "-b", "there", "-F", "raw", "new", "1M"], "cannot have a backing file"),
+        (["-f", "null-co", "new", "1M"], "does not support blockdev-create"),
+    ],
+)
+def test_create_refuses_in_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").write_bytes(b"data")
+    assert main(["create", *arguments]) != 0
+    error = capsys.readouterr().err
+    assert text in error and "Traceback" not in error
+    assert Path("there").read_bytes() == b"data"
+    assert not Path("new").exists()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`vhostblk create`: make a new image."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from vhostblk.cli.errors import USAGE, CliError
+from vhostblk.cli.parser import Parser
+from vhostblk.nodes._create_file import FileCreateOptions, create_file
+from vhostblk.schema.model import parse_size
+
+DESCRIPTION = """\
+Create an image. A file that exists is left alone, unless it is empty or --force is given.
+"""
+
+EPILOG = """\
+examples:
+  vhostblk create -f qcow2 disk.qcow2 40G
+  vhostblk create -f qcow2 -o cluster-size=128k,extended-l2=on disk.qcow2 40G
+  vhostblk create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2 40G
+  vhostblk create -f raw -o preallocation=falloc disk.img 40G
+
+Options are those of blockdev-create, and the names that 'qemu-img create -o' has for them
+(cluster_size, compat=0.10 or 1.1, backing_fmt, …).
+"""
+
+_COMPAT = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+
+
+def configure(parser: Parser) -> None:
+    """Declare the options."""
+    parser.add_argument("-f", "--format", required=True, help="raw, qcow2 or qed")
+    parser.add_argument(
+        "-o",
+        "--options",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,…",
+        help="options of the format",
+    )
+    parser.add_argument("-b", "--backing", metavar="FILE", help="the image below")
+    parser.add_argument("-F", "--backing-format", metavar="FORMAT", help="its format")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    parser.add_argument("file", metavar="FILE", help="the image to make")
+    parser.add_argument("size", metavar="SIZE", help="of the disk: bytes, or with k, M, G, T")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    try:
+        size = parse_size(args.size)
+    except ValueError as error:
+        raise CliError(str(error), status=USAGE) from None
+    options = _options(args.options)
+    path = Path(args.file)
+    if path.exists() and path.stat().st_size and not args.force:
+        raise CliError(f"'{path}' exists and is not empty; --force replaces it")
+    if args.format == "raw":
+        if args.backing is not None:
+            raise CliError("a raw image cannot have a backing file", status=USAGE)
+        _create_raw(str(path), size, options)
+    else:
+        if args.backing is not None:
+            if args.backing_format is None:
+                raise CliError("-b needs -F: the format of a backing file is not guessed",
+                               status=USAGE)  # fmt: skip
+            _check_backing(path, args.backing)
+            options |= {"backing-file": args.backing, "backing-fmt": args.backing_format}
+        asyncio.run(_create(args.format, str(path), size, options))
+    print(f"{path}: {args.format}, {size} bytes")
+    return 0
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for word in ",".join(words).split(",") if words else []:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise CliError(f"'{word}' in -o is not KEY=VALUE", status=USAGE)
+        name = key.replace("_", "-")
+        if name == "compat":
+            if value not in _COMPAT:
+                raise CliError(f"compat is 0.10 or 1.1, not '{value}'", status=USAGE)
+            name, value = "version", _COMPAT[value]
+        options[name] = value
+    return options
+
+
+def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
+    from vhostblk.schema import validate
+
+    given = {"driver": "file", "filename": path, "size": size, **options}
+    create_file(validate(FileCreateOptions, given))
+
+
+def _check_backing(path: Path, name: str) -> None:
+    if name.startswith("json:"):
+        return
+    below = path.parent / name
+    if not below.exists():
+        raise CliError(f"the backing file '{below}' does not exist")
+    if below.resolve() == path.resolve():
+        raise CliError("an image cannot be its own backing file", status=USAGE)
+
+
+async def _create(format: str, path: str, size: int, options: dict[str, Any]) -> None:
+    from vhostblk.backend import Backend
+    from vhostblk.jobs.create import Creator
+
+    backend = Backend()
+    await backend.start()
+    try:
+        creator = Creator(backend.graph, backend.driver_registry, "create", locked=False)
+        data = options.pop("data-file", None)
+        if data is not None:
+            create_file(FileCreateOptions(driver="file", filename=data, size=0))
+            options["data-file"] = {"driver": "file", "filename": data}
+        existed = os.path.exists(path)
+        create_file(FileCreateOptions(driver="file", filename=path, size=0))
+        try:
+            await creator.create(
+                {
+                    "driver": format,
+                    "file": {"driver": "file", "filename": path},
+                    "size": size,
+                    **options,
+                }
+            )
+        except BaseException:
+            if not existed:
+                os.unlink(path)
+            raise
+    finally:
+        await backend.close()

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`vhostblk info`: what an image in use is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vhostblk.cli import image
+from vhostblk.cli.errors import CliError
+from vhostblk.cli.parser import Parser
+
+DESCRIPTION = """\
+Say what an image in use is: format, sizes, backing files, features. For an image that
+nobody uses there is 'qemu-img info'.
+"""
+
+EPILOG = """\
+examples:
+  vhostblk info
+  vhostblk info vda --json
+"""
+
+
+def configure(parser: Parser) -> None:
+    """Declare the options."""
+    image.configure(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    with image.connect(args) as client:
+        node = _node(image.device_of(args, client), client)
+    facts: dict[str, Any] = node.get("image") or {
+        "filename": node["file"],
+        "format": node["drv"],
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"node: {node['node-name']}")
+    for name, value in facts.items():
+        if name == "format-specific":
+            for key, detail in value["data"].items():
+                print(f"  {key}: {_text(detail)}")
+        else:
+            print(f"{name}: {_text(value)}")
+    return 0
+
+
+def _node(device: str, client: Any) -> dict[str, Any]:
+    """The node called `device`, or the image below the filters of that export."""
+    for drive in client.execute("query-block"):
+        if drive["device"] == device:
+            device = drive["top-node-below-filters"]
+    nodes: list[dict[str, Any]] = client.execute("query-named-block-nodes")
+    for node in nodes:
+        if node["node-name"] == device:
+            return node
+    raise CliError(f"there is no node or export '{device}'; 'vhostblk graph' shows those there are")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
