@@ -182,3 +182,26 @@ def test_reading_only_writes_nothing() -> None:
         assert Path(path).read_bytes() == before
 
     with_host(test)
+
+
+def test_a_chain_of_two_hundred() -> None:
+    """Opened, read through, and copied from, all the way down."""
+
+    async def test(host: Host) -> None:
+        create(host.path("000.qcow2"))
+        pattern(host.path("000.qcow2"), 0x55, 0, 4 * MIB)
+        template = Path(overlay(host.path("001.qcow2"), "000.qcow2")).read_bytes()
+        assert template.count(b"000.qcow2") == 1
+        for number in range(2, 201):
+            data = template.replace(b"000.qcow2", f"{number - 1:03}.qcow2".encode())
+            Path(host.path(f"{number:03}.qcow2")).write_bytes(data)
+        await add(host, host.path("200.qcow2"))
+        assert len(host.backend.graph.nodes) == 402
+        for offset in range(0, 4 * MIB, 256 * 1024):
+            assert await host.read("disk", offset + 512, 4096) == b"\x55" * 4096
+        await host.write("disk", 65536 + 512, b"\x66" * 512)
+        assert await host.read("disk", 65536, 2048) == (
+            b"\x55" * 512 + b"\x66" * 512 + b"\x55" * 1024
+        )
+
+    with_host(test)
