@@ -75,7 +75,7 @@ class NamedFiles:
         return {"driver": "host_device" if block else "file", "filename": path}
 
     def _with_chain(self, options: dict[str, Any]) -> dict[str, Any]:
-        if self._given is not None and options["driver"] == "qcow2":
+        if self._given is not None and options["driver"] in _HAVE_CHAINS:
             options.setdefault("allow-backing-from", tuple(self._given))
         return options
 

@@ -142,6 +142,9 @@ class _Path(DataPath):
         self._qed = live
 
     async def publish(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            # Written through: the slice may leave memory as soon as nobody needs it.
+            self._qed.l2.dirty.pop(claim.slice.index, None)
         try:
             await self._qed.write_entries(claims)
         except BaseException:
@@ -381,11 +384,10 @@ class Qed(HookedNode):
 
     def _inside(self, offset: int, length: int) -> bool:
         size, l1 = self.header.cluster_size, self.header.l1_table_offset
-        end = -(-self.file.size // size) * size
         return (
             offset % size == 0
             and offset >= self.header.header_size * size
-            and offset + length <= end
+            and offset + length <= self.file.size
             and not l1 - length < offset < l1 + self.header.table_bytes
         )
 
@@ -424,9 +426,6 @@ class Qed(HookedNode):
             )
             if uncovers:
                 await self.flush()
-            for claim in claims:
-                # Written through: the slice may leave memory at any time.
-                self.l2.dirty.pop(claim.slice.index, None)
             for claims_of_table in _by_table(claims, self.geometry.table_entries):
                 async with self._table_lock:
                     await self._write_table(claims_of_table)
@@ -546,50 +545,45 @@ class Qed(HookedNode):
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeroes."""
-        claims: list[Claim] = []
-        pinned: list[Slice] = []
-        try:
-            for cluster, start, count, whole in self._pieces(offset, length):
-                slice = await self.l2.pin(cluster // self.geometry.slice_entries)
-                pinned.append(slice)
-                claim = await self._zero_cluster(slice, cluster, start, count, whole, unmap)
-                if claim is not None:
-                    claims.append(claim)
-                if len(claims) >= self.geometry.slice_entries:
-                    await self._claimed_zeroes(claims)
-                    claims = []
-            if claims:
-                done, claims = claims, []
-                await self._claimed_zeroes(done)
-        finally:
-            for claim in claims:
-                self.path.release(claim)
-            for slice in pinned:
+        step = self.geometry.slice_entries * self.header.cluster_size
+        end = offset + length
+        while offset < end:
+            stop = min(end, (offset // step + 1) * step)
+            slice = await self.l2.pin(offset // step)
+            try:
+                await self._zero_in(slice, offset, stop - offset, unmap)
+            finally:
                 self.l2.unpin(slice)
+            offset = stop
 
-    async def _claimed_zeroes(self, claims: list[Claim]) -> None:
+    async def _zero_in(self, slice: Slice, offset: int, length: int, unmap: bool) -> None:
+        """The same inside one slice, which stays. Nothing waits for others while it has claims."""
+        claims: list[Claim] = []
+        left: list[tuple[int, int]] = []
+        for cluster, start, count, whole in self._pieces(offset, length):
+            entry = self.map.get(cluster)
+            kind = entry & MAP_TYPE
+            claim = None
+            if kind == MAP_ZERO:
+                continue
+            if kind == MAP_BACKING and whole:
+                claim = self.path.claim(cluster, slice, cluster % self.geometry.slice_entries, [0])
+            if claim is None:
+                left.append((start, count))
+            else:
+                claims.append(claim)
         for claim in claims:
             claim.slice.words[claim.index] = ZERO
-        await self.path.publish(claims)
-
-    async def _zero_cluster(
-        self, slice: Slice, cluster: int, start: int, count: int, whole: bool, unmap: bool
-    ) -> Claim | None:
-        entry = self.map.get(cluster)
-        kind = entry & MAP_TYPE
-        if kind == MAP_ZERO:
-            return None
-        if kind == MAP_DATA:
-            host = (entry & MAP_OFFSET) + start % self.header.cluster_size
-            await self.data.child.write_zeroes(host, count, unmap=unmap)
-            return None
-        if kind == MAP_BACKING and whole:
-            claim = self.path.claim(cluster, slice, cluster % self.geometry.slice_entries, [0])
-            if claim is not None:
-                return claim
-        # A part of what shows through from below, or somebody is at it: an ordinary write.
-        await self.engine.submit(self.map, OP_WRITE, start, bytearray(count))
-        return None
+        if claims:
+            await self.path.publish(claims)
+        for start, count in left:
+            entry = self.map.get(start // self.header.cluster_size)
+            if entry & MAP_TYPE == MAP_DATA:
+                host = (entry & MAP_OFFSET) + start % self.header.cluster_size
+                await self.data.child.write_zeroes(host, count, unmap=unmap)
+            else:
+                # A part of what shows through from below, or somebody is at it: a plain write.
+                await self.engine.submit(self.map, OP_WRITE, start, bytearray(count))
 
     # ---- changes
 
@@ -616,12 +610,12 @@ class Qed(HookedNode):
         return True
 
     async def truncate(self, size: int) -> None:
+        """Grow. What appears reads as zeroes on disk before the header says that it is there."""
         old = self._size
         if size == old:
             return
         self._check_size(size)
         header = self.header.with_(size=size)
-        # What appears reads as zeroes: the rest of the last cluster is made so before the header.
         tail = old % header.cluster_size
         if tail:
             cluster = old // header.cluster_size

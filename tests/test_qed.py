@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The qed driver: random operations against a model, QEMU's tools as judges, broken images.
+
+What power cuts leave is tested in test_qed_crash.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash.tools import Tools, newest_tools
+from in_process import Host, refused, with_host
+
+from vhostblk.engine import OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES, REQ_MAY_UNMAP
+
+MIB = 1 << 20
+CLUSTER = 4096
+NEED_CHECK = 2
+
+
+@pytest.fixture
+def tools() -> Tools:
+    return newest_tools()
+
+
+def file_of(path: Path) -> dict[str, Any]:
+    return {"driver": "file", "filename": str(path)}
+
+
+def features(path: Path) -> int:
+    with open(path, "rb") as file:
+        return int(struct.unpack("<Q", file.read(24)[16:])[0])
+
+
+def patch(path: Path, offset: int, form: str, *values: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(form, *values))
+
+
+def new_image(tools: Tools, path: Path, size: int, **options: Any) -> Path:
+    return tools.create(path, size, "qed", **{"cluster_size": CLUSTER, "table_size": 2, **options})
+
+
+def submit(
+    host: Host, op: int, offset: int, data: bytes | None, length: int, flags: int = 0
+) -> Any:
+    handle = host.backend.graph.node("d").effective
+    return host.backend.engine.submit(handle, op, offset, data, length, flags=flags)
+
+
+async def work(host: Host, model: bytearray, rnd: random.Random, rounds: int) -> None:
+    """Batches of requests; those of one batch do not overlap, but share clusters."""
+    for _ in range(rounds):
+        at, jobs = rnd.randrange(0, 64) * 512, []
+        while at < len(model) - 64 * 1024 and len(jobs) < 12:
+            length = rnd.choice((512, 1536, 4096, 8192, 30 * 512))
+            if rnd.random() < 0.7:
+                data = rnd.randbytes(length)
+                jobs.append(submit(host, OP_WRITE, at, data, length))
+                model[at : at + length] = data
+            else:
+                length = rnd.choice((512, 4096, 5 * 4096 + 512))
+                flags = rnd.choice((0, REQ_MAY_UNMAP))
+                jobs.append(submit(host, OP_WRITE_ZEROES, at, None, length, flags))
+                model[at : at + length] = bytes(length)
+            at += length + rnd.choice((0, 0, 512, 4096, 200 * 512))
+        await asyncio.gather(*jobs)
+        if rnd.random() < 0.3:
+            await submit(host, OP_FLUSH, 0, None, 0)
+        at = rnd.randrange(0, len(model) // 512 - 100) * 512
+        assert await host.read("d", at, 51200) == model[at : at + 51200]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("below", ["alone", "backing", "short backing"])
+def test_random_operations(tmp_path: Path, tools: Tools, below: str, seed: int) -> None:
+    size, rnd = 3 * MIB - 1536, random.Random(seed)
+    image, base = tmp_path / "d.qed", tmp_path / "base.raw"
+    model = bytearray(size)
+    if below == "alone":
+        new_image(tools, image, size)
+    else:
+        there = size if below == "backing" else MIB + 512
+        base.write_bytes(rnd.randbytes(there))
+        model[:there] = base.read_bytes()
+        new_image(tools, image, size, backing=base.name)
+
+    async def run(host: Host) -> None:
+        for _ in range(2):
+            await host.add("qed", "d", file=file_of(image))
+            await work(host, model, rnd, 25)
+            assert await host.read("d", 0, size) == model
+            await host.backend.blockdev_del("d")
+            found = tools.check(image, format="qed")
+            assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+            assert not features(image) & NEED_CHECK
+            assert tools.content(image, "qed") == model
+
+    with_host(run)
+
+
+def test_what_qemu_writes_is_read(tmp_path: Path, tools: Tools) -> None:
+    image = tools.create(tmp_path / "d.qed", 64 * MIB, "qed")
+    commands = ("write -P 1 0 64k", "write -P 2 100k 3M", "write -P 3 63M 1M", "write -z 1M 1M")
+    for command in commands:
+        tools.io(image, command, options=("-f", "qed"))
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image), read_only=True)
+        assert await host.read("d", 0, 64 * MIB) == tools.content(image, "qed")
+
+    with_host(run)
+
+
+def test_create_and_grow(tmp_path: Path, tools: Tools) -> None:
+    image = tmp_path / "d.qed"
+
+    async def run(host: Host) -> None:
+        host.file("d.qed", 0)
+        image.write_bytes(b"")
+        await host.backend.blockdev_create(
+            "j",
+            {
+                "driver": "qed",
+                "file": file_of(image),
+                "size": 5000 * 512,
+                "cluster-size": 4096,
+                "table-size": 2,
+            },
+        )
+        await host.until(lambda: host.backend.query_jobs()[0]["status"] == "concluded")
+        assert "error" not in host.backend.query_jobs()[0]
+        await host.add("qed", "d", file=file_of(image))
+        last = 4999 * 512
+        await host.write("d", last, b"x" * 512)
+        await host.backend.block_resize("d", 8 * MIB)
+        assert await host.read("d", last, 8192) == b"x" * 512 + bytes(8192 - 512)
+        await host.write("d", 8 * MIB - 512, b"y" * 512)
+        with refused("Shrinking"):
+            await host.backend.block_resize("d", MIB)
+        await host.backend.blockdev_del("d")
+
+    with_host(run)
+    found = tools.check(image, format="qed")
+    assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+    content = tools.content(image, "qed")
+    assert len(content) == 8 * MIB
+    assert content[4999 * 512 :][:513] == b"x" * 512 + b"\0"
+    assert content[-512:] == b"y" * 512
+
+
+def test_growing_does_not_show_a_larger_backing_file(tmp_path: Path, tools: Tools) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * 2 * MIB)
+    image = new_image(tools, tmp_path / "d.qed", MIB, backing=base.name)
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        with refused("larger than the image"):
+            await host.backend.block_resize("d", 2 * MIB)
+
+    with_host(run)
+
+
+def test_need_check_bit_is_there_before_an_entry_and_goes_at_the_end(
+    tmp_path: Path, tools: Tools
+) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        assert not features(image) & NEED_CHECK
+        await host.write("d", 0, b"a" * 512)
+        assert features(image) & NEED_CHECK
+        # Whoever dies now has written everything: another process would find it.
+        copy = tmp_path / "copy.qed"
+        copy.write_bytes(image.read_bytes())
+        assert tools.content(copy, "qed")[:513] == b"a" * 512 + b"\0"
+        await host.backend.blockdev_del("d")
+        assert not features(image) & NEED_CHECK
+
+    with_host(run)
+
+
+def test_image_that_was_not_closed_is_repaired(tmp_path: Path, tools: Tools) -> None:
+    image = new_image(tools, tmp_path / "d.qed", 4 * MIB)
+    tools.io(image, "write -P 7 0 64k", "write -P 8 3M 4k", options=("-f", "qed"))
+    l1 = struct.unpack("<Q", image.read_bytes()[40:48])[0]
+    l2 = struct.unpack("<Q", image.read_bytes()[l1 : l1 + 8])[0]
+    length = image.stat().st_size
+    patch(image, 16, "<Q", NEED_CHECK)
+    patch(image, l2 + 8 * 100, "<Q", length + 64 * CLUSTER)  # the end of the file was lost
+    with open(image, "ab") as file:
+        file.truncate(length + 5 * CLUSTER)  # and these were never named
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        assert not features(image) & NEED_CHECK
+        assert await host.read("d", 100 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+        assert await host.read("d", 0, 65536) == b"\7" * 65536
+        await host.backend.blockdev_del("d")
+
+    with_host(run)
+    assert image.stat().st_size == length
+    found = tools.check(image, format="qed")
+    assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+
+
+def test_cluster_named_twice_is_not_written_to(tmp_path: Path, tools: Tools) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+    tools.io(image, "write -P 7 0 8k", options=("-f", "qed"))
+    l1 = struct.unpack("<Q", image.read_bytes()[40:48])[0]
+    l2, *_ = struct.unpack("<Q", image.read_bytes()[l1 : l1 + 8])
+    first = struct.unpack("<Q", image.read_bytes()[l2 : l2 + 8])[0]
+    patch(image, l2 + 8, "<Q", first)
+    patch(image, 16, "<Q", NEED_CHECK)
+    before = image.read_bytes()
+
+    async def run(host: Host) -> None:
+        with refused("in use", "read-only=on"):
+            await host.add("qed", "d", file=file_of(image))
+        await host.add("qed", "d", file=file_of(image), read_only=True)
+        assert await host.read("d", 0, 4096) == b"\7" * 4096
+
+    with_host(run)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("offset", "form", "value", "text"),
+    [
+        (0, "<I", 0, "does not begin with"),
+        (4, "<I", 2048, "cluster size"),
+        (4, "<I", 4096 + 512, "cluster size"),
+        (4, "<I", 1 << 27, "cluster size"),
+        (8, "<I", 0, "table size"),
+        (8, "<I", 3, "table size"),
+        (8, "<I", 32, "table size"),
+        (12, "<I", 0, "header size"),
+        (12, "<I", 1 << 31, "header size"),
+        (16, "<Q", 8, "bits 3"),
+        (16, "<Q", 1 << 63, "bits 63"),
+        (40, "<Q", 0, "L1 table"),
+        (40, "<Q", 4096 + 512, "multiple of the cluster size"),
+        (40, "<Q", (1 << 64) - 4096, "outside"),
+        (48, "<Q", 1000, "multiple of 512"),
+        (48, "<Q", (1 << 64) - 512, "more than the tables"),
+    ],
+)
+def test_broken_headers_are_refused(
+    tmp_path: Path, tools: Tools, offset: int, form: str, value: int, text: str
+) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+    patch(image, offset, form, value)
+    before = image.read_bytes()
+
+    async def run(host: Host) -> None:
+        with refused(text, str(image)):
+            await host.add("qed", "d", file=file_of(image))
+
+    with_host(run)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 8), (64, 5000), (4090, 8), (4000, 0)])
+def test_names_outside_the_header_are_refused(
+    tmp_path: Path, tools: Tools, offset: int, length: int
+) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+    patch(image, 16, "<Q", 1)
+    patch(image, 56, "<II", offset, length)
+
+    async def run(host: Host) -> None:
+        with refused("backing file name"):
+            await host.add("qed", "d", file=file_of(image))
+
+    with_host(run)
+
+
+def test_backing_format_is_not_guessed(tmp_path: Path, tools: Tools) -> None:
+    base = tools.create(tmp_path / "base.qcow2", MIB, "qcow2")
+    tools.io(base, "write -P 5 0 1M", options=("-f", "qcow2"))
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+    name = base.name.encode()
+    patch(image, 16, "<Q", 1)  # a backing file, and not marked raw
+    patch(image, 56, "<II", 64, len(name))
+    with open(image, "r+b") as file:
+        file.seek(64)
+        file.write(name)
+
+    async def run(host: Host) -> None:
+        with refused("not guessed"):
+            await host.add("qed", "d", file=file_of(image))
+        below = {"driver": "qcow2", "file": file_of(base)}
+        await host.add("qed", "d", file=file_of(image), backing=below)
+        assert await host.read("d", 0, MIB) == b"\5" * MIB
+        await host.write("d", 512, b"z" * 512)
+        expected = b"\5" * 512 + b"z" * 512 + b"\5" * (CLUSTER - 1024)
+        assert await host.read("d", 0, CLUSTER) == expected
+
+    with_host(run)
+
+
+@pytest.mark.parametrize("entry", [2048, 1 << 62, 4096, 0])
+def test_entries_that_lead_nowhere_fail_alone(tmp_path: Path, tools: Tools, entry: int) -> None:
+    image = new_image(tools, tmp_path / "d.qed", 8 * MIB)
+    tools.io(image, "write -P 7 0 4k", "write -P 8 5M 4k", options=("-f", "qed"))
+    l1 = struct.unpack("<Q", image.read_bytes()[40:48])[0]
+    l2 = struct.unpack("<Q", image.read_bytes()[l1 : l1 + 8])[0]
+    patch(image, l2, "<Q", entry)
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        if entry:
+            with pytest.raises(OSError):
+                await host.read("d", 0, 512)
+            assert host.named("BLOCK_IMAGE_CORRUPTED")
+        else:
+            assert await host.read("d", 0, 4096) == bytes(4096)
+        assert await host.read("d", 5 * MIB, 4096) == b"\x08" * 4096
+
+    with_host(run)
+
+
+def test_tables_that_qemu_cannot_open_are_not_created(tmp_path: Path) -> None:
+    async def run(host: Host) -> None:
+        path = host.file("d.qed", 0)
+        for table, text in ((1, "table-size=2"), (3, "table size")):
+            options = {"driver": "qed", "file": file_of(Path(path)), "size": MIB}
+            await host.backend.blockdev_create(f"j{table}", {**options, "table-size": table})
+            await host.until(
+                lambda: all(j["status"] == "concluded" for j in host.backend.query_jobs())
+            )
+            assert text in host.backend.query_jobs()[-1]["error"]
+
+    with_host(run)
