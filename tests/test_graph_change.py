@@ -375,3 +375,23 @@ def test_children_that_drivers_need_or_do_not_have() -> None:
                     change.set_child(raw, role, graph.node("n"))
 
     with_host(test)
+
+
+def test_a_long_chain() -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "n0", filename=host.file("a"))
+        for number in range(1, 300):
+            await host.add("raw", f"n{number}", file=f"n{number - 1}")
+        await host.backend.block_resize("n0", 2 * MIB)
+        await host.export("n299")
+        async with host.device() as guest:
+            filter = {"driver": "through", "node-name": "x"}
+            await act(host, "block-filter-insert", node_name="n150", child="file", filter=filter)
+            await guest.write(MIB, b"x" * 512)
+            assert await guest.read(MIB, 512) == b"x" * 512
+            assert host.backend.graph.node("x").seen == 2
+            graph = host.backend.query_block_graph()
+            assert len(graph["nodes"]) == 301 and len(graph["edges"]) == 301
+            await act(host, "block-filter-remove", node_name="x")
+
+    with_host(test, Through)

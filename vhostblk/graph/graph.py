@@ -403,13 +403,22 @@ class Graph:
         return child
 
     def _refresh_below(self, node: NodeDriver) -> None:
-        """What has grown below a node that nobody used yet is not known there."""
-        below = set(self.below(node))
-        if len(below) > 1:
-            for current in self.bottom_up():
-                if current in below:
-                    for child in self._children[current].values():
-                        child.refresh()
+        """What has grown below a node that nobody used yet is not known there.
+
+        A format knows how large its file is, and its own size is not that: no need to go deeper.
+        """
+        seen: set[NodeDriver] = set()
+        waiting = [(node, False)]
+        while waiting:  # children before parents; a chain may be too long to recurse
+            current, below_done = waiting.pop()
+            children = self._children[current].values()
+            if below_done:
+                for child in children:
+                    child.size = child.node.size
+            elif current not in seen and not current.is_format:
+                seen.add(current)
+                waiting.append((current, True))
+                waiting += [(child.node, False) for child in children]
 
     def untie(self, parent: NodeDriver, role: str) -> Child:
         """Undo tie(); the child still does I/O until it is detached."""
@@ -491,8 +500,14 @@ class Graph:
 
     async def unmake(self, node: NodeDriver) -> None:
         """Close a node without parents, then the children that belonged to it."""
+        waiting = [node]
+        while waiting:
+            waiting += await self._unmake_one(waiting.pop())
+
+    async def _unmake_one(self, node: NodeDriver) -> list[NodeDriver]:
+        """Close one node; its children that are nobody's now."""
         if self._nodes.pop(node.name, None) is None:
-            return
+            return []
         children = self._children.pop(node)
         self._owned.discard(node)
         self._given.pop(node, None)
@@ -502,13 +517,15 @@ class Graph:
         finally:
             del self._parents[node]
             self._perms.pop(node, None)
+        left: list[NodeDriver] = []
         for child in children.values():
             edges = self._parents.get(child.node)
             if edges is None:
                 continue
             self._parents[child.node] = edges = [e for e in edges if e.child is not child]
             if not edges and child.node not in self._owned:
-                await self.unmake(child.node)
+                left.append(child.node)
+        return left
 
     async def _close_node(self, node: NodeDriver, children: dict[str, Child]) -> None:
         self._children[node] = children  # a driver may need them to close
