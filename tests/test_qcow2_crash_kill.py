@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""kill -9 of a backend that serves qcow2, at random moments under load.
+"""kill -9 of a backend that serves qcow2 or QED, at random moments under load.
 
 A guest that lives on finds all that it was told had been written, flushed or not: for a running
 guest a disk does not go back in time. What is on disk right after the kill is judged, too, as
@@ -101,7 +101,7 @@ def arguments(image: Path, **options: Any) -> list[str]:
     return [
         *("--control", "none"),
         *("--blockdev", f"driver=file,node-name=storage,filename={image}"),
-        *("--blockdev", f"driver=qcow2,node-name=disk,file=storage{more}"),
+        *("--blockdev", f"driver={format_of(image)},node-name=disk,file=storage{more}"),
         *("--export", f"{export},addr.type=unix,addr.path={{dir}}/disk.sock"),
     ]
 
@@ -121,13 +121,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "extended": {"extended_l2": "on", "cluster_size": 16 * KIB},
     "backing": {"cluster_size": 16 * KIB, "backing": "below.raw"},
     "data-file": {"data_file": "disk.data", "cluster_size": 4 * KIB},
+    "qed": {"format": "qed", "cluster_size": 4 * KIB, "table_size": 2},
+    "qed-backing": {"format": "qed", "cluster_size": 64 * KIB, "backing": "below.raw"},
 }
 
 
 def image_of(directory: Path, variant: str) -> Path:
     below = directory / "below.raw"
     below.write_bytes(random.Random(3).randbytes(SIZE - 300 * KIB))
-    return newest_tools().create(directory / "disk.qcow2", SIZE, **VARIANTS[variant])
+    options = dict(VARIANTS[variant])
+    format = options.pop("format", "qcow2")
+    return newest_tools().create(directory / f"disk.{format}", SIZE, format, **options)
+
+
+def format_of(image: Path) -> str:
+    return image.suffix[1:]
+
+
+def content(image: Path) -> bytes:
+    return newest_tools().content(image, format_of(image))
+
+
+def check_sound(image: Path) -> None:
+    """No corruption, unless the image says that it wants to be repaired."""
+    if not is_dirty(image.read_bytes()[:512], format_of(image)):
+        found = newest_tools().check(image, format=format_of(image))
+        assert not found.corruptions and not found.errors, found.text
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -135,17 +154,14 @@ def test_a_guest_that_lives_on(
     short_dir: Path, start_backend: Start, seed: int, variant: str
 ) -> None:
     image = image_of(short_dir, variant)
-    tools = newest_tools()
-    history = History(Clock(), tools.content(image))
+    history = History(Clock(), content(image))
     load = Load(short_dir / "disk.sock", history, random.Random(seed))
     backend = start_backend(*arguments(image))
     with load.device:
         for _ in range(6):
             load.work(load.rnd.randint(50, 250))
             backend.stop(signal.SIGKILL)
-            found = tools.check(image)
-            if not is_dirty(image.read_bytes()[:512], "qcow2"):
-                assert not found.corruptions and not found.errors, found.text
+            check_sound(image)
             backend = start_backend(*arguments(image))
             load.device.reconnect()
             load.settle()
@@ -154,17 +170,15 @@ def test_a_guest_that_lives_on(
         load.settle()
         load.check()
     assert backend.stop() == 0
-    found = tools.check(image)
-    assert not found.corruptions and not found.errors, found.text
-    assert tools.content(image) == load.history.content
+    check_sound(image)
+    assert content(image) == load.history.content
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_others_find(short_dir: Path, start_backend: Start, seed: int, variant: str) -> None:
     """Right after the kill, before any backend of ours comes back: what was flushed is there."""
     image = image_of(short_dir, variant)
-    tools = newest_tools()
-    history, rnd = History(Clock(), tools.content(image)), random.Random(seed)
+    history, rnd = History(Clock(), content(image)), random.Random(seed)
     for _ in range(4):
         backend = start_backend(*arguments(image))
         load = Load(short_dir / "disk.sock", history, rnd)
@@ -173,11 +187,10 @@ def test_what_others_find(short_dir: Path, start_backend: Start, seed: int, vari
             time.sleep(rnd.random() * 0.01)
             backend.stop(signal.SIGKILL)
         judged = copy_of(image)
-        if is_dirty(judged.read_bytes()[:512], "qcow2"):
-            tools.check(judged, "-r", "all")
-        found = tools.check(judged)
-        assert not found.corruptions and not found.errors, found.text
-        history.judge(tools.content(judged), history.clock.now)
+        if is_dirty(judged.read_bytes()[:512], format_of(judged)):
+            newest_tools().check(judged, "-r", "all", format=format_of(judged))
+        check_sound(judged)
+        history.judge(content(judged), history.clock.now)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -187,7 +200,7 @@ def test_somebody_else_writes_in_between(
     """What a killed backend knew of the image is worth nothing once QEMU has written to it."""
     image = image_of(short_dir, variant)
     tools = newest_tools()
-    history, rnd = History(Clock(), tools.content(image)), random.Random(seed)
+    history, rnd = History(Clock(), content(image)), random.Random(seed)
     backend = start_backend(*arguments(image))
     load = Load(short_dir / "disk.sock", history, rnd)
     with load.device:
@@ -196,19 +209,19 @@ def test_somebody_else_writes_in_between(
     wait_for_locks(image)
     # Here the image may be repaired first, as any opening for writing by QEMU does.
     for at in range(0, SIZE, 512 * KIB):
-        tools.io(image, f"write -q -P {rnd.randint(1, 255)} {at} {rnd.randint(1, 300) * 512}")
-    content = tools.content(image)
+        length = 512 * rnd.randint(1, 300)
+        tools.io(image, f"write -q -P {rnd.randint(1, 255)} {at} {length}")
+    found = content(image)
     backend = start_backend(*arguments(image))
-    load = Load(short_dir / "disk.sock", History(Clock(), content), rnd)
+    load = Load(short_dir / "disk.sock", History(Clock(), found), rnd)
     with load.device:
         load.check()
         load.work(100)
         load.settle()
         load.check()
     assert backend.stop() == 0
-    found = tools.check(image)
-    assert not found.corruptions and not found.errors, found.text
-    assert tools.content(image) == load.history.content
+    check_sound(image)
+    assert content(image) == load.history.content
 
 
 def wait_for_locks(image: Path) -> None:
@@ -227,7 +240,7 @@ def copy_of(image: Path) -> Path:
     """The image with its companions somewhere else, so that nothing is changed by looking."""
     directory = image.parent / "copy"
     directory.mkdir(exist_ok=True)
-    for name in ("disk.qcow2", "below.raw", "disk.data"):
+    for name in (image.name, "below.raw", "disk.data"):
         if (image.parent / name).exists():
             shutil.copy(image.parent / name, directory / name)
     return directory / image.name
