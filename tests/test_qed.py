@@ -7,6 +7,7 @@ What power cuts leave is tested in test_qed_crash.py.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from crash.tools import Tools, newest_tools
 from in_process import Host, refused, with_host
 
+from vhostblk.cli import main
 from vhostblk.engine import OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES, REQ_MAY_UNMAP
 
 MIB = 1 << 20
@@ -340,3 +342,80 @@ def test_tables_that_qemu_cannot_open_are_not_created(tmp_path: Path) -> None:
             assert text in host.backend.query_jobs()[-1]["error"]
 
     with_host(run)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_map_and_check_of_an_image_in_use(tmp_path: Path, tools: Tools, below: bool) -> None:
+    size = MIB + 1536
+    base, options = tmp_path / "base.raw", {}
+    if below:
+        base.write_bytes(b"b" * (MIB // 2))
+        options = {"backing": base.name}
+    image = new_image(tools, tmp_path / "d.qed", size, **options)
+    seen: list[dict[str, Any]] = []
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        for at in (0, 10 * CLUSTER, 11 * CLUSTER + 512, 200 * CLUSTER, size - 512):
+            await host.write("d", at, b"w" * 512)
+        await submit(host, OP_WRITE_ZEROES, 40 * CLUSTER, None, 8 * CLUSTER)
+        answer = await host.backend.block_image_map("d", 0, None, 1000)
+        seen.extend(answer["extents"])
+        assert "next-offset" not in answer
+        checked = await host.backend.block_image_check("d")
+        assert checked["allocated-clusters"] == 5
+        assert "leaks" not in checked and "corruptions" not in checked
+        # The guest goes on afterwards.
+        await host.write("d", 100 * CLUSTER, b"x" * CLUSTER)
+        assert await host.read("d", 100 * CLUSTER, CLUSTER) == b"x" * CLUSTER
+        await host.backend.blockdev_del("d")
+
+    with_host(run)
+    assert [entry["start"] for entry in seen[1:]] == [
+        entry["start"] + entry["length"] for entry in seen[:-1]
+    ]
+    assert seen[-1]["start"] + seen[-1]["length"] == size
+
+    def kind(extents: list[dict[str, Any]], at: int) -> tuple[Any, ...]:
+        entry = next(e for e in extents if e["start"] <= at < e["start"] + e["length"])
+        offset = entry["offset"] + at - entry["start"] if "offset" in entry else None
+        return entry["depth"] if not entry["zero"] else None, entry["zero"], entry["data"], offset
+
+    theirs = json.loads(tools.img("map", "--output=json", "-f", "qed", image))
+    for at in range(0, size, 512):
+        if at // CLUSTER != 100:  # written after ours was asked
+            assert kind(seen, at) == kind(theirs, at), at
+
+
+def test_check_of_a_damaged_image_in_use(tmp_path: Path, tools: Tools) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB)
+    tools.io(image, "write -P 7 0 16k", options=("-f", "qed"))
+    l1 = struct.unpack("<Q", image.read_bytes()[40:48])[0]
+    l2 = struct.unpack("<Q", image.read_bytes()[l1 : l1 + 8])[0]
+    first = struct.unpack("<Q", image.read_bytes()[l2 : l2 + 8])[0]
+    patch(image, l2 + 8, "<Q", first)  # one cluster twice, and another not at all
+    patch(image, l2 + 8 * 50, "<Q", 1 << 40)  # and one that is not there
+    before = image.read_bytes()
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image), read_only=True)
+        checked = await host.backend.block_image_check("d")
+        theirs = tools.check(image, format="qed")
+        assert (checked["corruptions"], checked["leaks"]) == (theirs.corruptions, theirs.leaks)
+        assert (checked["corruptions"], checked["leaks"]) == (2, 1)
+
+    with_host(run)
+    assert image.read_bytes() == before
+
+
+def test_create_from_the_command_line(tmp_path: Path, tools: Tools) -> None:
+    base, image = tmp_path / "base.raw", tmp_path / "d.qed"
+    base.write_bytes(b"b" * MIB)
+    words = ["-f", "qed", "-o", "cluster_size=8k,table_size=2", "-b", "base.raw", "-F", "raw"]
+    assert main(["create", *words, str(image), "2M"]) == 0
+    facts = json.loads(tools.img("info", "--output=json", "-f", "qed", image))
+    assert facts["virtual-size"] == 2 * MIB
+    assert facts["cluster-size"] == 8192
+    assert facts["backing-filename"] == "base.raw"
+    assert facts["backing-filename-format"] == "raw"
+    assert tools.content(image, "qed") == b"b" * MIB + bytes(MIB)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vhostblk.nodes.qed.header import NEED_CHECK, Header, Writer, write_header
 from vhostblk.nodes.qed.tables import entries_from
@@ -36,11 +36,29 @@ class QedCheck:
     check_errors: int = 0
     total_clusters: int = 0
     allocated_clusters: int = 0
-    compressed_clusters: int = 0
     fragmented_clusters: int = 0
     image_end_offset: int = 0
     messages: list[str] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+
+    def describe(self) -> dict[str, Any]:
+        """QAPI's ImageCheck, without the file's name; absent members are zero, as there."""
+        facts = {
+            "check-errors": self.check_errors,
+            "image-end-offset": self.image_end_offset,
+            "total-clusters": self.total_clusters,
+        }
+        for name in (
+            "corruptions",
+            "leaks",
+            "corruptions_fixed",
+            "leaks_fixed",
+            "allocated_clusters",
+            "fragmented_clusters",
+        ):
+            if value := getattr(self, name):
+                facts[name.replace("_", "-")] = value
+        return facts
 
 
 async def check(storage: Writer, header: Header, repair: Repair = "none") -> QedCheck:

@@ -30,16 +30,18 @@ import errno
 import logging
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 from vhostblk.engine import IO, MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, OP_WRITE
+from vhostblk.image import Extent
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedNode, Request
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.creating import NewFile
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.driver import Qcow2Child
+from vhostblk.nodes.qcow2.extents import extents
 from vhostblk.nodes.qcow2.geometry import ZERO, translate, units_of
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
 from vhostblk.nodes.qcow2.storage import ChildStorage
@@ -304,6 +306,15 @@ class Qed(HookedNode):
             node = node.node.children.get("backing")
         facts["backing_file_depth"] = depth
         return facts
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        async for extent in extents(cast(Any, self), offset, length):
+            yield extent
+
+    async def check_image(self) -> dict[str, Any]:
+        if not self.read_only:
+            await self._write_everything()  # what the file has grown ahead is not leaked
+        return (await check(self.file, self.header)).describe()
 
     def relink(self) -> None:
         for child in self.children.values():
