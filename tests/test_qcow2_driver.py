@@ -173,6 +173,23 @@ def test_resizes(options: dict[str, Any]) -> None:
     with_host(test)
 
 
+def test_resizing_with_bitmaps() -> None:
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        disk.tools.img("bitmap", "--add", disk.path, "b0")
+        disk.tools.img("bitmap", "--add", "--disable", disk.path, "b1")
+        await disk.open()
+        await host.backend.block_resize("disk", 40 * MIB)
+        await disk.write(39 * MIB, b"\x31" * MIB)
+        await disk.close()
+        disk.judge(bytes(39 * MIB) + b"\x31" * MIB)
+        data = disk.tools.info(disk.path)["format-specific"]["data"]
+        flags = {entry["name"]: entry["flags"] for entry in data["bitmaps"]}
+        assert "in-use" in flags["b0"] and "in-use" in flags["b1"]
+
+    with_host(test)
+
+
 def test_growing_over_a_larger_backing_file() -> None:
     """What the backing file has beyond the old end must not appear."""
 

@@ -276,8 +276,13 @@ class Qcow2(HookedNode):
             )
         if header.dirty:
             await self._repair()
-        # Bitmaps that would have to know of our writes are out of date now.
-        self.header = await bitmaps.mark_in_use(self.file, self.header, known=journal.HAS_LOG)
+        await self.outdate_bitmaps()
+
+    async def outdate_bitmaps(self, *, every: bool = False) -> None:
+        """Bitmaps that would have to know of our writes (`every` one) are out of date now."""
+        self.header = await bitmaps.mark_in_use(
+            self.file, self.header, every=every, known=journal.HAS_LOG
+        )
 
     async def _repair(self) -> None:
         """The image was not closed: find out what is used."""

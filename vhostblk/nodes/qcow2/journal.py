@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from vhostblk.engine import MAP_OFFSET
 from vhostblk.nodes._map_log import LogFile, Record, open_log
 from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
-from vhostblk.nodes.qcow2.header import Header
+from vhostblk.nodes.qcow2.header import BadImage, Header
 
 if TYPE_CHECKING:
     from vhostblk.nodes.qcow2.driver import Qcow2
@@ -31,16 +31,21 @@ HAS_LOG = 1 << 58
 """Auto-clear feature: there may be a log. Not one of the specification's."""
 EXT_LOG = 0x76624C47
 """Header extension: the log's token."""
+_TOKEN = 16
 
 
 async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, bytes, list[Record]]:
     """The image's log, its token, and what is to be entered into the tables."""
     if header.version < 3 or live.child("file").node.driver != "file":
         return None, b"", []
+    try:
+        header.with_extension(EXT_LOG, bytes(_TOKEN)).pack()
+    except BadImage:
+        return None, b"", []  # clusters of 512 bytes and long names: there is no room
     token = header.extension(EXT_LOG) or b""
-    fresh = not header.autoclear & HAS_LOG or len(token) != 16
+    fresh = not header.autoclear & HAS_LOG or len(token) != _TOKEN
     if fresh:
-        token = os.urandom(16)
+        token = os.urandom(_TOKEN)
 
     def find() -> LogFile | None:
         return open_log(os.stat(live.filename()), token, fresh=fresh)
