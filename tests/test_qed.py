@@ -19,6 +19,7 @@ from in_process import Host, refused, with_host
 
 from vhostblk.cli import main
 from vhostblk.engine import OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES, REQ_MAY_UNMAP
+from vhostblk.nodes.qed import driver
 
 MIB = 1 << 20
 CLUSTER = 4096
@@ -157,6 +158,26 @@ def test_create_and_grow(tmp_path: Path, tools: Tools) -> None:
     assert content[-512:] == b"y" * 512
 
 
+def test_growing_does_not_show_what_was_behind_the_end(tmp_path: Path, tools: Tools) -> None:
+    image = new_image(tools, tmp_path / "d.qed", MIB + 512)
+    tools.io(image, f"write -P 7 {MIB} 512", options=("-f", "qed"))
+    # The last cluster of the file is that of the last sector; the rest of it is nobody's.
+    end = image.stat().st_size
+    with open(image, "r+b") as file:
+        file.seek(end - CLUSTER)
+        assert file.read(513) == b"\7" * 512 + b"\0"
+        file.seek(end - CLUSTER + 512)
+        file.write(b"s" * (CLUSTER - 512))
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        await host.backend.block_resize("d", 2 * MIB)
+        assert await host.read("d", MIB, MIB) == b"\7" * 512 + bytes(MIB - 512)
+
+    with_host(run)
+    assert tools.content(image, "qed")[MIB:] == b"\7" * 512 + bytes(MIB - 512)
+
+
 def test_growing_does_not_show_a_larger_backing_file(tmp_path: Path, tools: Tools) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(b"b" * 2 * MIB)
@@ -188,6 +209,48 @@ def test_need_check_bit_is_there_before_an_entry_and_goes_at_the_end(
         assert not features(image) & NEED_CHECK
 
     with_host(run)
+
+
+def test_idle_image_is_sound_on_disk(
+    tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bit goes, and so does what the file has grown ahead; work begins anew."""
+    monkeypatch.setattr(driver, "_IDLE", 0.05)
+    image = new_image(tools, tmp_path / "d.qed", 4 * MIB)
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        for at in (0, MIB, 2 * MIB):
+            await host.write("d", at, b"a" * 8192)
+            assert features(image) & NEED_CHECK
+            await host.until(lambda: not features(image) & NEED_CHECK)
+            copy = tmp_path / "copy.qed"
+            copy.write_bytes(image.read_bytes())
+            found = tools.check(copy, format="qed")
+            assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+            assert tools.content(copy, "qed")[at : at + 8192] == b"a" * 8192
+
+    with_host(run)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_operations_while_the_bit_comes_and_goes(
+    tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(driver, "_IDLE", 0.0)
+    monkeypatch.setattr(driver, "_MIN_STEP", CLUSTER)
+    monkeypatch.setattr(driver, "_MAX_STEP", CLUSTER)
+    image, model = new_image(tools, tmp_path / "d.qed", 3 * MIB), bytearray(3 * MIB)
+
+    async def run(host: Host) -> None:
+        await host.add("qed", "d", file=file_of(image))
+        await work(host, model, random.Random(seed), 40)
+        await host.backend.blockdev_del("d")
+
+    with_host(run)
+    found = tools.check(image, format="qed")
+    assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+    assert tools.content(image, "qed") == model
 
 
 def test_image_that_was_not_closed_is_repaired(tmp_path: Path, tools: Tools) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from crash import Drive, Stage, newest_tools
 
+from vhostblk.nodes.qed import driver
+
 MIB = 1 << 20
 SIZE = 2 * MIB
 
@@ -60,3 +62,23 @@ def test_power_cuts(
 ) -> None:
     made = stage(tmp_path, backing=below == "backing", filled=below == "filled")
     assert made.play(scenario, seed=1).cuts >= 40
+
+
+@pytest.mark.parametrize("below", ["alone", "backing"])
+def test_power_cuts_while_the_file_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    """It usually does in steps that are larger than this disk."""
+    monkeypatch.setattr(driver, "_MIN_STEP", 4096)
+    monkeypatch.setattr(driver, "_MAX_STEP", 8192)
+    made = stage(tmp_path, backing=below == "backing")
+    assert made.play(fill_and_flush, seed=3).cuts >= 40
+
+
+def test_power_cuts_while_the_bit_comes_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that nobody changes for a while loses its need-check bit."""
+    monkeypatch.setattr(driver, "_IDLE", 0.0)
+    made = stage(tmp_path)
+    assert made.play(durable_writes, seed=4).cuts >= 40
