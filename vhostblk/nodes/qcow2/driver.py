@@ -639,6 +639,9 @@ class Qcow2(HookedNode):
         size = self.geometry.cluster_size
         for cluster in range(host, host + length, size):
             if cluster in self.metadata:
+                # A refcount table that has grown leaves its place to others.
+                self.metadata = self._where_metadata_are()
+            if cluster in self.metadata:
                 raise self.corrupt(
                     f"a cluster that is counted as free holds metadata (at {cluster:#x})",
                     offset=cluster,

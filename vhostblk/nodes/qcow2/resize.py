@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Another size for a live image, both ways. Nothing is in flight meanwhile.
 
-Growing: a larger L1 table, if one is needed, is complete on disk before one
-write to the header makes it and the new size valid; what appears reads as
-zeroes, whatever the backing file or an earlier, larger disk has there.
+Growing: a larger L1 table, if one is needed, comes first, and one write to the
+header makes it valid. What appears reads as zeroes, whatever the backing file or
+an earlier, larger disk has there; that is on disk before the header has the new
+size.
 Shrinking: what is beyond the new end is freed first, and the header follows; a
 crash in between has lost data that were to be lost.
 """
@@ -39,13 +40,10 @@ async def resize(live: Qcow2, size: int) -> None:
         await _cut(live, size, old)
     await live.writeback.flush()
     await live.allocator.settle()
-    if size > old and live.geometry.l1_entries(size) > len(live.l1):
-        await _longer_l1(live, size)
-    else:
-        await live.write_header(size=size)
-    live.set_size(size)
     if size > old:
-        await _zero_what_appears(live, old, size)
+        await _make_room(live, old, size)
+    await live.write_header(size=size)
+    live.set_size(size)
     if live.geometry.external:
         await live.data.truncate(size)
 
@@ -70,6 +68,19 @@ async def _cut(live: Qcow2, size: int, old: int) -> None:
         await live.discarder.free(range(first, last))
 
 
+async def _make_room(live: Qcow2, old: int, size: int) -> None:
+    """What will appear reads as zeroes already when the header says that it is there."""
+    if live.geometry.l1_entries(size) > len(live.l1):
+        await _longer_l1(live, size)
+    live.set_size(size)
+    try:
+        await _zero_what_appears(live, old, size)
+        await live.writeback.flush()
+    except BaseException:
+        live.set_size(old)
+        raise
+
+
 async def _longer_l1(live: Qcow2, size: int) -> None:
     geometry = live.geometry
     count = geometry.l1_entries(size)
@@ -81,7 +92,7 @@ async def _longer_l1(live: Qcow2, size: int) -> None:
     await live.allocator.write_counts()
     await live.file.flush()
     old, old_clusters = live.l1_offset, geometry.clusters(8 * len(live.l1))
-    await live.write_header(size=size, l1_size=count, l1_table_offset=host)
+    await live.write_header(l1_size=count, l1_table_offset=host)
     live.l1, live.l1_offset = entries, host
     live.moved_metadata(old, old_clusters, host, clusters)
     await live.allocator.refcounts.free(old, old_clusters)
