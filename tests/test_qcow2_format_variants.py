@@ -433,3 +433,28 @@ def test_info_and_allocation_are_what_qemu_says(tmp_path: Path, variant: Variant
             if stored and not variant.compressed:
                 assert offset == piece["offset"] + at - piece["start"]
             assert zero <= piece["zero"]
+
+
+@pytest.mark.parametrize("cluster", ["512", "4k"])
+def test_snapshots_of_tables_that_are_full_and_in_order(tmp_path: Path, cluster: str) -> None:
+    """They are counted as one run; a run with a gap, a shared cluster or a zero is not."""
+    tools = newest_tools()
+    path = tools.create(
+        tmp_path / "disk.qcow2", "8M", cluster_size=cluster, preallocation="metadata"
+    )
+    tools.io(path, "write -P 1 0 8M")
+    contents = {}
+    for number, command in enumerate(("write -P 2 1M 4k", "write -z 2M 8k", "discard 3M 4k")):
+        contents[f"s{number}"] = tools.content(path)
+        edit(path, "create", f"s{number}")
+        assert_clean(tools, path)
+        tools.io(path, command)
+        assert_clean(tools, path)
+    for name in ("s1", "s0", "s2"):
+        edit(path, "apply", name)
+        assert_clean(tools, path)
+        assert tools.content(path) == contents[name]
+    for name in ("s0", "s2", "s1"):
+        edit(path, "delete", name)
+        assert_clean(tools, path)
+    assert tools.content(path) == contents["s2"]

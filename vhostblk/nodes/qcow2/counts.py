@@ -72,8 +72,22 @@ class Counts:
         """Replace one."""
         self.piece(cluster >> PIECE_BITS)[cluster & _INDEX] = min(value, MOST)
 
+    def same(self, first: int, count: int) -> int | None:
+        """What all of `count` clusters in a row have, if it is the same."""
+        values = self.slice(first, count)
+        return values[0] if values.count(values[0]) == count else None
+
+    def fill(self, first: int, count: int, value: int) -> None:
+        """Give them all the same."""
+        end = first + count
+        while first < end:
+            index = first & _INDEX
+            take = min(PIECE - index, end - first)
+            self.piece(first >> PIECE_BITS)[index : index + take] = array("I", [value]) * take
+            first += take
+
     def slice(self, first: int, count: int) -> array[int]:
-        """`count` of them in a row; both are multiples of 8 that divide a piece or are divided."""
+        """`count` of them in a row."""
         result = array("I")
         end = first + count
         while first < end:
@@ -150,10 +164,15 @@ class Rewrite:
         self._from = 0
         for source in (busy, counts):
             for number, piece in source.pieces.items():
-                mark = self._taken.setdefault(number, bytearray(PIECE))
-                for index, value in enumerate(piece):
-                    if value:
-                        mark[index] = 1
+                mark = self._taken.get(number)
+                if 0 not in piece:
+                    self._taken[number] = bytearray(b"\1" * PIECE)
+                elif mark is None:
+                    self._taken[number] = bytearray(map(bool, piece))
+                else:
+                    for index, value in enumerate(piece):
+                        if value:
+                            mark[index] = 1
         self._end = max(busy.end, counts.end, -(-storage.size // header.cluster_size))
         self._max = (1 << header.refcount_bits) - 1
 

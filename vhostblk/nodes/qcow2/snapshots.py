@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.nodes.qcow2.bitmaps import mark_in_use
-from vhostblk.nodes.qcow2.counts import Rewrite
+from vhostblk.nodes.qcow2.counts import MOST, PIECE, PIECE_BITS, Rewrite
 from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
 from vhostblk.nodes.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, BadImage, Header
 from vhostblk.nodes.qcow2.layout import (
@@ -326,20 +326,53 @@ async def _count(rewrite: Rewrite, l1: array[int], by: int) -> None:
     header, storage = rewrite.header, rewrite.storage
     size, bits = header.cluster_size, header.cluster_bits
     step = entry_words(header)
+    unusual = COMPRESSED | (size - 1 & OFFSET_MASK)
+    end = storage.size
+    most = min((1 << header.refcount_bits) - 1, MOST)
+    number, piece = -1, array("I")
     for entry in l1:
         table = entry & OFFSET_MASK
         if not table:
             continue
-        for word in words_of(await storage.read(table, size))[::step]:
-            if word & COMPRESSED:
-                rewrite.change(*compressed_range(bits, word), by)
-            elif host := word & OFFSET_MASK:
+        # An image of a tebibyte has 16 million entries: this loop is the pause of a live snapshot.
+        words = words_of(await storage.read(table, size))[::step]
+        first = words[0] & OFFSET_MASK
+        if _is_run(words, size) and not first % size and first + len(words) * size <= end:
+            now = rewrite.counts.same(first >> bits, len(words))
+            if now is not None and 0 <= now + by <= most:
+                rewrite.counts.fill(first >> bits, len(words), now + by)
+                rewrite.change(table, size, by)
+                continue
+        for word in words:
+            host = word & OFFSET_MASK
+            if word & unusual or host >= end:
+                if word & COMPRESSED:
+                    rewrite.change(*compressed_range(bits, word), by)
+                    continue
                 if host % size:
                     raise _corrupt(f"L2 entry {word:#x} does not point to a whole cluster")
-                if host >= storage.size:
-                    raise _corrupt(f"L2 entry {word:#x} points beyond the end of the file")
-                rewrite.change(host, size, by)
+                raise _corrupt(f"L2 entry {word:#x} points beyond the end of the file")
+            if not host:
+                continue
+            cluster = host >> bits
+            if cluster >> PIECE_BITS != number:
+                number = cluster >> PIECE_BITS
+                piece = rewrite.counts.piece(number)
+            after = piece[cluster & PIECE - 1] + by
+            if 0 <= after <= most:
+                piece[cluster & PIECE - 1] = after
+            else:
+                rewrite.change(host, size, by)  # which says what is wrong
         rewrite.change(table, size, by)
+
+
+def _is_run(words: array[int], size: int) -> bool:
+    """Whether a table is full, and its clusters lie behind each other in the file."""
+    first = words[0]
+    if first & COMPRESSED or not first & OFFSET_MASK:
+        return False
+    last = first + (len(words) - 1) * size
+    return words[-1] == last and words == array("Q", range(first, last + 1, size))
 
 
 async def _flags(rewrite: Rewrite, l1: array[int]) -> array[int]:
@@ -349,18 +382,35 @@ async def _flags(rewrite: Rewrite, l1: array[int]) -> array[int]:
     step = entry_words(header)
     counts = rewrite.counts
     result = l1[:]
+    number, piece = -1, array("I")
     for index, entry in enumerate(l1):
         table = entry & OFFSET_MASK
         if not table:
             continue
         words = words_of(await storage.read(table, size))
-        before = words[:]
-        for at in range(0, len(words), step):
+        changed = False
+        todo = range(0, len(words), step)
+        if step == 1 and _is_run(words, size):
+            now = counts.same((words[0] & OFFSET_MASK) >> bits, len(words))
+            if now is not None:
+                todo = range(0)
+                if (now == 1) != words[0] >> 63:
+                    first = words[0] ^ COPIED
+                    words = array("Q", range(first, first + len(words) * size, size))
+                    changed = True
+        for at in todo:
             word = words[at]
-            if word & OFFSET_MASK and not word & COMPRESSED:
-                single = counts[(word & OFFSET_MASK) >> bits] == 1
-                words[at] = word | COPIED if single else word & ~COPIED
-        if words != before:
+            host = word & OFFSET_MASK
+            if word & COMPRESSED or not host:
+                continue
+            cluster = host >> bits
+            if cluster >> PIECE_BITS != number:
+                number = cluster >> PIECE_BITS
+                piece = counts.piece(number)
+            if (piece[cluster & PIECE - 1] == 1) != word >> 63:
+                words[at] = word ^ COPIED
+                changed = True
+        if changed:
             rewrite.change(table, size, -1)
             result[index] = await rewrite.put(bytes_of(words)) | COPIED
         elif counts[table >> bits] == 1:
