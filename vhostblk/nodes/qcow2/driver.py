@@ -51,6 +51,7 @@ from vhostblk.nodes.qcow2.geometry import (
 )
 from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
+from vhostblk.nodes.qcow2.layout import patch_header
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
@@ -151,7 +152,7 @@ class Qcow2(HookedNode):
         self._early: asyncio.Task[None] | None = None
         self.stopped = False
         self._written_to = False
-        header, token = self.header, b""
+        header, token = self.header, 0
         if header.crypt_method:
             raise self._error(
                 f"Image '{self.filename()}' is encrypted, which is not supported yet", "encrypted"
@@ -214,7 +215,7 @@ class Qcow2(HookedNode):
             raise
         self._start_cleaning()
 
-    async def _begin_log(self, log: LogFile | None, token: bytes, records: list[Record]) -> None:
+    async def _begin_log(self, log: LogFile | None, token: int, records: list[Record]) -> None:
         """Enter what a predecessor left behind; from now on the image has this log."""
         self.log = log
         if records:
@@ -225,11 +226,9 @@ class Qcow2(HookedNode):
         if log is None:
             return
         log.clear()
-        if self.header.extension(journal.EXT_LOG) != token or not (
-            self.header.autoclear & journal.HAS_LOG
-        ):
-            self.header = self.header.with_extension(journal.EXT_LOG, token)
-            await self.write_header(autoclear=self.header.autoclear | journal.HAS_LOG)
+        if self.header.autoclear & journal.HAS_LOG != token:
+            others = self.header.autoclear & ~journal.HAS_LOG
+            await self.write_header(autoclear=others | token)
 
     async def record(self, claim: Claim) -> None:
         """A change of an L2 entry in memory, about to be seen, is to survive a kill."""
@@ -254,16 +253,10 @@ class Qcow2(HookedNode):
             raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
         return header
 
-    async def write_header(self, **changes: Any) -> None:
-        """Change fields of the header, durably."""
-        changes.setdefault("refcount_table_offset", self.refcounts.table_offset)
-        changes.setdefault("refcount_table_clusters", self.refcounts.table_clusters)
-        header = self.header.replace(**changes)
-        packed = header.pack().rstrip(b"\0")
-        # One sector, unless names or extensions are long: it is there, or it is not.
-        await self.file.write(0, packed + bytes(-len(packed) % 512))
+    async def write_header(self, **changes: int) -> None:
+        """Change fields of the header, durably; all of them, or none."""
+        self.header = await patch_header(self.file, self.header, **changes)
         await self.file.flush()
-        self.header = header
 
     async def _make_writable(self) -> None:
         """What must be done before anything else is written."""
@@ -775,7 +768,6 @@ class Qcow2(HookedNode):
         """The same, and the image needs no log any more."""
         await self.write_everything()
         if self.header.autoclear & journal.HAS_LOG:
-            self.header = self.header.with_extension(journal.EXT_LOG, None)
             await self.write_header(autoclear=self.header.autoclear & ~journal.HAS_LOG)
 
     async def _shorten(self, unused: list[tuple[int, int]]) -> None:

@@ -6,10 +6,11 @@ the death of its backend must not see a completed write vanish, so every change 
 also a record in memory that survives the process (nodes/_map_log.py): the engine's
 allocations, and those of Python's changes, with the whole L2 entry.
 
-The log is of use only for the image as its owner left it. An image with a log
-has a bit set among its auto-clear features that no other program knows, hence
-clears before it writes (docs/interop/qcow2.txt, "autoclear_features"), and a
-header extension with the log's token. Version 2 has no such bits, hence no log.
+The log is of use only for the image as its owner left it. An image with a log says so
+in auto-clear feature bits that no other program knows, hence clears before it writes
+(docs/interop/qcow2.txt, "autoclear_features"); some of them are random, so that an
+older copy of the image does not pass for it. One write of eight bytes sets them all.
+Version 2 has no such bits, hence no log.
 """
 
 from __future__ import annotations
@@ -22,33 +23,28 @@ from typing import TYPE_CHECKING
 from vhostblk.engine import MAP_OFFSET
 from vhostblk.nodes._map_log import LogFile, Record, open_log
 from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
-from vhostblk.nodes.qcow2.header import BadImage, Header
+from vhostblk.nodes.qcow2.header import Header
 
 if TYPE_CHECKING:
     from vhostblk.nodes.qcow2.driver import Qcow2
 
-HAS_LOG = 1 << 58
-"""Auto-clear feature: there may be a log. Not one of the specification's."""
-EXT_LOG = 0x76624C47
-"""Header extension: the log's token."""
-_TOKEN = 16
+_MARK = 1 << 58
+_RANDOM = ((1 << 32) - 1) << 26
+HAS_LOG = _MARK | _RANDOM
+"""Auto-clear features: there may be a log. None of them is one of the specification's."""
 
 
-async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, bytes, list[Record]]:
-    """The image's log, its token, and what is to be entered into the tables."""
+async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, int, list[Record]]:
+    """The image's log, its token (auto-clear bits), and what is to be entered into the tables."""
     if header.version < 3 or live.child("file").node.driver != "file":
-        return None, b"", []
-    try:
-        header.with_extension(EXT_LOG, bytes(_TOKEN)).pack()
-    except BadImage:
-        return None, b"", []  # clusters of 512 bytes and long names: there is no room
-    token = header.extension(EXT_LOG) or b""
-    fresh = not header.autoclear & HAS_LOG or len(token) != _TOKEN
+        return None, 0, []
+    token = header.autoclear & HAS_LOG
+    fresh = not token & _MARK
     if fresh:
-        token = os.urandom(_TOKEN)
+        token = _MARK | int.from_bytes(os.urandom(4), "big") << 26
 
     def find() -> LogFile | None:
-        return open_log(os.stat(live.filename()), token, fresh=fresh)
+        return open_log(os.stat(live.filename()), token.to_bytes(8, "big"), fresh=fresh)
 
     log = await asyncio.to_thread(find)
     return log, token, [] if log is None else log.pending()
