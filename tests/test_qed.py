@@ -161,12 +161,14 @@ def test_create_and_grow(tmp_path: Path, tools: Tools) -> None:
 def test_growing_does_not_show_what_was_behind_the_end(tmp_path: Path, tools: Tools) -> None:
     image = new_image(tools, tmp_path / "d.qed", MIB + 512)
     tools.io(image, f"write -P 7 {MIB} 512", options=("-f", "qed"))
-    # The last cluster of the file is that of the last sector; the rest of it is nobody's.
-    end = image.stat().st_size
+    # The rest of its cluster is nobody's.
+    l1 = struct.unpack("<Q", image.read_bytes()[40:48])[0]
+    l2 = struct.unpack("<Q", image.read_bytes()[l1 : l1 + 8])[0]
+    entry = l2 + 8 * (MIB // CLUSTER)
+    host = struct.unpack("<Q", image.read_bytes()[entry : entry + 8])[0]
+    assert image.read_bytes()[host : host + 513] == b"\7" * 512 + b"\0"
     with open(image, "r+b") as file:
-        file.seek(end - CLUSTER)
-        assert file.read(513) == b"\7" * 512 + b"\0"
-        file.seek(end - CLUSTER + 512)
+        file.seek(host + 512)
         file.write(b"s" * (CLUSTER - 512))
 
     async def run(host: Host) -> None:
