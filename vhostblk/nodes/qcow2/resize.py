@@ -30,8 +30,6 @@ async def resize(live: Qcow2, size: int) -> None:
     old = live.size
     if size == old:
         return
-    # Their tables do not fit any more; marked as out of date they need not.
-    await live.outdate_bitmaps(every=True)
     # Bitmaps are as long as the disk was.
     live.header = await bitmaps.mark_in_use(
         live.file, live.header, every=True, known=journal.HAS_LOG
