@@ -202,6 +202,12 @@ def test_power_cuts(tmp_path: Path, name: str) -> None:
     assert report.cuts >= 40
 
 
+@pytest.mark.parametrize(("name", "seed"), [("refcounts-512-wide", 7), ("resize-extended", 7)])
+def test_power_cuts_that_found_something(tmp_path: Path, name: str, seed: int) -> None:
+    scenario, create, options = SCENARIOS[name]
+    stage(tmp_path, create, **options).play(scenario, seed)
+
+
 async def a_little_of_all(drive: Drive) -> None:
     for _ in range(5):
         await drive.batch(6)
