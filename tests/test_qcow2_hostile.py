@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
 import struct
 import tempfile
 import tracemalloc
@@ -21,7 +22,7 @@ from qcow2_variants import VARIANTS, make
 
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
 from vhostblk.nodes.qcow2.check import check
-from vhostblk.nodes.qcow2.compression import decompress
+from vhostblk.nodes.qcow2.compression import compress, decompress
 from vhostblk.nodes.qcow2.geometry import OFFSET_MASK, BrokenEntry, Geometry, translate, units_of
 from vhostblk.nodes.qcow2.header import (
     EXT_FEATURE_NAMES,
@@ -297,3 +298,13 @@ def test_compressed_clusters_give_a_cluster_and_no_more(bomb: str) -> None:
     for broken in (b"", b"\xff" * 512, data[:20]):
         with pytest.raises(OSError, match="compressed cluster"):
             decompress(bomb, broken, 65536)
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_what_is_compressed_comes_back_and_what_gets_no_smaller_is_not(kind: str) -> None:
+    data = bytes(range(256)) * 16
+    packed = compress(kind, data)
+    assert packed is not None and len(packed) < len(data)
+    # The rest of the last sector is whatever was there.
+    assert decompress(kind, packed + b"\xa5" * 300, len(data)) == data
+    assert compress(kind, random.Random(1).randbytes(4096)) is None
