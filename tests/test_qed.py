@@ -398,9 +398,15 @@ def test_entries_that_lead_nowhere_fail_alone(tmp_path: Path, tools: Tools, entr
 def test_tables_that_qemu_cannot_open_are_not_created(tmp_path: Path) -> None:
     async def run(host: Host) -> None:
         path = host.file("d.qed", 0)
-        for table, text in ((1, "table-size=2"), (3, "table size")):
+        for cluster, table, text in (
+            (65536, 1, "table-size=2"),
+            (65536, 3, "table size"),
+            (2 * MIB, 16, "use smaller ones"),
+            (4 * MIB, 4, "use smaller ones"),
+        ):
             options = {"driver": "qed", "file": file_of(Path(path)), "size": MIB}
-            await host.backend.blockdev_create(f"j{table}", {**options, "table-size": table})
+            options |= {"table-size": table, "cluster-size": cluster}
+            await host.backend.blockdev_create(f"j{table}", options)
             await host.until(
                 lambda: all(j["status"] == "concluded" for j in host.backend.query_jobs())
             )
@@ -484,3 +490,41 @@ def test_create_from_the_command_line(tmp_path: Path, tools: Tools) -> None:
     assert facts["backing-filename"] == "base.raw"
     assert facts["backing-filename-format"] == "raw"
     assert tools.content(image, "qed") == b"b" * MIB + bytes(MIB)
+
+
+@pytest.mark.parametrize("operations", [["write"], ["flush"], ["write", "flush"]])
+@pytest.mark.parametrize("below", [False, True])
+def test_failing_storage(tmp_path: Path, tools: Tools, below: bool, operations: list[str]) -> None:
+    """What a guest reads after failed writes is what is there when the image is opened again."""
+    base, options, size = tmp_path / "base.raw", {}, 4 * MIB
+    if below:
+        base.write_bytes(b"b" * size)
+        options = {"backing": base.name}
+    image, rnd, failed = new_image(tools, tmp_path / "d.qed", size, **options), random.Random(1), 0
+
+    async def run(host: Host) -> None:
+        nonlocal failed
+        await host.add("file", "f", filename=str(image))
+        await host.add("error-inject", "x", file="f", operations=operations, every=5, skip=20)
+        await host.add("qed", "d", file="x")
+        for _ in range(40):
+            jobs = []
+            for _ in range(6):
+                at, length = rnd.randrange(0, size // 512 - 64) * 512, rnd.choice((512, 9216))
+                jobs.append(submit(host, OP_WRITE, at, rnd.randbytes(length), length))
+            failed += sum(
+                isinstance(result, OSError)
+                for result in await asyncio.gather(*jobs, return_exceptions=True)
+            )
+        seen = await host.read("d", 0, size)
+        await host.backend.blockdev_del("d")
+        await host.backend.blockdev_del("x")
+        await host.backend.blockdev_del("f")
+        assert tools.content(image, "qed") == seen
+        await host.add("qed", "d", file=file_of(image))  # repaired, if it could not be closed
+        assert await host.read("d", 0, size) == seen
+
+    with_host(run)
+    assert failed or operations == ["flush"]
+    found = tools.check(image, format="qed")
+    assert (found.corruptions, found.errors) == (0, 0), found.text

@@ -72,6 +72,12 @@ def plan(options: QedCreateOptions) -> tuple[Header, bytes]:
         backing_offset=LENGTH if name else 0,
         backing_size=len(name),
     )
+    if header.entries * header.entries * header.cluster_size >= 1 << 64:
+        # What qed_max_image_size() in QEMU's block/qed.c computes wraps round: 0 bytes at most.
+        raise _error(
+            f"QEMU cannot open images with clusters of {options.cluster_size} bytes and tables of "
+            f"{options.table_size}; use smaller ones"
+        )
     if size > header.max_size:
         raise _error(
             f"a disk of {size} bytes is larger than {header.max_size}, which clusters of "

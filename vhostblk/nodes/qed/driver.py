@@ -147,16 +147,15 @@ class _Path(DataPath):
         for claim in claims:
             # Written through: the slice may leave memory as soon as nobody needs it.
             self._qed.l2.dirty.pop(claim.slice.index, None)
+        written: set[int] = set()
         try:
-            await self._qed.write_entries(claims)
-        except BaseException:
-            # As if nothing had been written: the guest is told so.
+            await self._qed.write_entries(claims, written)
+        finally:
             for claim in claims:
-                claim.slice.words[claim.index] = self._qed.word_before(claim)
-                self.release(claim)
-            raise
-        for claim in claims:
-            self.settle(claim)
+                if claim.cluster not in written:
+                    # The guest is told of it. Memory is to say what the disk says.
+                    claim.slice.words[claim.index] = self._qed.word_before(claim)
+                self.settle(claim)
 
 
 class Qed(HookedNode):
@@ -425,8 +424,8 @@ class Qed(HookedNode):
         """What the L2 entry in memory was when it was claimed."""
         return ZERO if claim.units[0] & MAP_TYPE == MAP_ZERO and self.has_backing else 0
 
-    async def write_entries(self, claims: list[Claim]) -> None:
-        """Write the L2 entries of claims; their data have been written."""
+    async def write_entries(self, claims: list[Claim], written: set[int]) -> None:
+        """Write the L2 entries of claims, whose data are there, and note which got written."""
         self._changing += 1
         try:
             await self._mark()
@@ -439,16 +438,17 @@ class Qed(HookedNode):
                 await self.flush()
             for claims_of_table in _by_table(claims, self.geometry.table_entries):
                 async with self._table_lock:
-                    await self._write_table(claims_of_table)
+                    await self._write_table(claims_of_table, written)
         finally:
             self._changing -= 1
             self._changed += 1
 
-    async def _write_table(self, claims: list[Claim]) -> None:
+    async def _write_table(self, claims: list[Claim], written: set[int]) -> None:
         table = claims[0].cluster // self.geometry.table_entries
         if not self.l1[table]:
             await self._new_table(table)
         sectors: dict[int, bytearray] = {}
+        clusters: dict[int, list[int]] = {}
         for claim in claims:
             at = 8 * (claim.cluster % self.geometry.table_entries)
             sector = at // SECTOR * SECTOR
@@ -457,8 +457,10 @@ class Qed(HookedNode):
                 sectors[sector] = bytearray(await self.file.read(self.l1[table] + sector, SECTOR))
             entry = entry_of(claim.slice.words[claim.index])
             struct.pack_into("<Q", sectors[sector], at - sector, entry)
+            clusters.setdefault(sector, []).append(claim.cluster)
         for sector, data in sectors.items():
             await self.file.write(self.l1[table] + sector, data)
+            written.update(clusters[sector])
 
     async def _new_table(self, table: int) -> None:
         host = await self.allocator.reserve(self.header.table_size)
