@@ -193,12 +193,19 @@ class Allocator:
                 async with self._lock:
                     gone = await self.refcounts.free(host, clusters)
                     if discard and gone:
-                        await self._file.child.discard(host, clusters << bits)
+                        await self._discard(host, clusters << bits)
         except InconsistentCounts as error:
             self._owner.corrupt(str(error.strerror), fatal=True)
         except OSError as error:
             # They stay in use for nobody: space is lost, no data.
             logger.warning("clusters could not be freed: %s", error)
+
+    async def _discard(self, host: int, length: int) -> None:
+        try:
+            await self._file.child.discard(host, length)
+        except OSError as error:
+            # It takes space still; but others have to be freed.
+            logger.debug("what is free could not be discarded: %s", error)
 
     async def settle(self) -> None:
         """Wait for what goes on by itself."""

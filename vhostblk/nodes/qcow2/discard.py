@@ -118,6 +118,7 @@ class Discarder:
                     if self._is_nothing(cluster, slice, cluster % per_slice):
                         continue
                     while True:
+                        live.refuse_writes()  # else nothing can be claimed any more, ever
                         wanted = list(units)
                         claim = path.claim(cluster, slice, cluster % per_slice, wanted)
                         if claim is not None:

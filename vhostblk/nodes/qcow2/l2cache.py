@@ -240,7 +240,8 @@ class L2Cache:
         """Forget what nobody has used since the last time (cache-clean-interval)."""
         if self._evicting is None:
             self._evicting = background(self._clean())
-            await self._evicting
+            # It must end in order, even if whoever waits here is not to wait any longer.
+            await asyncio.shield(self._evicting)
 
     async def _clean(self) -> None:
         try:
@@ -278,6 +279,7 @@ class L2Cache:
 
     def install_again(self) -> None:
         """What unallocated means has changed; no request is in flight."""
+        self.apply_log()  # or what the engine has allocated would be nowhere
         for slice in self._slices.values():
             self.handle.evict(slice.index)
             if not slice.leaving:
