@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS = 65536  # 4 GiB of new 64 KiB clusters between two flushes
 _HEADER = struct.Struct("=6QQQ")
+_TOKEN_AT = 32
 _RECORD = struct.Struct("=4Q")
 _MAGIC = 0x76626C6F67000001  # "vblog", version 1
 _PYTHON = 1
@@ -86,6 +87,10 @@ class LogFile:
         struct.pack_into("=6Q", self._memory, 0, *identity)
         return False
 
+    def belongs_to(self, token: bytes) -> None:
+        """The image has another token now. Nothing is in the log."""
+        struct.pack_into("=2Q", self._memory, _TOKEN_AT, *_digest(token))
+
     def retire(self) -> None:
         """The image needs it no more, but the engine still has it: give the memory back."""
         self.path.unlink(missing_ok=True)
@@ -106,13 +111,12 @@ def open_log(image: os.stat_result, token: bytes, *, fresh: bool) -> LogFile | N
     `fresh`: the image says that nothing is missing, whatever a log may contain. None, with a
     warning, where there is no place for a log: unflushed writes then do not survive a kill.
     """
-    digest = hashlib.sha256(_boot_id() + token).digest()
     identity = (
         _MAGIC,
         image.st_dev,
         image.st_ino,
         RECORDS,
-        *struct.unpack("=QQ", digest[:16]),
+        *_digest(token),
     )
     name = f"{os.major(image.st_dev)}.{os.minor(image.st_dev)}.{image.st_ino}.log"
     try:
@@ -164,6 +168,12 @@ def _is_tmpfs(path: str) -> bool:
             if os.makedev(major, minor) == device:
                 return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
     return False
+
+
+def _digest(token: bytes) -> tuple[int, int]:
+    """Tells this state of an image, in this boot of the machine, from all others."""
+    first, second = struct.unpack("=QQ", hashlib.sha256(_boot_id() + token).digest()[:16])
+    return first, second
 
 
 def _boot_id() -> bytes:

@@ -224,11 +224,16 @@ class Qcow2(HookedNode):
             self.relink()
             await journal.replay(self, records)
         if log is None:
+            if not self.read_only and self.header.autoclear & journal.HAS_LOG:
+                # There is one somewhere that will not know of what is written from here on.
+                others = self.header.autoclear & ~journal.HAS_LOG
+                await self.write_header(autoclear=others)
             return
         log.clear()
-        if self.header.autoclear & journal.HAS_LOG != token:
-            others = self.header.autoclear & ~journal.HAS_LOG
-            await self.write_header(autoclear=others | token)
+        # Another one each time: a log that this opening has not found is worth nothing from now on.
+        others = self.header.autoclear & ~journal.HAS_LOG
+        await self.write_header(autoclear=others | token)
+        log.belongs_to(token.to_bytes(8, "big"))
 
     async def record(self, claim: Claim) -> None:
         """A change of an L2 entry in memory, about to be seen, is to survive a kill."""
@@ -594,6 +599,10 @@ class Qcow2(HookedNode):
 
     async def _flush(self, request: Request) -> None:
         if self.stopped:
+            self.l2.apply_log()
+            if self.l2.dirty:
+                # Nothing on disk names the clusters of what was written last.
+                raise OSError(errno.EIO, "the image is corrupt, its tables cannot be written")
             await self.data.flush()
             return
         await self.writeback.flush()

@@ -35,16 +35,18 @@ HAS_LOG = _MARK | _RANDOM
 
 
 async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, int, list[Record]]:
-    """The image's log, its token (auto-clear bits), and what is to be entered into the tables."""
-    if header.version < 3 or live.child("file").node.driver != "file":
+    """The image's log, its next token (auto-clear bits), what is to be entered into the tables."""
+    storage = live.child("file").node
+    while storage.keeps_data:  # such filters come and go; the image is the same without them
+        storage = storage.children["file"].node
+    if header.version < 3 or storage.driver != "file":
         return None, 0, []
-    token = header.autoclear & HAS_LOG
-    fresh = not token & _MARK
-    if fresh:
-        token = _MARK | int.from_bytes(os.urandom(4), "big") << 26
+    before = header.autoclear & HAS_LOG
+    token = _MARK | int.from_bytes(os.urandom(4), "big") << 26
 
     def find() -> LogFile | None:
-        return open_log(os.stat(live.filename()), token.to_bytes(8, "big"), fresh=fresh)
+        status = os.stat(storage.filename())
+        return open_log(status, before.to_bytes(8, "big"), fresh=not before & _MARK)
 
     log = await asyncio.to_thread(find)
     return log, token, [] if log is None else log.pending()
@@ -67,6 +69,8 @@ async def replay(live: Qcow2, records: Sequence[Record]) -> None:
         # Before anything is reserved: counts of these may not have got to the disk.
         named = [word & OFFSET_MASK for word, _ in wanted.values() if not word & COMPRESSED]
         await live.refcounts.adopt(host >> geometry.cluster_bits for host in named if host)
+    # None may be written before all have been entered: a flush ends the log.
+    limit, live.l2.limit = live.l2.limit, len(wanted) + live.l2.limit
     for cluster, (word, bitmap) in sorted(wanted.items()):
         slice = await live.l2.pin(cluster // geometry.slice_entries)
         at = cluster % geometry.slice_entries * geometry.words
@@ -78,5 +82,6 @@ async def replay(live: Qcow2, records: Sequence[Record]) -> None:
             live.let_go(old)
         live.l2.mark_dirty(slice)
         live.l2.unpin(slice)
+    live.l2.limit = limit
     live.l2.install_again()
     await live.writeback.flush()

@@ -22,7 +22,7 @@ import errno
 import struct
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
@@ -93,6 +93,8 @@ class Refcounts:
         self._blocks: dict[int, array[int]] = {}
         self._dirty: set[int] = set()
         self._table_dirty: set[int] = set()
+        self._unsure: tuple[set[int], set[int]] = set(), set()
+        """Blocks and table entries that have been written, and no barrier since."""
         self._free_from = 0  # no cluster below is free
         self._lock = asyncio.Lock()
 
@@ -149,15 +151,34 @@ class Refcounts:
                 if number >= len(self.table):
                     raise _corrupt(f"cluster {cluster} lies beyond the refcount table")
                 if not self.table[number] and number not in self._blocks:
-                    # Nothing else is in use where there is no block.
-                    start = number * self.per_block
-                    place = next(c for c in range(start, start + self.per_block) if c not in wanted)
+                    place = await self._place_beside(wanted, number)
                     self._blocks[number] = unpack_counts(bytes(self._cluster_size), self._bits)
                     self.table[number] = place << self.cluster_bits
                     self._table_dirty.add(number)
                     await self._put(place, 1)
                 if await self.get(cluster) == 0:
                     await self._put(cluster, 1)
+
+    async def _place_beside(self, wanted: set[int], number: int) -> int:
+        """A cluster for the block with this number that the log does not need."""
+        # Nothing else is in use where there is no block.
+        start = number * self.per_block
+        for cluster in range(start, start + self.per_block):
+            if cluster not in wanted:
+                return cluster
+        # Or one that a block in front counts, which gets to the disk first.
+        for cluster in range(start):
+            if not self.table[cluster // self.per_block] or cluster in wanted:
+                continue
+            if await self.get(cluster) == 0:
+                return cluster
+        for cluster in range(start, len(self.table) * self.per_block):
+            if cluster in wanted or await self.get(cluster):
+                continue
+            await self._cover(cluster, 1)
+            if await self.get(cluster) == 0:
+                return cluster
+        raise OSError(errno.ENOSPC, "the image has no place for a block of reference counts")
 
     async def _find(self, count: int) -> int:
         """The first of `count` free clusters in a row; they may lie beyond the table."""
@@ -290,6 +311,7 @@ class Refcounts:
         except BaseException:
             self._dirty |= dirty
             raise
+        self._unsure[0].update(dirty)
         if not self._table_dirty:
             return
         sector = None
@@ -298,10 +320,24 @@ class Refcounts:
             if at // SECTOR != sector:
                 # The blocks, then the table; and in the table first the sectors that come first,
                 # since a new block may be counted in one before it, which is new, too.
-                await self._storage.flush()
+                await self.barrier(self._storage.flush)
                 sector = at // SECTOR
             await self._storage.write(at, struct.pack(">Q", self.table[number]))
+        self._unsure[1].update(self._table_dirty)
         self._table_dirty.clear()
+
+    async def barrier(self, flush: Callable[[], Awaitable[None]]) -> None:
+        """Flush. If that fails, what was written before is written once more.
+
+        Linux takes pages for clean that it could not write: another flush would not write them.
+        """
+        (blocks, entries), self._unsure = self._unsure, (set(), set())
+        try:
+            await flush()
+        except BaseException:
+            self._dirty |= blocks
+            self._table_dirty |= entries
+            raise
 
 
 def _corrupt(text: str) -> InconsistentCounts:

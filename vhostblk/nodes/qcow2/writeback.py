@@ -113,7 +113,7 @@ class Writeback:
         changed = await self._own_tables(sorted(tables))
         try:
             await live.allocator.write_counts()
-            await self._barrier()
+            await live.allocator.refcounts.barrier(self._barrier)
         except BaseException:
             for entry in changed.values():
                 await live.allocator.refcounts.free(entry & OFFSET_MASK, 1)
