@@ -274,10 +274,18 @@ def test_backing_is_read_copied_and_replaced() -> None:
         node.came_up.clear()
         await host.write("t", 4 * UNIT, b"w" * 2 * UNIT)  # whole clusters: the engine's
         assert node.came_up == []
-        await host.write("t", 8 * UNIT + 512, b"p" * 512)  # a part: Python's
-        assert node.came_up == [OP_WRITE]
+        # Parts, the second over a border: the engine copies what is around them.
+        await host.write("t", 8 * UNIT + 512, b"p" * 512)
+        await host.write("t", 12 * UNIT - 1024, b"q" * 2048)
+        assert node.came_up == []
+        node.map.reclaim()
+        node.run = 0
+        await host.write("t", 20 * UNIT + 512, b"r" * 512)  # no cluster for it: Python's
+        assert OP_WRITE in node.came_up
         model[4 * UNIT : 6 * UNIT] = b"w" * 2 * UNIT
         model[8 * UNIT + 512 : 8 * UNIT + 1024] = b"p" * 512
+        model[12 * UNIT - 1024 : 12 * UNIT + 1024] = b"q" * 2048
+        model[20 * UNIT + 512 : 20 * UNIT + 1024] = b"r" * 512
         assert await host.read("t", 0, MIB) == model
 
     with_host(test, Toy)
@@ -347,7 +355,10 @@ def test_a_write_without_a_run_comes_up_and_a_run_asks_for_the_next() -> None:
     with_host(test, Toy)
 
 
-def test_a_failed_write_over_the_backing_file_leaves_that() -> None:
+@pytest.mark.parametrize("length", [2 * UNIT, 512])
+def test_a_failed_write_over_the_backing_file_leaves_that(length: int) -> None:
+    data = b"a" * length
+
     async def test(host: Host) -> None:
         await host.add("file", "f", filename=host.file("data", 16 * MIB))
         await host.add("error-inject", "bad", file="f", operations="write", errno="ENOSPC", count=1)
@@ -355,14 +366,14 @@ def test_a_failed_write_over_the_backing_file_leaves_that() -> None:
         node = await host.add("toy", "t", file="bad", backing="b", size=MIB)
         node.give()
         with pytest.raises(OSError) as caught:
-            await host.write("t", 0, b"a" * 2 * UNIT)
+            await host.write("t", 0, data)
         assert caught.value.errno == errno.ENOSPC
         assert await host.read("t", 0, 2 * UNIT) == bytes(2 * UNIT)
         assert node.map.get(0) == MAP_BACKING
         node.apply_log()
         assert node.logged == []
-        await host.write("t", 0, b"a" * 2 * UNIT)
-        assert await host.read("t", 0, 2 * UNIT) == b"a" * 2 * UNIT
+        await host.write("t", 0, data)
+        assert await host.read("t", 0, len(data)) == data
 
     with_host(test, Toy)
 

@@ -16,9 +16,10 @@
  *    parts that this request does not write sees what was there before. Whether the data have arrived
  *    when the entry gets to the disk makes no difference either: zeroes were there, and this
  *    request has not been flushed.
- *  - BACKING: the request covers all of the cluster. The entry stays pending until the data are there, and the
- *    record is made then: had the entry got to the disk before, a crash would leave zeroes
- *    in the place of what the backing file has.
+ *  - BACKING: the entry stays pending until the data are there, and the record is made then: had the
+ *    entry got to the disk before, a crash would leave zeroes in the place of what the backing file has.
+ *    A request that does not cover all of the cluster has the rest read from the backing file first, and
+ *    the whole written in one piece (struct copy).
  */
 #include "map_table.h"
 
@@ -26,6 +27,7 @@
 #include <string.h>
 
 #define GROUPS_MAX 4
+#define DATA_AT 4096u /* in a copy's memory: aligned for O_DIRECT */
 
 /* Adjacent clusters that showed the backing file and are being written. */
 struct group {
@@ -58,10 +60,23 @@ struct cursor {
 };
 
 /* What can be done with some units in a row. */
+#define COPY (VB_MAP_TYPE + 1) /* a copy of the cluster is under way already */
 struct extent {
-    uint64_t type;  /* VB_MAP_DATA, _ZERO, _BACKING */
+    uint64_t type;  /* VB_MAP_DATA, _ZERO, _BACKING, COPY */
     uint64_t host;  /* DATA */
     uint64_t bytes;
+};
+
+/* A cluster that gets the guest's data on top of the backing file's. The first bytes of its memory. */
+struct copy {
+    struct map_op *op;
+    uint64_t unit, host;
+    uint64_t position;     /* of the guest's data in the request */
+    uint64_t begin, bytes; /* of the guest's data in the cluster */
+    uint64_t there;        /* what the backing file has of the cluster */
+    size_t memory_size;
+    struct iovec iov;
+    unsigned char *data;   /* a whole cluster */
 };
 
 static uint64_t unit_size(const struct map_node *map)
@@ -101,7 +116,7 @@ static bool covers_unit(const struct map_node *map, uint64_t offset, uint64_t by
            (bytes == unit_size(map) || offset + bytes >= map->options.size);
 }
 
-static bool can_write(const struct map_node *map, uint64_t entry, uint64_t offset, uint64_t bytes)
+static bool can_write(const struct map_node *map, uint64_t entry)
 {
     switch (entry & VB_MAP_TYPE) {
     case VB_MAP_DATA:
@@ -110,7 +125,7 @@ static bool can_write(const struct map_node *map, uint64_t entry, uint64_t offse
         /* One that has a place already, but no data there, is Python's to fill. */
         return map->options.allocate && host_of(entry) == 0;
     case VB_MAP_BACKING:
-        return map->options.allocate && covers_unit(map, offset, bytes);
+        return map->options.allocate;
     default:
         return false;
     }
@@ -134,7 +149,7 @@ static enum verdict look(struct map_node *map, const struct vb_request *request,
         if ((entry & VB_MAP_TYPE) == VB_MAP_MISS) {
             return PYTHON;
         }
-        if (request->op == VB_OP_WRITE && !can_write(map, entry, offset, bytes)) {
+        if (request->op == VB_OP_WRITE && !can_write(map, entry)) {
             return PYTHON;
         }
         *in_place &= (entry & VB_MAP_TYPE) == VB_MAP_DATA;
@@ -233,6 +248,21 @@ static void zero_fill(struct cursor *cursor, uint64_t bytes)
         vb_guest_write_begin();
         memset((char *)cursor->iov->iov_base + cursor->skip, 0, n);
         vb_guest_write_end();
+        bytes -= n;
+        cursor->skip += n;
+        if (cursor->skip == cursor->iov->iov_len) {
+            cursor->iov++;
+            cursor->skip = 0;
+        }
+    }
+}
+
+static void skip(struct cursor *cursor, uint64_t bytes)
+{
+    while (bytes > 0) {
+        size_t here = cursor->iov->iov_len - cursor->skip;
+        size_t n = here < bytes ? here : bytes;
+
         bytes -= n;
         cursor->skip += n;
         if (cursor->skip == cursor->iov->iov_len) {
@@ -348,6 +378,132 @@ static void publish_zero_clusters(struct map_op *op, uint64_t unit, uint64_t cou
     map_wake(map);
 }
 
+/* ---- copies ------------------------------------------------------------------------------------------ */
+
+static void end_copy(struct copy *copy, int ret)
+{
+    struct map_op *op = copy->op;
+    struct map_node *map = op->map;
+    uint64_t entry = copy->host | VB_MAP_DATA | VB_MAP_WRITABLE;
+
+    if (ret < 0 || !map_log(map, copy->unit << map->options.unit_bits, entry, 0)) {
+        op->up = op->up || ret == 0;
+        entry = VB_MAP_BACKING; /* the cluster is lost until the image is checked */
+    }
+    publish(map, copy->unit, entry);
+    map_wake(map);
+    vb_buffer_put(op->request->thread, copy, copy->memory_size);
+    part_ended(op, ret);
+}
+
+static void copy_written(struct vb_request *part)
+{
+    struct copy *copy = part->owner;
+    int ret = part->ret;
+
+    vb_request_free(part);
+    end_copy(copy, ret);
+}
+
+static void get_from_guest(const struct vb_request *request, uint64_t position, unsigned char *to,
+                           uint64_t bytes)
+{
+    for (const struct iovec *iov = request->iov; bytes > 0; iov++) {
+        uint64_t here = iov->iov_len;
+
+        if (position >= here) {
+            position -= here;
+            continue;
+        }
+        here = here - position < bytes ? here - position : bytes;
+        memcpy(to, (const char *)iov->iov_base + position, here);
+        to += here;
+        bytes -= here;
+        position = 0;
+    }
+}
+
+static struct vb_request *copy_part(struct copy *copy, uint8_t op, uint64_t offset, uint64_t bytes,
+                                    void (*done)(struct vb_request *part))
+{
+    struct vb_request *part = vb_request_new(copy->op->request->thread);
+
+    copy->iov = (struct iovec){copy->data, bytes};
+    part->op = op;
+    part->offset = offset;
+    part->bytes = bytes;
+    part->iov = &copy->iov;
+    part->niov = 1;
+    part->done = done;
+    part->owner = copy;
+    return part;
+}
+
+static void write_copy(struct copy *copy)
+{
+    struct map_op *op = copy->op;
+    uint64_t size = unit_size(op->map);
+
+    memset(copy->data + copy->there, 0, size - copy->there);
+    get_from_guest(op->request, copy->position, copy->data + copy->begin, copy->bytes);
+    vb_submit(op->map->node.children[0], copy_part(copy, VB_OP_WRITE, copy->host, size, copy_written));
+}
+
+static void copy_read(struct vb_request *part)
+{
+    struct copy *copy = part->owner;
+    int ret = part->ret;
+
+    vb_request_free(part);
+    if (ret < 0) {
+        end_copy(copy, ret);
+    } else {
+        write_copy(copy);
+    }
+}
+
+/* The guest writes `bytes` at `offset`, a part of a cluster that shows the backing file. */
+static bool start_copy(struct map_op *op, uint64_t offset, uint64_t bytes)
+{
+    struct map_node *map = op->map;
+    uint64_t start = offset & ~(unit_size(map) - 1), size = map->options.backing_size;
+    uint64_t unit = offset >> map->options.unit_bits, host;
+    size_t memory_size = unit_size(map) + DATA_AT;
+    struct copy *copy = vb_buffer_get(op->request->thread, memory_size);
+
+    if (!copy || !map_log_has_room(map, 1) || claim(map, unit, 1, VB_MAP_BACKING) == 0) {
+        op->up = !copy || !map_log_has_room(map, 1); /* else somebody else is at it */
+        if (copy) {
+            vb_buffer_put(op->request->thread, copy, memory_size);
+        }
+        return false;
+    }
+    if (map_take_clusters(map, 1, &host) == 0) {
+        unclaim(map, unit, 1, VB_MAP_BACKING);
+        vb_buffer_put(op->request->thread, copy, memory_size);
+        op->up = true;
+        return false;
+    }
+    *copy = (struct copy){
+        .op = op,
+        .unit = unit,
+        .host = host,
+        .position = offset - op->request->offset,
+        .begin = offset - start,
+        .bytes = bytes,
+        .there = start >= size ? 0 : size - start < unit_size(map) ? size - start : unit_size(map),
+        .memory_size = memory_size,
+        .data = (unsigned char *)copy + DATA_AT,
+    };
+    op->pending++;
+    if (copy->there > 0) {
+        vb_submit(map->node.children[1], copy_part(copy, VB_OP_READ, start, copy->there, copy_read));
+    } else {
+        write_copy(copy);
+    }
+    return true;
+}
+
 /*
  * Clusters from `offset` on that are all unallocated in the same way get a place in a row. False:
  * the request has to start anew, because somebody else is at it, or to go up (op->up).
@@ -423,12 +579,18 @@ static bool next_extent(struct map_op *op, uint64_t offset, uint64_t end, struct
     if (type == VB_MAP_MISS || type == VB_MAP_PENDING) {
         return false;
     }
-    if (write && !can_write(map, entry, offset, rest_of_unit(map, offset, end))) {
+    if (write && !can_write(map, entry)) {
         return false;
     }
     if (write && type != VB_MAP_DATA) {
         /* With FUA it was in place when looked at first: Python has to see to it after all. */
         op->up = op->request->flags & VB_REQ_FUA;
+        if (!op->up && type == VB_MAP_BACKING &&
+            !covers_unit(map, offset, rest_of_unit(map, offset, end))) {
+            extent->type = COPY;
+            extent->bytes = rest_of_unit(map, offset, end);
+            return start_copy(op, offset, extent->bytes);
+        }
         return !op->up && allocate(op, offset, end, type, extent);
     }
     extent->type = type;
@@ -458,6 +620,8 @@ static void start_extent(struct map_op *op, struct cursor *cursor, uint64_t offs
 {
     if (extent->type == VB_MAP_DATA) {
         start_part(op, cursor, 0, extent->host, extent->bytes);
+    } else if (extent->type == COPY) {
+        skip(cursor, extent->bytes);
     } else if (extent->type == VB_MAP_ZERO) {
         zero_fill(cursor, extent->bytes);
     } else {
