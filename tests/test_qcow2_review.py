@@ -101,21 +101,6 @@ def test_a_discard_ends_when_the_image_is_found_to_be_corrupt() -> None:
     with_host(test)
 
 
-@pytest.mark.parametrize("compat", ["0.10", "1.1"])
-def test_a_write_that_needs_more_records_than_the_log_has(compat: str) -> None:
-    async def test(host: Host) -> None:
-        disk = new_disk(host, size=48 * MIB, cluster_size=512, compat=compat)
-        await disk.open()
-        data = os.urandom(MIB) * 40
-        async with asyncio.timeout(50):
-            await disk.write(4096, data)
-            await disk.flush()
-        await disk.close()
-        disk.judge((bytes(4096) + data).ljust(48 * MIB, b"\0"))
-
-    with_host(test)
-
-
 def test_the_place_of_an_outgrown_refcount_table_is_used_again() -> None:
     async def test(host: Host) -> None:
         disk = new_disk(host, size=24 * MIB, cluster_size=512)
@@ -209,6 +194,26 @@ def test_a_block_of_counts_whose_clusters_are_all_taken(tmp_path: Path) -> None:
         assert [await again.get(place) for place in places] == [1] * len(places)
 
     asyncio.run(run())
+
+
+def test_closing_waits_for_what_is_being_freed() -> None:
+    """Even if nothing is written to the image any more."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        await disk.open()
+        await disk.write(0, b"\x10" * MIB)
+        await disk.flush()
+        await disk.discard(0, MIB)
+        with disk.node.reading():
+            await disk.flush()  # they are free when the reader has ended
+            disk.node.corrupt("for a test")
+            closing = asyncio.ensure_future(disk.close())
+            await asyncio.sleep(0.2)
+            assert not closing.done()
+        await closing
+
+    with_host(test)
 
 
 # ---- killed, and what the next one finds --------------------------------------------------------

@@ -208,6 +208,7 @@ class Qcow2(HookedNode):
         try:
             await self._begin_log(log, token, records)
         except BaseException:
+            await self._settle()
             self.handle = None
             self.map.free()
             if log is not None:
@@ -741,10 +742,17 @@ class Qcow2(HookedNode):
         except OSError as error:
             logger.error("image '%s' could not be closed in order: %s", self.filename(), error)
         finally:
+            await self._settle()
             self.handle = None
             self.map.free()
             if self.log is not None:
                 self.log.close(remove=not self.header.autoclear & journal.HAS_LOG)
+
+    async def _settle(self) -> None:
+        """Wait for what goes on by itself and asks the engine's half for something."""
+        if self._early is not None:
+            await self._early
+        await self.allocator.settle()
 
     async def write_everything(self) -> None:
         """All that is in memory to disk; nothing is in flight. The engine's runs are taken back."""
