@@ -144,7 +144,8 @@ def open_log(image: os.stat_result, token: bytes, *, fresh: bool) -> LogFile | N
 def _directory() -> Path:
     """A private directory on a tmpfs."""
     given = os.environ.get("VHOSTBLK_LOG_DIR")
-    candidates = [given] if given else [os.environ.get("XDG_RUNTIME_DIR"), *_DIRECTORIES]
+    # The runtime directory of a user goes when he logs out: it comes last.
+    candidates = [given] if given else [*_DIRECTORIES, os.environ.get("XDG_RUNTIME_DIR")]
     for candidate in candidates:
         if not candidate or not os.access(candidate, os.W_OK | os.X_OK):
             continue

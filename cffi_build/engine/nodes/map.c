@@ -523,6 +523,10 @@ static bool allocate(struct map_op *op, uint64_t offset, uint64_t end, uint64_t 
     if (op->groups_count == GROUPS_MAX) {
         return false; /* those that it has are in their place when it starts anew */
     }
+    /* What is left becomes further extents: Python makes room in a log that is nearly full only. */
+    if (wanted > map->options.log_records / 16 + 1) {
+        wanted = map->options.log_records / 16 + 1;
+    }
     if (!map_log_has_room(map, wanted)) {
         op->up = true;
         return false;
