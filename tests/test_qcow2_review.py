@@ -21,9 +21,10 @@ from crash import newest_tools
 from in_process import Host, with_host
 from test_qcow2_driver import Disk, new_disk
 
-from vhostblk.nodes.qcow2 import writeback
+from vhostblk.nodes.qcow2 import journal, writeback
 from vhostblk.nodes.qcow2.header import Header
 from vhostblk.nodes.qcow2.refcounts import Refcounts
+from vhostblk.schema import VhostblkError
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -294,6 +295,29 @@ def after(image: Path, look: Callable[[Disk], Awaitable[None]]) -> None:
         disk = Disk(host, newest_tools(), image)
         await disk.open()
         await look(disk)
+        await disk.close()
+
+    with_host(test)
+
+
+def test_an_image_that_stays_writable_after_all_keeps_its_log() -> None:
+    """A change that would have made it read-only is undone."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        await disk.open()
+        before = disk.node.header.autoclear & journal.HAS_LOG
+        assert before
+        given = {"driver": "qcow2", "node-name": disk.node.name, "read-only": True}
+        given["file"] = disk.node.child("file").node.name
+        with pytest.raises(VhostblkError):
+            await host.backend.transaction(
+                [("blockdev-reopen", {"options": [given]}), ("abort", {})]
+            )
+        assert not disk.node.read_only
+        on_disk = Header.parse(Path(disk.node.filename()).read_bytes()[:65536])
+        assert on_disk.autoclear & journal.HAS_LOG == before
+        await disk.write(0, b"\x10" * CLUSTER)
         await disk.close()
 
     with_host(test)

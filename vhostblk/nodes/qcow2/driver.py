@@ -219,6 +219,7 @@ class Qcow2(HookedNode):
     async def _begin_log(self, log: LogFile | None, token: int, records: list[Record]) -> None:
         """Enter what a predecessor left behind; from now on the image has this log."""
         self.log = log
+        self._token = token
         if records:
             logger.info("image '%s': %d changes of a killed process", self.filename(), len(records))
             # The child nodes are tied to the engine half after open() only.
@@ -695,6 +696,22 @@ class Qcow2(HookedNode):
                 "cannot-change",
             )
         await super().reopen_prepare(options)
+
+    async def reopen_abort(self) -> None:
+        await super().reopen_abort()
+        if self.log is None or self.read_only or self.stopped:
+            return
+        if self.header.autoclear & journal.HAS_LOG:
+            return
+        # Writable after all: what is written from here on is in the log until it is on disk.
+        try:
+            await self.write_header(autoclear=self.header.autoclear | self._token)
+        except OSError as error:
+            logger.error(
+                "image '%s': %s; until it is opened anew, unflushed writes do not survive kill -9",
+                self.filename(),
+                error,
+            )
 
     async def become_read_only(self) -> bool:
         if self._written_to or self.read_only or self.stopped:
