@@ -19,6 +19,7 @@ ENGINE = HERE.parent / "cffi_build" / "engine"
 SOURCES = [
     "aio_threads.c",
     "aio_uring.c",
+    "buffer.c",
     "file_map.c",
     "iothread.c",
     "mailbox.c",
