@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Builds ``vhostblk._engine``: the engine in C, libvhost-user under it, cffi's glue on top.
 
-``engine/api.h`` is the cdef: what it declares is what Python can call, and there is no
-second list to keep in step. libvhost-user is compiled from a source tree that is not part of
-this repository, the first of:
+``engine/api.h`` and each node's ``engine/nodes/NAME.api.h`` are the cdef: what they declare is
+what Python can call, and there is no second list to keep in step. libvhost-user is compiled from
+a source tree that is not part of this repository, the first of:
 
 * ``$VHOSTBLK_LIBVHOST_USER``, a directory with ``libvhost-user.c`` and what it includes,
 * ``$VHOSTBLK_QEMU_SRC``, an unpacked QEMU source tree,
@@ -37,7 +37,6 @@ PREAMBLE = """
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include <stdbool.h>
 #include <stdint.h>
-#include "api.h"
 """
 
 
@@ -117,10 +116,12 @@ def make_ffi() -> FFI:
     """The FFI object that setuptools' ``cffi_modules`` asks for."""
     source = libvhost_user_directory()
     ffi = FFI()
-    ffi.cdef(re.sub(r"/\*.*?\*/", "", (ENGINE / "api.h").read_text(), flags=re.DOTALL))
+    declarations = [ENGINE / "api.h", *sorted((ENGINE / "nodes").glob("*.api.h"))]
+    for header in declarations:
+        ffi.cdef(re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL))
     ffi.set_source(
         "vhostblk._engine",
-        PREAMBLE,
+        PREAMBLE + "".join(f'#include "{path.relative_to(ENGINE)}"\n' for path in declarations),
         sources=[
             str(path.relative_to(ROOT))
             for path in sorted([*ENGINE.glob("*.c"), *(ENGINE / "nodes").glob("*.c")])

@@ -19,7 +19,8 @@ import pytest
 from frontend import Status, Type
 from in_process import MIB, Host, with_host
 
-from vhostblk.engine import (
+from vhostblk.engine import OP_FLUSH, OP_READ, OP_WRITE, REQ_FUA
+from vhostblk.engine.map import (
     MAP_BACKING,
     MAP_DATA,
     MAP_MISS,
@@ -27,11 +28,8 @@ from vhostblk.engine import (
     MAP_TYPE,
     MAP_WRITABLE,
     MAP_ZERO,
-    OP_FLUSH,
-    OP_READ,
-    OP_WRITE,
-    REQ_FUA,
     MapHandle,
+    new_map,
 )
 from vhostblk.nodes._map_log import LogFile, open_log
 from vhostblk.nodes.driver import ChildRole, NodeOptions, RoleKind
@@ -75,7 +73,8 @@ class Toy(HookedNode):
         self.logged: list[tuple[int, int]] = []
         self.locks: dict[int, asyncio.Lock] = {}
         self.nothing = MAP_BACKING if self.options.backing is not None else MAP_ZERO
-        self.map: MapHandle = self.engine.new_map(
+        self.map: MapHandle = new_map(
+            self.engine,
             size=self.options.size,
             unit_bits=BITS,
             cluster_bits=BITS,

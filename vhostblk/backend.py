@@ -26,7 +26,8 @@ from vhostblk.image import Extent, merged
 from vhostblk.jobs import JobStore
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
-from vhostblk.objects import IOThreadObject, ObjectStore, object_types
+from vhostblk.objects import ObjectStore, object_types
+from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as _  # noqa: F401  known to transactions once loaded
 from vhostblk.state import Document, StateFile, describe, restore
@@ -66,8 +67,8 @@ class Backend:
             for driver in self._registry.load_plugin(plugin):
                 logger.info("driver '%s' loaded from '%s'", driver.driver, plugin)
         self.engine = Engine()
-        self.graph = Graph(self.engine, self.events, self._registry)
         self.objects = ObjectStore(self.engine)
+        self.graph = Graph(self.engine, self.events, self._registry, self.objects)
         self._started = time.time()
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@
  * multiples of 512, except at the file's end, and half of all buffers are unaligned.
  */
 #include "engine.h"
+#include "nodes/file.api.h"
 
 #include <errno.h>
 #include <fcntl.h>

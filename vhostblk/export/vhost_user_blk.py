@@ -20,9 +20,9 @@ from vhostblk.export import Export
 from vhostblk.export.listener import Listener, SocketAddress, listen
 from vhostblk.graph import BlockBackend
 from vhostblk.nodes.driver import Perm
-from vhostblk.objects import IOThreadObject
+from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.ratelimit import RateLimitedLog
-from vhostblk.schema import Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError, did_you_mean
+from vhostblk.schema import Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError
 
 logger = logging.getLogger(__name__)
 
@@ -135,17 +135,7 @@ class VhostUserBlkExport(Export):
         names = [] if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
         found: list[IOThreadObject] = []
         for name in names:
-            entry = self.objects.get(name, "iothread")
-            if not isinstance(entry, IOThreadObject):
-                known = self.objects.ids("iothread")
-                near = did_you_mean(name, known)
-                hint = f"; did you mean '{near}'?" if near else ""
-                if not known:
-                    hint = f"; make it first, with object iothread,id={name}"
-                raise VhostblkError(
-                    f'iothread "{name}" not found{hint}',
-                    data={"code": "no-such-object", "id": name, "allowed": known},
-                )
+            entry = self.objects.find(name, IOThreadObject)
             if entry in found:
                 raise _bad("iothread", "each I/O thread once", name)
             found.append(entry)

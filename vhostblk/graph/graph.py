@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from vhostblk.engine import MAX_CHILDREN, Engine
 from vhostblk.events import EventBus
@@ -27,6 +27,7 @@ from vhostblk.graph.edge import Edge, enumerate_edges
 from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names
+from vhostblk.objects import BackendObject, ObjectStore
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
 from vhostblk.schema.validation import wrong_type_error
@@ -38,6 +39,7 @@ MAX_DEPTH = 64
 PAUSE_PATIENCE = 10.0
 _WRITING = int(Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE)
 MAX_CHAIN = 256  # of images that name their backing file
+ObjectT = TypeVar("ObjectT", bound=BackendObject)
 _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
 
 
@@ -49,6 +51,11 @@ class _Releasing:
     reached: dict[NodeDriver, None]
 
 
+def _user(node: NodeDriver) -> str:
+    """Who uses an object, for messages."""
+    return f"node '{node.name}'"
+
+
 class Pause:
     """How long guests were held up: from the first pause to the last resume."""
 
@@ -58,10 +65,13 @@ class Pause:
 class Graph:
     """All nodes of one backend. Everything here runs on the event loop's thread."""
 
-    def __init__(self, engine: Engine, events: EventBus, drivers: DriverRegistry) -> None:
+    def __init__(
+        self, engine: Engine, events: EventBus, drivers: DriverRegistry, objects: ObjectStore
+    ) -> None:
         self.engine = engine
         self._events = events
         self._drivers = drivers
+        self._objects = objects
         self._nodes: dict[str, NodeDriver] = {}
         self._names = itertools.count()
         self._owned: set[NodeDriver] = set()  # by the operator; the rest by their parents
@@ -213,6 +223,14 @@ class Graph:
     def passive_changed(self, node: NodeDriver) -> None:
         """The engine half of `node` has appeared or gone."""
         self.relink()
+
+    def use_object(self, node: NodeDriver, id: str, kind: type[ObjectT]) -> ObjectT:
+        """An object, which cannot be deleted until it is released, or the node closed."""
+        return self._objects.use(id, kind, _user(node))
+
+    def release_object(self, node: NodeDriver, object: BackendObject) -> None:
+        """The node does not need the object any more."""
+        self._objects.release(_user(node), object)
 
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether the node has been told to hold no requests back."""
@@ -540,6 +558,7 @@ class Graph:
             for child in children.values():
                 child.detach()
             del self._children[node]
+            self._objects.release(_user(node))
 
     async def _settle(self, nodes: Iterable[NodeDriver]) -> None:
         """Wait for Python's own requests on these nodes (guests' are paused or gone)."""

@@ -6,7 +6,7 @@ the death of its backend, though, and does not know that it happened: a write th
 told is complete must be there when the next backend starts, flushed or not. With a plain file
 the page cache sees to that. For a format, this log does: each change of a table is a record in a
 file on tmpfs that the engine writes through a mapping (struct vb_map_log in
-cffi_build/engine/api.h).
+cffi_build/engine/nodes/map.api.h).
 
 * kill -9: the next `open_log()` finds the records, and the driver enters them in its tables.
 * power cut: tmpfs is empty, or the boot is another one, and the image is as the last flush left it.

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum, IntFlag
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from vhostblk.engine import (
     IO,
@@ -33,7 +33,10 @@ from vhostblk.engine import (
     Stats,
 )
 from vhostblk.image import Extent
+from vhostblk.objects import BackendObject
 from vhostblk.schema import Model, NodeName, OnOff, VhostblkError
+
+ObjectT = TypeVar("ObjectT", bound=BackendObject)
 
 
 class Perm(IntFlag):
@@ -129,6 +132,12 @@ class NodeHost(Protocol):
 
     def passive_changed(self, node: NodeDriver) -> None:
         """`node.handle` has appeared or gone; only inside a drained section."""
+
+    def use_object(self, node: NodeDriver, id: str, kind: type[ObjectT]) -> ObjectT:
+        """An object, which cannot be deleted until it is released, or the node closed."""
+
+    def release_object(self, node: NodeDriver, object: BackendObject) -> None:
+        """The node does not need the object any more."""
 
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether `drain_begin()` has been called for it and `drain_end()` not yet."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vhostblk.engine import NodeHandle
+from vhostblk.engine.file import new_file
 from vhostblk.image import Extent
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
 from vhostblk.nodes.driver import CreateHost, NodeDriver, NodeOptions, Perm
@@ -89,7 +90,8 @@ class File(NodeDriver):
             raise
 
     def _make_half(self, options: FileOptions, opened: _Opened) -> NodeHandle:
-        return self.engine.new_file(
+        return new_file(
+            self.engine,
             opened.fd,
             read_only=opened.read_only,
             direct=options.cache.direct,

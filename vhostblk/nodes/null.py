@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from vhostblk.engine import NodeHandle
+from vhostblk.engine.null import new_null
 from vhostblk.image import Extent
 from vhostblk.nodes.driver import NodeDriver, NodeOptions
 from vhostblk.schema import OnOff, Size, UInt64, VhostblkError
@@ -40,7 +41,7 @@ class NullCo(NodeDriver):
         self.handle = self._make_half(self.options)
 
     def _make_half(self, options: NullOptions) -> NodeHandle:
-        return self.engine.new_null(latency_ns=options.latency_ns, read_zeroes=options.read_zeroes)
+        return new_null(self.engine, latency_ns=options.latency_ns, read_zeroes=options.read_zeroes)
 
     async def reopen_prepare(self, options: NullOptions) -> None:
         await super().reopen_prepare(options)

@@ -17,7 +17,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from vhostblk.engine import MAX_CHILDREN, OP_NAMES, QUORUM_ALL, QuorumHandle
+from vhostblk.engine import MAX_CHILDREN, OP_NAMES
+from vhostblk.engine.quorum import QUORUM_ALL, QuorumHandle, new_quorum
 from vhostblk.nodes.driver import INHERITED, ChildRole, NodeDriver, NodeOptions
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef, OnOff, UInt32, VhostblkError
@@ -63,7 +64,7 @@ class Quorum(NodeDriver):
     async def open(self) -> None:
         self._log = RateLimitedLog(logger)
         self._check(self.options)
-        self.handle = self.engine.new_quorum(self._report, **self._half_options(self.options))
+        self.handle = new_quorum(self.engine, self._report, **self._half_options(self.options))
 
     @property
     def read_only(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import ClassVar
 
 from vhostblk.engine import NodeHandle
+from vhostblk.engine.raw import new_raw
 from vhostblk.image import Extent
 from vhostblk.nodes.driver import ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.schema import BlockdevRef, Size, VhostblkError
@@ -59,7 +60,7 @@ class Raw(NodeDriver):
             raise self._error(f"Specified size ({size}) is not multiple of {SECTOR}")
 
     def _make_half(self, options: RawOptions) -> NodeHandle | None:
-        return self.engine.new_raw(offset=options.offset) if options.offset else None
+        return new_raw(self.engine, offset=options.offset) if options.offset else None
 
     async def reopen_prepare(self, options: RawOptions) -> None:
         await super().reopen_prepare(options)

@@ -211,7 +211,7 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
         with _about(file, f"object '{options.get('id')}'"):
             await backend.object_add(options)
     for mentioned in document.objects_with_secrets:
-        if backend.objects.get(mentioned.id, mentioned.qom_type) is None:
+        if not backend.objects.has(mentioned.id, mentioned.qom_type):
             raise file.error(
                 f"it refers to object '{mentioned.id}' of type '{mentioned.qom_type}', which "
                 "holds a secret and is therefore not in the file",

@@ -20,6 +20,7 @@
  * which other queues of this thread would starve.
  */
 #include "../engine.h"
+#include "file.api.h"
 #include "../file_map.h"
 
 #include <errno.h>

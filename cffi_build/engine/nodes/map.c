@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * nodes/map.c: requests to a disk whose data lie wherever a map of units says. The map is
- * in map_table.c, its waiting in map_thread.c; api.h explains the entries. Drivers in Python
+ * in map_table.c, its waiting in map_thread.c; map.api.h explains the entries. Drivers in Python
  * (qcow2, qed) fill the map and do what it has no answer for.
  *
  * A request is cut into extents: as many units in a row as one request to a child can do.

@@ -236,7 +236,7 @@ static void fill_low(struct vb_message *message, void *context)
     struct low_event *low = vb_container_of(message, struct low_event, message);
 
     *(struct vb_event *)context = (struct vb_event){
-        .kind = VB_EVENT_MAP_LOW,
+        .kind = VB_EVENT_NODE,
         .cookie = low->cookie,
     };
     free(low);

@@ -4,6 +4,7 @@
 #define VB_MAP_TABLE_H
 
 #include "../upcall.h"
+#include "map.api.h"
 
 /* Entries of one table; Python installs and evicts it, I/O threads look at it without a lock. */
 struct map_table {

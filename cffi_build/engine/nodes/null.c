@@ -4,6 +4,7 @@
  * fixed latency; keeps nothing. Its Python half is vhostblk/nodes/null.py.
  */
 #include "../engine.h"
+#include "null.api.h"
 
 #include <string.h>
 

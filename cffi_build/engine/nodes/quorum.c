@@ -9,6 +9,7 @@
  * buffers while the vote is taken, and must not make a leg look bad.
  */
 #include "../engine.h"
+#include "quorum.api.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -57,7 +58,7 @@ static void fill_report(struct vb_message *message, void *context)
     struct vb_event *event = context;
 
     *event = (struct vb_event){
-        .kind = VB_EVENT_REPORT,
+        .kind = VB_EVENT_NODE,
         .ret = report->ret,
         .cookie = report->cookie,
         .request = report->leg,

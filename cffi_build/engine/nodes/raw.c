@@ -6,6 +6,7 @@
  * of the engine's picture altogether.
  */
 #include "../engine.h"
+#include "raw.api.h"
 
 struct raw_node {
     struct vb_node node;

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from vhostblk.engine import MapHandle
+from vhostblk.engine.map import MapHandle
 from vhostblk.nodes.qcow2.geometry import Geometry
 from vhostblk.nodes.qcow2.refcounts import InconsistentCounts, Refcounts
 from vhostblk.nodes.qcow2.storage import ChildStorage, background

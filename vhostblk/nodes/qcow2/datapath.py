@@ -22,7 +22,8 @@ from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.engine import (
+from vhostblk.engine import OP_READ, OP_WRITE
+from vhostblk.engine.map import (
     MAP_BACKING,
     MAP_DATA,
     MAP_MISS,
@@ -30,8 +31,6 @@ from vhostblk.engine import (
     MAP_TYPE,
     MAP_WRITABLE,
     MAP_ZERO,
-    OP_READ,
-    OP_WRITE,
 )
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.geometry import (

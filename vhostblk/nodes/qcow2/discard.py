@@ -12,7 +12,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vhostblk.engine import MAP_TYPE, MAP_ZERO, OP_WRITE
+from vhostblk.engine import OP_WRITE
+from vhostblk.engine.map import MAP_TYPE, MAP_ZERO
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.datapath import Claim
 from vhostblk.nodes.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, ZERO

@@ -19,13 +19,8 @@ from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
-from vhostblk.engine import (
-    IO,
-    MAP_BACKING,
-    MAP_ZERO,
-    OP_READ,
-    MapHandle,
-)
+from vhostblk.engine import IO, OP_READ
+from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes.driver import ChildRole, CreateHost, Perm, RoleKind
@@ -323,7 +318,8 @@ class Qcow2(HookedNode):
 
     def _new_map(self, log: LogFile | None) -> MapHandle:
         geometry = self.geometry
-        return self.engine.new_map(
+        return new_map(
+            self.engine,
             size=self._size,
             unit_bits=geometry.unit_bits,
             cluster_bits=geometry.cluster_bits,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from vhostblk.engine import MAP_BACKING, MAP_DATA, MAP_MISS
+from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_MISS
 from vhostblk.image import Extent
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vhostblk.engine import MAP_DATA, MAP_TYPE, MAP_ZERO
+from vhostblk.engine.map import MAP_DATA, MAP_TYPE, MAP_ZERO
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
 from vhostblk.nodes.qcow2.geometry import (
     L1_RESERVED,

@@ -13,7 +13,7 @@ import sys
 from array import array
 from dataclasses import dataclass
 
-from vhostblk.engine import MAP_DATA, MAP_MISS, MAP_WRITABLE, MAP_ZERO
+from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_WRITABLE, MAP_ZERO
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62

@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vhostblk.engine import MAP_OFFSET
+from vhostblk.engine.map import MAP_OFFSET
 from vhostblk.nodes._map_log import LogFile, Record, open_log
 from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
 from vhostblk.nodes.qcow2.header import Header

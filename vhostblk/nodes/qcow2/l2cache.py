@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from vhostblk.engine import MapHandle
+from vhostblk.engine.map import MapHandle
 from vhostblk.nodes.qcow2.geometry import COPIED, Geometry
 from vhostblk.nodes.qcow2.storage import background
 

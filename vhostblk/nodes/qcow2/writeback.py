@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from vhostblk.engine import MapHandle
+from vhostblk.engine.map import MapHandle
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.datapath import gather
 from vhostblk.nodes.qcow2.geometry import COPIED, OFFSET_MASK, Geometry

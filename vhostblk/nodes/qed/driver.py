@@ -33,7 +33,8 @@ from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
-from vhostblk.engine import IO, MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, OP_WRITE
+from vhostblk.engine import IO, OP_WRITE
+from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedNode, Request
@@ -212,7 +213,8 @@ class Qed(HookedNode):
         self.data = self.file
         self.l1 = await self._load_l1(self.header)
         self._know_backing()
-        self.map = self.engine.new_map(
+        self.map = new_map(
+            self.engine,
             size=self._size,
             unit_bits=header.cluster_bits,
             cluster_bits=header.cluster_bits,

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Objects: what is neither node nor export. `object-add`, `qom-get`, `qom-set`.
 
-A type is a subclass of `BackendObject` with a `qom_type`; `register()` makes it
-known. Properties are the members of its options; those named in `settable` can
-be changed while it is in use.
+A type is a subclass of `BackendObject` with a `qom_type`, in a module of this
+package; `register()` makes it known. Properties are the members of its options;
+those named in `settable` can be changed while it is in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
 
-from vhostblk.engine import AIO_NAMES, Aio, Engine, EngineError, IOThread
-from vhostblk.schema import Model, UInt32, UInt64, VhostblkError, did_you_mean, validate
+from vhostblk.engine import Engine
+from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 
 
 class ObjectOptions(Model):
@@ -31,8 +33,8 @@ class BackendObject:
     Options: ClassVar[type[ObjectOptions]]
     settable: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, engine: Engine, options: Any) -> None:
-        self.engine = engine
+    def __init__(self, store: ObjectStore, options: Any) -> None:
+        self.store = store
         self.options = options
         self.users: list[str] = []
         """Who uses it, for messages; an object in use cannot be deleted."""
@@ -41,6 +43,11 @@ class BackendObject:
     def id(self) -> str:
         """Its name."""
         return str(self.options.id)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.store.engine
 
     async def open(self) -> None:
         """Make it work."""
@@ -66,6 +73,7 @@ class BackendObject:
         return self.options.to_options()  # type: ignore[no-any-return]
 
 
+ObjectT = TypeVar("ObjectT", bound=BackendObject)
 T = TypeVar("T", bound=type[BackendObject])
 _types: dict[str, type[BackendObject]] = {}
 
@@ -78,88 +86,27 @@ def register(kind: T) -> T:
 
 def object_types() -> Mapping[str, type[BackendObject]]:
     """All types by name."""
+    for info in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{info.name}")
     return _types
-
-
-class IOThreadOptions(ObjectOptions):
-    """Options of iothread."""
-
-    poll_max_ns: UInt64 = 100_000
-    """Longest busy wait for new requests before sleeping, in nanoseconds; 0: none."""
-    poll_grow: UInt64 = 0
-    """Factor by which the busy wait grows; 0 means 2."""
-    poll_shrink: UInt64 = 0
-    """Divisor by which the busy wait shrinks; 0: straight to none."""
-    aio: Literal["auto", "io_uring", "threads"] = "auto"
-    """How files are read and written; auto takes io_uring where the kernel allows it."""
-    thread_pool_max: UInt32 = 0
-    """Largest number of threads with aio=threads; 0 means 16."""
-    thread_pool_min: UInt32 = 0
-    """Accepted for QEMU's sake."""
-    aio_max_batch: UInt32 = 0
-    """Accepted for QEMU's sake."""
-
-
-@register
-class IOThreadObject(BackendObject):
-    """A thread that serves virtqueues and does I/O."""
-
-    qom_type = "iothread"
-    Options = IOThreadOptions
-    settable = frozenset({"poll-max-ns", "poll-grow", "poll-shrink"})
-    options: IOThreadOptions
-
-    async def open(self) -> None:
-        options = self.options
-        try:
-            self.thread: IOThread = self.engine.new_iothread(
-                options.id,
-                poll_max_ns=options.poll_max_ns,
-                poll_grow=options.poll_grow,
-                poll_shrink=options.poll_shrink,
-                aio=next(aio for aio, name in AIO_NAMES.items() if name == options.aio),
-                threads_max=options.thread_pool_max,
-            )
-        except EngineError as error:
-            hint = ""
-            if options.aio == "io_uring":
-                hint = "; aio=auto or aio=threads does without io_uring"
-            raise VhostblkError(
-                f"I/O thread '{options.id}' cannot be started: {error.strerror}{hint}",
-                data={"code": "iothread-failed", "id": options.id},
-            ) from None
-
-    async def close(self) -> None:
-        self.thread.free()
-
-    async def apply(self, options: IOThreadOptions) -> None:
-        self.thread.set_poll(options.poll_max_ns, options.poll_grow, options.poll_shrink)
-
-    def properties(self) -> dict[str, Any]:
-        info = self.thread.info()
-        return {
-            **super().properties(),
-            "thread-id": info.thread_id,
-            "aio-used": AIO_NAMES[Aio(info.aio)],
-        }
 
 
 class ObjectStore:
     """The objects of one backend."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._objects: dict[str, BackendObject] = {}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[BackendObject]:
         return iter(self._objects.values())
 
     async def add(self, options: dict[str, Any]) -> BackendObject:
         """object-add."""
-        kind = _types.get(_string(options, "qom-type"))
+        kind = object_types().get(_string(options, "qom-type"))
         if kind is None:
             name = options["qom-type"]
-            allowed = sorted(_types)
+            allowed = sorted(object_types())
             text = (
                 f"Parameter 'qom-type' does not accept value '{name}'; "
                 f"allowed: {', '.join(allowed)}"
@@ -176,7 +123,7 @@ class ObjectStore:
                 f"attempt to add duplicate property '{checked.id}' to object (type 'container')",
                 data={"code": "duplicate-object", "id": checked.id},
             )
-        made = kind(self._engine, checked)
+        made = kind(self, checked)
         self._objects[checked.id] = made
         try:
             await made.open()
@@ -204,14 +151,37 @@ class ObjectStore:
             _, found = self._objects.popitem()
             await found.close()
 
-    def get(self, id: str, kind: str) -> BackendObject | None:
-        """The object with this id if it is of this type."""
+    def has(self, id: str, qom_type: str) -> bool:
+        """Whether there is an object of this type with this id."""
         found = self._objects.get(id)
-        return found if found is not None and found.qom_type == kind else None
+        return found is not None and found.qom_type == qom_type
 
-    def ids(self, kind: str) -> list[str]:
-        """Names of all objects of a type."""
-        return [entry.id for entry in self._objects.values() if entry.qom_type == kind]
+    def find(self, id: str, kind: type[ObjectT]) -> ObjectT:
+        """The object of this type with this id, or an error that says which there are."""
+        found = self._objects.get(id)
+        if isinstance(found, kind):
+            return found
+        known = [entry.id for entry in self._objects.values() if isinstance(entry, kind)]
+        near = did_you_mean(id, known)
+        hint = f"; did you mean '{near}'?" if near else ""
+        if not known:
+            hint = f"; make it first, with object {kind.qom_type},id={id}"
+        raise VhostblkError(
+            f'{kind.qom_type} "{id}" not found{hint}',
+            data={"code": "no-such-object", "id": id, "allowed": known},
+        )
+
+    def use(self, id: str, kind: type[ObjectT], user: str) -> ObjectT:
+        """The same, and it cannot be deleted until `release()` has been called for this user."""
+        found = self.find(id, kind)
+        found.users.append(user)
+        return found
+
+    def release(self, user: str, object: BackendObject | None = None) -> None:
+        """`user` does not need this object any more; without one: none that it has used."""
+        for entry in self._objects.values() if object is None else [object]:
+            while user in entry.users:
+                entry.users.remove(user)
 
     # ---- qom
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The compiled engine as Python sees it: the only module that imports `vhostblk._engine`.
+"""The compiled engine as Python sees it: the only package that imports `vhostblk._engine`.
 
 Thin, typed handles on the C objects, and the bridge between the engine's
-messages and asyncio. Everything here runs on the control thread, the one that
-runs the event loop; nothing here waits.
+messages and asyncio; the modules next to this one each know one kind of node.
+Everything here runs on the control thread, the one that runs the event loop;
+nothing here waits.
 
 Events come in batches: one call fetches up to `EVENT_BATCH` of them and one
 `struct` object unpacks them all. Commands leave in batches too: what is asked
@@ -19,7 +20,6 @@ import itertools
 import logging
 import os
 import struct
-from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
@@ -68,28 +68,16 @@ _EVENT_DISCONNECTED: int = lib.VB_EVENT_DISCONNECTED
 _EVENT_WRITEBACK: int = lib.VB_EVENT_WRITEBACK
 _EVENT_DRAINING: int = lib.VB_EVENT_DRAINING
 _EVENT_UNRECORDED: int = lib.VB_EVENT_UNRECORDED
-_EVENT_REPORT: int = lib.VB_EVENT_REPORT
-_EVENT_MAP_LOW: int = lib.VB_EVENT_MAP_LOW
-QUORUM_ALL: int = lib.VB_QUORUM_ALL
+_EVENT_NODE: int = lib.VB_EVENT_NODE
 _COMMAND_COMPLETE: int = lib.VB_COMMAND_COMPLETE
 _COMMAND_FORWARD: int = lib.VB_COMMAND_FORWARD
 _COMMAND_SUBMIT: int = lib.VB_COMMAND_SUBMIT
 _COMMAND_RETRY: int = lib.VB_COMMAND_RETRY
 
-MAP_MISS: int = lib.VB_MAP_MISS
-MAP_DATA: int = lib.VB_MAP_DATA
-MAP_ZERO: int = lib.VB_MAP_ZERO
-MAP_BACKING: int = lib.VB_MAP_BACKING
-MAP_PENDING: int = lib.VB_MAP_PENDING
-MAP_TYPE: int = lib.VB_MAP_TYPE
-MAP_WRITABLE: int = lib.VB_MAP_WRITABLE
-MAP_OFFSET = 0xFFFF_FFFF_FFFF_FE00
-MAP_CHANGES = 512
-
 Buffer = bytes | bytearray | memoryview
 
-ReportSink = Callable[[int, int, int, int, int], None]
-"""Takes what a quorum node tells: leg, error, operation, offset, bytes."""
+NodeSink = Callable[[int, int, int, int, int], None]
+"""Takes what an engine node tells (VB_EVENT_NODE): request, ret, op, offset, bytes of the event."""
 
 UpcallSink = Callable[[int, int, int, int, int, int, int], None]
 """Takes an upcall: request handle, operation, flags, offset, bytes, iovec address, iovec count."""
@@ -143,14 +131,6 @@ def guest_buffers(iov: int, niov: int) -> list[Any]:
 def histogram_floors() -> tuple[int, ...]:
     """Where each bucket of a latency histogram starts, in nanoseconds."""
     return tuple(lib.vb_histogram_floor(i) for i in range(lib.VB_HISTOGRAM_BUCKETS))
-
-
-class MapLog(Protocol):
-    """Memory for a map's log (struct vb_map_log in api.h), which may outlive the process."""
-
-    address: int
-    records: int
-    """How many it has room for: a power of two."""
 
 
 @dataclass(frozen=True)
@@ -392,116 +372,6 @@ class NodeHandle:
         self._children.clear()
 
 
-class MapHandle(NodeHandle):
-    """Where guest data live: entries by unit, in tables. See api.h for what an entry is.
-
-    Units are numbered from the start of the disk; guest and host offsets are bytes.
-    """
-
-    def __init__(self, engine: Engine, pointer: Any, cookie: int, log: MapLog | None) -> None:
-        super().__init__(engine, pointer)
-        self._cookie = cookie
-        self.log = log
-        self._changes = ffi.new("struct vb_map_change[]", MAP_CHANGES)
-
-    def install(self, table: int, entries: array[int]) -> None:
-        """Make the entries (`array("Q")`, as many as a table has) of a table known."""
-        result = lib.vb_map_install(self.pointer, table, ffi.from_buffer("uint64_t[]", entries))
-        if result < 0:
-            raise OSError(-result, f"table {table} of a map: {os.strerror(-result)}")
-
-    def evict(self, table: int) -> bool:
-        """Forget a table: requests for its units come up. Whether it was there."""
-        return bool(lib.vb_map_evict(self.pointer, table))
-
-    def used(self, table: int) -> bool:
-        """Whether the table has been looked at since the last call."""
-        return bool(lib.vb_map_used(self.pointer, table))
-
-    def get(self, unit: int) -> int:
-        """An entry; MAP_MISS if its table is not there."""
-        return int(lib.vb_map_get(self.pointer, unit))
-
-    def set(self, unit: int, count: int, entry: int, step: int) -> None:
-        """Set entries, the host offset growing by `step` from one to the next."""
-        lib.vb_map_set(self.pointer, unit, count, entry, step)
-
-    def claim(self, unit: int, expected: int) -> bool:
-        """Exchange an entry for MAP_PENDING; False if it is not (any more) as expected."""
-        return bool(lib.vb_map_claim(self.pointer, unit, expected))
-
-    def give(self, host: int, length: int) -> bool:
-        """Let the engine allocate from here, zeroes that are nobody's. False: it has enough."""
-        result = lib.vb_map_give(self.pointer, host, length)
-        if result < 0 and result != -errno.EBUSY:
-            raise OSError(-result, os.strerror(-result))
-        return bool(result == 0)
-
-    def reclaim(self) -> list[tuple[int, int]]:
-        """Take back what the engine has not allocated: host offset, bytes. Nothing is in flight."""
-        left = ffi.new("uint64_t[4]")
-        lib.vb_map_reclaim(self.pointer, left)
-        return [(left[i], left[i + 1]) for i in (0, 2) if left[i + 1]]
-
-    def take_log(self) -> list[tuple[int, int]]:
-        """What the engine has allocated since the last time, some of it: guest and host offset."""
-        count = lib.vb_map_take_log(self.pointer, self._changes, MAP_CHANGES)
-        words = struct.unpack(f"={2 * count}Q", ffi.buffer(self._changes, 16 * count))
-        return [
-            (guest, entry & MAP_OFFSET)
-            for guest, entry in zip(words[::2], words[1::2], strict=True)
-        ]
-
-    def add_to_log(self, guest: int, entry: int, extra: int) -> bool:
-        """A record of our own, behind all that happened before; False if the log is full."""
-        return bool(lib.vb_map_log(self.pointer, guest, entry, extra) == 0)
-
-    def log_taken(self) -> int:
-        """How many records have been taken, ever."""
-        return int(lib.vb_map_log_taken(self.pointer))
-
-    def log_done(self, taken: int) -> None:
-        """All records before this one are on disk."""
-        lib.vb_map_log_done(self.pointer, taken)
-
-    def set_dirty(self, dirty: bool) -> None:
-        """While dirty, and while the log has records, flushes come up."""
-        lib.vb_map_set_dirty(self.pointer, dirty)
-
-    async def grace(self) -> None:
-        """Done when all requests that had looked at an entry before have completed."""
-        cookie, io = self._engine.expect_done(self.address)
-        lib.vb_map_grace(self.pointer, cookie)
-        await io
-
-    def set_size(self, size: int, backing_size: int) -> None:
-        """The disk, and what is below it, have these sizes now. Nothing is in flight."""
-        lib.vb_map_set_size(self.pointer, size, backing_size)
-
-    def free(self) -> None:
-        """No request is on its way up or down."""
-        self._engine.forget_map(self._cookie)
-        super().free()
-
-
-class QuorumHandle(NodeHandle):
-    """Legs with the same data."""
-
-    def __init__(self, engine: Engine, pointer: Any, cookie: int) -> None:
-        super().__init__(engine, pointer)
-        self._cookie = cookie
-
-    def set(self, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool) -> None:
-        """Other options; only while every export that reaches this node is paused."""
-        given = (self._cookie, legs, threshold, fifo, rewrite_corrupted)
-        lib.vb_node_quorum_set(self.pointer, ffi.new("struct vb_quorum_options *", given))
-
-    def free(self) -> None:
-        """Nothing reaches it any more."""
-        self._engine.forget_reports(self._cookie)
-        super().free()
-
-
 class UpcallHandle(NodeHandle):
     """A node whose requests, those in its mask, come to Python."""
 
@@ -515,7 +385,7 @@ class UpcallHandle(NodeHandle):
 
     def free(self) -> None:
         """No request is on its way up or down."""
-        self._engine.forget_upcall(self._cookie)
+        self._engine.forget(self._cookie)
         super().free()
 
 
@@ -671,7 +541,7 @@ class Engine:
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop or asyncio.get_running_loop()
         self.error: Any = ffi.new("char[]", lib.VB_ERROR_SIZE)
-        self._engine = self._made(lib.vb_engine_new(self.error))
+        self.pointer = self.made(lib.vb_engine_new(self.error))
         self._events = ffi.new("struct vb_event[]", EVENT_BATCH)
         self._event_bytes = memoryview(ffi.buffer(self._events))
         self._commands = ffi.new("struct vb_command[]", COMMAND_BATCH)
@@ -682,12 +552,11 @@ class Engine:
         self._cookies = itertools.count(1)
         self._ios: dict[int, IO] = {}
         self._upcalls: dict[int, UpcallSink] = {}
-        self._reports: dict[int, ReportSink] = {}
-        self._lows: dict[int, Callable[[], None]] = {}
+        self._sinks: dict[int, NodeSink] = {}
         self._exports: dict[int, ExportHandle] = {}
         self._iothreads: list[IOThread] = []
         self._default_iothread: IOThread | None = None
-        self._fd: int = lib.vb_engine_event_fd(self._engine)
+        self._fd: int = lib.vb_engine_event_fd(self.pointer)
         self.loop.add_reader(self._fd, self._drain)
 
     def close(self) -> None:
@@ -697,14 +566,15 @@ class Engine:
         if self._default_iothread is not None:
             self._default_iothread.free()
         self.loop.remove_reader(self._fd)
-        lib.vb_engine_free(self._engine)
-        self._engine = ffi.NULL
+        lib.vb_engine_free(self.pointer)
+        self.pointer = ffi.NULL
 
     def keep_unmapped_memory(self) -> None:
         """A view of guest memory has outlived its request: see api.h."""
-        lib.vb_engine_keep_unmapped_memory(self._engine)
+        lib.vb_engine_keep_unmapped_memory(self.pointer)
 
-    def _made(self, pointer: Any) -> Any:
+    def made(self, pointer: Any) -> Any:
+        """What a vb_…_new() returned, or the error that it left."""
         if pointer == ffi.NULL:
             raise EngineError(errno.EINVAL, _text(self.error))
         return pointer
@@ -730,8 +600,8 @@ class Engine:
         options.poll_shrink = poll_shrink
         options.aio = int(aio)
         options.threads_max = threads_max
-        pointer = lib.vb_iothread_new(self._engine, name.encode(), options, self.error)
-        thread = IOThread(self, self._made(pointer), name)
+        pointer = lib.vb_iothread_new(self.pointer, name.encode(), options, self.error)
+        thread = IOThread(self, self.made(pointer), name)
         self._iothreads.append(thread)
         if thread.fallback_reason:
             logger.warning("I/O thread '%s' uses threads: %s", name, thread.fallback_reason)
@@ -755,116 +625,39 @@ class Engine:
         if thread is self._default_iothread:
             self._default_iothread = None
 
-    def new_null(self, *, latency_ns: int, read_zeroes: bool) -> NodeHandle:
-        """A `null` node."""
-        pointer = lib.vb_node_null_new(self._engine, latency_ns, read_zeroes, self.error)
-        return NodeHandle(self, self._made(pointer))
+    # For the modules next to this one, each of which makes one kind of node.
 
-    def new_file(
-        self,
-        fd: int,
-        *,
-        read_only: bool,
-        direct: bool,
-        no_flush: bool,
-        discard_unmap: bool,
-        detect_zeroes: int,
-        memory_align: int,
-        request_align: int,
-    ) -> NodeHandle:
-        """A `file` node; owns `fd` unless this raises."""
-        options = ffi.new("struct vb_file_options *")
-        options.fd = fd
-        options.read_only = read_only
-        options.direct = direct
-        options.no_flush = no_flush
-        options.discard_unmap = discard_unmap
-        options.detect_zeroes = detect_zeroes
-        options.memory_align = memory_align
-        options.request_align = request_align
-        return NodeHandle(self, self._made(lib.vb_node_file_new(self._engine, options, self.error)))
+    def new_cookie(self) -> int:
+        """What a node is called in its events."""
+        return next(self._cookies)
 
-    def new_raw(self, *, offset: int) -> NodeHandle:
-        """A `raw` node that adds `offset`."""
-        return NodeHandle(self, self._made(lib.vb_node_raw_new(self._engine, offset, self.error)))
+    def listen(
+        self, cookie: int, *, told: NodeSink | None = None, upcalls: UpcallSink | None = None
+    ) -> None:
+        """Who takes what the node with this cookie tells, and the requests it hands up."""
+        if told is not None:
+            self._sinks[cookie] = told
+        if upcalls is not None:
+            self._upcalls[cookie] = upcalls
 
-    def new_map(
-        self,
-        *,
-        size: int,
-        unit_bits: int,
-        cluster_bits: int,
-        table_bits: int,
-        has_backing: bool,
-        backing_size: int,
-        allocate: bool,
-        sink: UpcallSink,
-        low: Callable[[], None],
-        log: MapLog | None = None,
-    ) -> MapHandle:
-        """A `map` node; requests it has no answer for go to `sink`, `low` is called for new runs.
-
-        `log` is memory for the record of allocations, which the map has of its own otherwise.
-        """
-        if allocate and unit_bits != cluster_bits:
-            raise ValueError("a map allocates whole units only")
-        cookie = next(self._cookies)
-        options = ffi.new(
-            "struct vb_map_options *",
-            {
-                "cookie": cookie,
-                "size": size,
-                "backing_size": backing_size,
-                "log": 0 if log is None else log.address,
-                "log_records": 0 if log is None else log.records,
-                "unit_bits": unit_bits,
-                "table_bits": table_bits,
-                "has_backing": has_backing,
-                "allocate": allocate,
-            },
-        )
-        pointer = self._made(lib.vb_node_map_new(self._engine, options, self.error))
-        self._upcalls[cookie] = sink
-        self._lows[cookie] = low
-        return MapHandle(self, pointer, cookie, log)
-
-    def forget_map(self, cookie: int) -> None:
-        """Called by MapHandle.free()."""
-        del self._upcalls[cookie]
-        del self._lows[cookie]
-
-    def new_quorum(
-        self, sink: ReportSink, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool
-    ) -> QuorumHandle:
-        """A `quorum` node; what its legs do wrong goes to `sink`."""
-        cookie = next(self._cookies)
-        given = (cookie, legs, threshold, fifo, rewrite_corrupted)
-        options = ffi.new("struct vb_quorum_options *", given)
-        pointer = self._made(lib.vb_node_quorum_new(self._engine, options, self.error))
-        self._reports[cookie] = sink
-        return QuorumHandle(self, pointer, cookie)
-
-    def forget_reports(self, cookie: int) -> None:
-        """Called by QuorumHandle.free()."""
-        del self._reports[cookie]
+    def forget(self, cookie: int) -> None:
+        """The node with this cookie is gone."""
+        self._sinks.pop(cookie, None)
+        self._upcalls.pop(cookie, None)
 
     def new_upcall(self, ops: Iterable[int], sink: UpcallSink) -> UpcallHandle:
         """A node that hands requests of the kinds `ops` to `sink`, the rest to child 0."""
         cookie = next(self._cookies)
         mask = sum(1 << op for op in set(ops))
-        pointer = lib.vb_node_upcall_new(self._engine, mask, cookie, self.error)
+        pointer = lib.vb_node_upcall_new(self.pointer, mask, cookie, self.error)
         handle = UpcallHandle(
             self,
-            self._made(pointer),
+            self.made(pointer),
             cookie,
             [n for op, n in enumerate(OP_NAMES) if mask >> op & 1],
         )
-        self._upcalls[cookie] = sink
+        self.listen(cookie, upcalls=sink)
         return handle
-
-    def forget_upcall(self, cookie: int) -> None:
-        """Called by UpcallHandle.free()."""
-        del self._upcalls[cookie]
 
     def new_export(
         self,
@@ -893,8 +686,8 @@ class Engine:
         options.serial = serial.encode()
         options.num_iothreads = len(iothreads)
         options.iothreads = threads
-        pointer = lib.vb_export_new(self._engine, options, self.error)
-        handle = ExportHandle(self, self._made(pointer), cookie)
+        pointer = lib.vb_export_new(self.pointer, options, self.error)
+        handle = ExportHandle(self, self.made(pointer), cookie)
         self._exports[cookie] = handle
         return handle
 
@@ -1037,7 +830,7 @@ class Engine:
         """Hand an upcall to its own node once more."""
         self.flush()  # what was asked for before comes first
         command = ffi.new("struct vb_command *", {"kind": _COMMAND_RETRY, "request": request})
-        lib.vb_engine_submit(self._engine, command, 1)
+        lib.vb_engine_submit(self.pointer, command, 1)
 
     def expect_done(self, node: int) -> tuple[int, IO]:
         """A cookie for the engine to give back when something is done, and who waits for it."""
@@ -1049,7 +842,7 @@ class Engine:
         """Send the commands gathered so far."""
         count, self._command_count = self._command_count, 0
         if count and not self._closed:
-            lib.vb_engine_submit(self._engine, self._commands, count)
+            lib.vb_engine_submit(self.pointer, self._commands, count)
 
     def _flush_later(self) -> None:
         self._flush_is_due = False
@@ -1071,7 +864,7 @@ class Engine:
         # Under load the I/O threads have more by the time the answers are sent: asking again
         # costs a tenth of a turn of the event loop, which others get after DRAIN_TURNS.
         for _ in range(DRAIN_TURNS):
-            count = lib.vb_engine_poll(self._engine, self._events, EVENT_BATCH)
+            count = lib.vb_engine_poll(self.pointer, self._events, EVENT_BATCH)
             if count == 0:
                 break
             self._handle(count)
@@ -1104,12 +897,8 @@ class Engine:
                 upcalls[cookie](request, op, flags, offset, size, iov, niov)
             elif kind == _EVENT_DONE:
                 ios.pop(cookie).complete(ret)
-            elif kind == _EVENT_MAP_LOW:
-                low = self._lows.get(cookie)
-                if low is not None:  # else its map has gone meanwhile
-                    low()
-            elif kind == _EVENT_REPORT:
-                sink = self._reports.get(cookie)
+            elif kind == _EVENT_NODE:
+                sink = self._sinks.get(cookie)
                 if sink is not None:  # else its node has gone meanwhile
                     sink(request, ret, op, offset, size)
             else:

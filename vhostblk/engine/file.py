@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The engine's `file` node (cffi_build/engine/nodes/file.c)."""
+
+from __future__ import annotations
+
+from vhostblk._engine import ffi, lib
+from vhostblk.engine import Engine, NodeHandle
+
+
+def new_file(
+    engine: Engine,
+    fd: int,
+    *,
+    read_only: bool,
+    direct: bool,
+    no_flush: bool,
+    discard_unmap: bool,
+    detect_zeroes: int,
+    memory_align: int,
+    request_align: int,
+) -> NodeHandle:
+    """A `file` node; owns `fd` unless this raises."""
+    options = ffi.new("struct vb_file_options *")
+    options.fd = fd
+    options.read_only = read_only
+    options.direct = direct
+    options.no_flush = no_flush
+    options.discard_unmap = discard_unmap
+    options.detect_zeroes = detect_zeroes
+    options.memory_align = memory_align
+    options.request_align = request_align
+    return NodeHandle(
+        engine, engine.made(lib.vb_node_file_new(engine.pointer, options, engine.error))
+    )
