@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vhostblk.engine import AIO_NAMES, Engine, IOThread, OpStats, Stats
 from vhostblk.events import EventBus
@@ -32,6 +32,9 @@ from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as _  # noqa: F401  known to transactions once loaded
 from vhostblk.state import Document, StateFile, describe, restore
 from vhostblk.transaction import run_actions
+
+if TYPE_CHECKING:
+    from vhostblk.jobs.block_job import BlockJob
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +305,35 @@ class Backend:
         self._refuse_when_closing()
         self.jobs.check_id(job_id)
         self.jobs.start(CreateJob(job_id, self.graph, self._registry, options))
+
+    async def restart_job(self, entry: dict[str, Any]) -> None:
+        """Begin a job that a predecessor had not finished."""
+        from vhostblk.jobs.restart import restart
+
+        await restart(self, entry)
+
+    def block_job(self, id: str) -> BlockJob:
+        """The job called `id`, if it is one that moves data."""
+        from vhostblk.jobs.block_job import BlockJob
+
+        job = self.jobs.get(id)
+        if not isinstance(job, BlockJob):
+            raise VhostblkError(
+                f"Job '{id}' of type '{job.job_type}' moves no data",
+                data={"code": "no-block-job", "job": id},
+            )
+        return job
+
+    async def job_changed(self) -> None:
+        """A job's options are others now: that is recorded."""
+        async with self.changing():
+            pass
+
+    def query_block_jobs(self) -> list[dict[str, Any]]:
+        """query-block-jobs."""
+        from vhostblk.jobs.block_job import BlockJob
+
+        return [job.describe_block() for job in self.jobs if isinstance(job, BlockJob)]
 
     def query_jobs(self) -> list[dict[str, Any]]:
         """query-jobs."""

@@ -329,6 +329,85 @@ async def job_dismiss(context: Context, arguments: JobArguments) -> None:
     context.backend.jobs.get(arguments.id).dismiss()
 
 
+@command("job-pause")
+async def job_pause(context: Context, arguments: JobArguments) -> None:
+    """Have a job that moves data wait."""
+    context.backend.jobs.get(arguments.id).pause()
+    await context.backend.job_changed()
+
+
+@command("job-resume")
+async def job_resume(context: Context, arguments: JobArguments) -> None:
+    """Have a paused job go on."""
+    context.backend.jobs.get(arguments.id).resume()
+    await context.backend.job_changed()
+
+
+@command("query-block-jobs", oob=True)
+async def query_block_jobs(context: Context, arguments: NoArguments) -> Any:
+    """The jobs that move data, with their speed."""
+    return context.backend.query_block_jobs()
+
+
+class BlockJobArguments(Model):
+    """Arguments of the commands for one job that moves data."""
+
+    device: str
+    """The job's id."""
+
+
+class BlockJobCancel(BlockJobArguments):
+    """Arguments of block-job-cancel."""
+
+    force: OnOff = False
+
+
+@command("block-job-cancel")
+async def block_job_cancel(context: Context, arguments: BlockJobCancel) -> None:
+    """The same as job-cancel; `force` is accepted for QEMU's sake."""
+    context.backend.block_job(arguments.device).cancel()
+
+
+@command("block-job-pause")
+async def block_job_pause(context: Context, arguments: BlockJobArguments) -> None:
+    """The same as job-pause."""
+    context.backend.block_job(arguments.device).pause()
+    await context.backend.job_changed()
+
+
+@command("block-job-resume")
+async def block_job_resume(context: Context, arguments: BlockJobArguments) -> None:
+    """The same as job-resume."""
+    context.backend.block_job(arguments.device).resume()
+    await context.backend.job_changed()
+
+
+@command("block-job-finalize")
+async def block_job_finalize(context: Context, arguments: JobArguments) -> None:
+    """The same as job-finalize."""
+    context.backend.block_job(arguments.id).finalize()
+
+
+@command("block-job-dismiss")
+async def block_job_dismiss(context: Context, arguments: JobArguments) -> None:
+    """The same as job-dismiss."""
+    context.backend.block_job(arguments.id).dismiss()
+
+
+class BlockJobSetSpeed(BlockJobArguments):
+    """Arguments of block-job-set-speed."""
+
+    speed: int
+    """Bytes per second; 0: no limit."""
+
+
+@command("block-job-set-speed")
+async def block_job_set_speed(context: Context, arguments: BlockJobSetSpeed) -> None:
+    """Change how fast a job may be; counts at once."""
+    context.backend.block_job(arguments.device).set_speed(arguments.speed)
+    await context.backend.job_changed()
+
+
 # ---- objects ----------------------------------------------------------------------------
 
 

@@ -86,9 +86,39 @@ class JobStatusChange(Model):
     status: str
 
 
+class BlockJobEnded(Model):
+    """A job that moves data has ended (`error` if it failed), or was cancelled."""
+
+    type: str
+    device: str
+    len: int
+    offset: int
+    speed: int
+    error: str | None = None
+
+
+class BlockJobError(Model):
+    """A job met an error; `action` says what it does about it."""
+
+    device: str
+    operation: Literal["read", "write"]
+    action: Literal["report", "ignore", "stop"]
+
+
+class BlockJobPending(Model):
+    """A job waits for job-finalize."""
+
+    type: str
+    id: str
+
+
 EVENTS: dict[str, type[Model]] = {
     "BLOCK_EXPORT_DELETED": BlockExportDeleted,
     "BLOCK_IMAGE_CORRUPTED": BlockImageCorrupted,
+    "BLOCK_JOB_CANCELLED": BlockJobEnded,
+    "BLOCK_JOB_COMPLETED": BlockJobEnded,
+    "BLOCK_JOB_ERROR": BlockJobError,
+    "BLOCK_JOB_PENDING": BlockJobPending,
     "JOB_STATUS_CHANGE": JobStatusChange,
     "QUORUM_FAILURE": QuorumFailure,
     "QUORUM_REPORT_BAD": QuorumReportBad,

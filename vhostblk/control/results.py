@@ -379,6 +379,24 @@ class JobInfo(Model):
     error: str | None = None
 
 
+class BlockJobInfo(Model):
+    """One entry of query-block-jobs."""
+
+    type: str
+    device: str
+    len: int
+    offset: int
+    busy: bool
+    paused: bool
+    speed: int
+    io_status: str
+    ready: bool
+    status: str
+    auto_finalize: bool
+    auto_dismiss: bool
+    error: str | None = None
+
+
 # Commands that are not here give an empty object.
 RESULTS: dict[str, Any] = {
     "query-version": VersionInfo,
@@ -398,6 +416,7 @@ RESULTS: dict[str, Any] = {
     "query-block-exports": list[BlockExportInfo],
     "query-iothreads": list[IOThreadInfo],
     "query-jobs": list[JobInfo],
+    "query-block-jobs": list[BlockJobInfo],
     "blockdev-snapshot-sync": SnapshotInfo,
     "blockdev-snapshot": SnapshotInfo,
     "qom-list": list[ObjectPropertyInfo],

@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from vhostblk.graph.block_backend import BlockBackend, Device, split
 from vhostblk.graph.change import Change
 from vhostblk.graph.edge import Edge, enumerate_edges
 from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
+from vhostblk.graph.steps import Steps
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names
 from vhostblk.objects import BackendObject, ObjectStore
@@ -83,6 +85,7 @@ class Graph:
         self._drains: dict[NodeDriver, int] = {}
         self._releasing: list[_Releasing] = []
         self._late_pauses: dict[asyncio.Future[None], Device] = {}
+        self._steps = Steps()
         self._given: dict[NodeDriver, dict[str, Any]] = {}
         self._chain: list[str] = []  # images whose backing files are being opened
         self.lock = asyncio.Lock()
@@ -235,6 +238,10 @@ class Graph:
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether the node has been told to hold no requests back."""
         return node in self._drains
+
+    def working(self, node: NodeDriver) -> AbstractAsyncContextManager[None]:
+        """A step of background work on a node (nodes.driver.NodeHost)."""
+        return self._steps.step(node)
 
     # ---- adding and removing nodes
 
@@ -713,13 +720,15 @@ class Graph:
         """
         above, reaching = self.above(nodes)
         drives = list(dict.fromkeys([*backends, *reaching]))
-        begun = time.perf_counter_ns()
-        with self.releasing(drives):
+        concerned = dict.fromkeys(above)
+        for backend in drives:
+            concerned.update(dict.fromkeys(self.below(backend.root)))
+        with self._steps.held(concerned), self.releasing(drives):
+            await self._steps.ended(concerned, PAUSE_PATIENCE)
+            begun = time.perf_counter_ns()
             devices = await self._pause(drives)
             try:
-                await self._settle(above)
-                for backend in drives:
-                    await self._settle(self.below(backend.root))
+                await self._settle(concerned)
                 yield
             finally:
                 for device in devices:

@@ -2,11 +2,13 @@
 """One job: its states, which are QEMU's, and what may be asked of it in which.
 
     created ─► running ─► waiting ─► pending ─► concluded ─► null
-                  │                     │           ▲
-                  └─────────────────────┴► aborting ┘
+                │ ▲  │                  │           ▲
+                ▼ │  └──────────────────┴► aborting ┘
+               paused
 
 A kind of job is a subclass that overrides `run()`. With `auto_finalize` a job
-does not stay in `pending`, and with `auto_dismiss` not in `concluded`.
+does not stay in `pending`, and with `auto_dismiss` not in `concluded`. Jobs that move
+data, which can be paused and slowed down, are `BlockJob`s (block_job.py).
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ _ACTIVE = frozenset(
     }
 )
 _VERBS: dict[str, frozenset[JobStatus]] = {
+    "pause": _ACTIVE,
+    "resume": _ACTIVE,
+    "set-speed": _ACTIVE,
     "cancel": _ACTIVE | {JobStatus.WAITING, JobStatus.PENDING},
     "finalize": frozenset({JobStatus.PENDING}),
     "dismiss": frozenset({JobStatus.CONCLUDED}),
@@ -73,6 +78,8 @@ class Job:
         self.error: str | None = None
         self._finalized = asyncio.Event()
         self._cancelled = False
+        self.stopping = False
+        """The backend is ending, and nobody has given the job up."""
         self._work: asyncio.Future[None] | None = None
         self._events: EventBus
         self._task: asyncio.Task[None]
@@ -89,6 +96,19 @@ class Job:
 
     async def clean(self) -> None:
         """After the work, whatever became of it. Must not fail."""
+
+    def pending(self) -> None:
+        """The work is done; finalizing is next."""
+
+    def ended(self) -> None:
+        """All of that has happened; the job is about to be `concluded`."""
+
+    def state_options(self) -> dict[str, Any] | None:
+        """What the state file says of it, so that it goes on after a restart (restart.py).
+
+        None: it ends with the process.
+        """
+        return None
 
     # ---- life
 
@@ -117,6 +137,14 @@ class Job:
         self._check("cancel")
         self._cancel()
 
+    def pause(self) -> None:
+        """`job-pause`."""
+        raise self._cannot("pause")
+
+    def resume(self) -> None:
+        """`job-resume`."""
+        raise self._cannot("resume")
+
     def finalize(self) -> None:
         """`job-finalize`."""
         self._check("finalize")
@@ -129,6 +157,7 @@ class Job:
 
     async def stop(self) -> None:
         """The backend is ending."""
+        self.stopping = not self._cancelled
         self._cancel()
         await self._task
 
@@ -136,6 +165,17 @@ class Job:
         self._cancelled = True
         if self._work is not None:
             self._work.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """It ends early because somebody wants it to."""
+        return self._cancelled
+
+    def _cannot(self, verb: str) -> VhostblkError:
+        return VhostblkError(
+            f"Job '{self.id}' of type '{self.job_type}' cannot accept command verb '{verb}'",
+            data={"code": "job-verb", "job": self.id},
+        )
 
     def _check(self, verb: str) -> None:
         if self.status in _VERBS[verb]:
@@ -178,6 +218,7 @@ class Job:
         else:
             await self._quietly(self.commit)
         await self._quietly(self.clean)
+        self.ended()
         self._enter(JobStatus.CONCLUDED)
         if self.auto_dismiss:
             self._leave()
@@ -186,6 +227,7 @@ class Job:
         await self.run()
         self._enter(JobStatus.WAITING)
         self._enter(JobStatus.PENDING)
+        self.pending()
         if not self.auto_finalize:
             await self._finalized.wait()
 

@@ -142,6 +142,14 @@ class NodeHost(Protocol):
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether `drain_begin()` has been called for it and `drain_end()` not yet."""
 
+    def working(self, node: NodeDriver) -> AbstractAsyncContextManager[None]:
+        """A step of background work on a node: `async with host.working(self): …`.
+
+        The graph does not change during a step, and guests are not paused for a change: that
+        waits for the step to end, and the next step for the change. So a step should be
+        short, and must not wait for the graph's lock.
+        """
+
 
 class CreateHost(Protocol):
     """What a driver may ask of whoever has it create an image."""
@@ -357,6 +365,16 @@ class NodeDriver:
     def is_format(self) -> bool:
         """Whether a child stores something else than this node's data as they are."""
         return any(role.kind is RoleKind.STORAGE for role in self.child_roles.values())
+
+    def data_shift(self) -> int | None:
+        """Where in the child this node's data begin; None: they are not simply there."""
+        roles = self.child_roles.values()
+        return 0 if roles and all(r.kind is RoleKind.FILTERED for r in roles) else None
+
+    @property
+    def allocation_unit(self) -> int | None:
+        """For an overlay: what it takes from its backing node at once, in bytes, if known."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Facts for `query-named-block-nodes`; may add members of the driver's own."""

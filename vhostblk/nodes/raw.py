@@ -76,6 +76,9 @@ class Raw(NodeDriver):
     def filename(self) -> str:
         return self.child("file").node.filename()
 
+    def data_shift(self) -> int:
+        return self.options.offset
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         base = self.options.offset
         async for extent in self.child("file").node.extents(offset + base, length):

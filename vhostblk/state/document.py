@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the state file says: objects, nodes and exports, as the options that make them.
+"""What the state file says: objects, nodes, exports and jobs, as the options that make them.
 
 Nodes are listed one by one, children first, and name their children: whatever
 has become of the tree, each node is made once, and a chain of any length needs
@@ -58,6 +58,7 @@ class Document(Model):
     objects_with_secrets: tuple[MentionedObject, ...] = ()
     nodes: tuple[NodeEntry, ...] = ()
     exports: tuple[dict[str, Any], ...] = ()
+    jobs: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str, file: StateFile) -> Document:
@@ -114,9 +115,18 @@ def describe(backend: Backend) -> str:
         "objects-with-secrets": _array(map(_compact, mentioned)),
         "nodes": _array(_node_text(backend.graph, n) for n in _kept_nodes(backend.graph, roots)),
         "exports": _array(_compact(export.state_options()) for export in backend.exports()),
+        "jobs": _array(_compact(entry) for entry in _unfinished(backend)),
     }
     text = ",\n".join(f' "{name}": {value}' for name, value in members.items())
     return f"{{\n{text}\n}}\n"
+
+
+def _unfinished(backend: Backend) -> Iterable[dict[str, Any]]:
+    """The jobs that are to go on after a restart."""
+    for job in backend.jobs:
+        options = job.state_options()
+        if options is not None:
+            yield {"type": job.job_type, "id": job.id, **options}
 
 
 def _compact(value: Any) -> str:
@@ -217,16 +227,19 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
                 "holds a secret and is therefore not in the file",
                 hint=f"give it again: --object {mentioned.qom_type},id={mentioned.id},…",
             )
-    for entry in document.nodes:
-        with _about(file, f"node '{entry.name}'"):
-            if not entry.name.startswith("#") and entry.options.get("node-name") != entry.name:
+    for node in document.nodes:
+        with _about(file, f"node '{node.name}'"):
+            if not node.name.startswith("#") and node.options.get("node-name") != node.name:
                 raise VhostblkError("its options have another 'node-name'")
             await backend.restore_node(
-                entry.name, entry.options, owned=entry.owned, inherited=frozenset(entry.inherited)
+                node.name, node.options, owned=node.owned, inherited=frozenset(node.inherited)
             )
     for options in document.exports:
         with _about(file, f"export '{options.get('id')}'"):
             await backend.block_export_add(options)
+    for entry in document.jobs:
+        with _about(file, f"job '{entry.get('id')}'"):
+            await backend.restart_job(entry)
 
 
 class _about:

@@ -442,6 +442,10 @@ class Qcow2(HookedNode):
         facts["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
         return facts
 
+    @property
+    def allocation_unit(self) -> int:
+        return 1 << self.geometry.unit_bits
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         async for extent in extents.extents(self, offset, length):
             yield extent

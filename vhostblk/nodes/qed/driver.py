@@ -308,6 +308,10 @@ class Qed(HookedNode):
         facts["backing_file_depth"] = depth
         return facts
 
+    @property
+    def allocation_unit(self) -> int:
+        return self.header.cluster_size
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         async for extent in extents(cast(Any, self), offset, length):
             yield extent
