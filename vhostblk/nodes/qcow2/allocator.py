@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import time
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
@@ -29,8 +30,12 @@ from vhostblk.nodes.qcow2.storage import ChildStorage, background
 
 logger = logging.getLogger(__name__)
 
+# A run should last this long, in seconds: a guest that writes fast must not wait for Python, which
+# may have other things to do; and what is given to a slow one and not used is lost in a crash.
+RUN_LASTS = 0.1
 MIN_RUN = 1 << 20
-MAX_RUN = 16 << 20
+MAX_RUN = 64 << 20
+MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there
 
 
 class Owner(Protocol):
@@ -64,6 +69,7 @@ class Allocator:
         self._owner = owner
         self._lock = asyncio.Lock()
         self._run = MIN_RUN
+        self._given_at = 0.0
         # Everything from here on reads as zeroes, unless somebody has written to it since.
         self._virgin = file.size
         self.grows = True
@@ -146,11 +152,20 @@ class Allocator:
                 if error.errno != errno.ENOSPC or count == 1:
                     raise
                 count //= 2
-        self._run = min(2 * self._run, MAX_RUN)
+        self._learn_from_pace()
         if self._handle.give(host, count << bits):
             return True
         await self.refcounts.free(host, count)
         return False
+
+    def _learn_from_pace(self) -> None:
+        """The next run is larger if this one did not last, and smaller if it did for long."""
+        now = time.monotonic()
+        lasted, self._given_at = now - self._given_at, now
+        if lasted < RUN_LASTS:
+            self._run = min(2 * self._run, MAX_RUN if self.grows else MAX_RUN_OF_DEVICE)
+        elif lasted > 10 * RUN_LASTS:
+            self._run = max(self._run // 2, MIN_RUN)
 
     def run_is_low(self) -> None:
         """The engine asks for more."""
