@@ -16,7 +16,7 @@ from graph_changes import act, transaction
 from guest_agent_peer import GuestAgentPeer
 from in_process import Host, refused, with_host
 
-from vhostblk.snapshot import guest_agent
+from vhostblk.snapshot import freeze
 from vhostblk.snapshot.guest_agent import GuestAgent
 
 Test = Callable[[Host, GuestAgentPeer], Awaitable[None]]
@@ -61,9 +61,9 @@ def test_frozen_in_the_pause_and_thawed_after_it() -> None:
             "guest-fsfreeze-freeze",
             "guest-fsfreeze-thaw",
         ]
-        freeze = result["freeze"]
-        assert freeze["filesystems"] == 2 and freeze["frozen-us"] >= result["pause-us"]
-        assert "error" not in freeze
+        report = result["freeze"]
+        assert report["filesystems"] == 2 and report["frozen-us"] >= result["pause-us"]
+        assert "error" not in report
 
     with_agent(test)
 
@@ -141,7 +141,7 @@ def test_an_agent_that_hangs_up_after_freezing() -> None:
 
 
 def test_thawing_is_tried_until_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest_agent, "THAW_INTERVAL", 0.01)
+    monkeypatch.setattr(freeze, "THAW_INTERVAL", 0.01)
 
     async def test(host: Host, peer: GuestAgentPeer) -> None:
         peer.hang_up_after = ["guest-fsfreeze-thaw", "guest-sync-delimited"]
@@ -158,8 +158,8 @@ def test_thawing_is_tried_until_it_works(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_answer_does_not_wait_for_ever_for_the_thaw(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(guest_agent, "THAW_INTERVAL", 0.02)
-    monkeypatch.setattr(guest_agent, "THAW_ATTEMPT", 0.05)
+    monkeypatch.setattr(freeze, "THAW_INTERVAL", 0.02)
+    monkeypatch.setattr(freeze, "THAW_ATTEMPT", 0.05)
 
     async def test(host: Host, peer: GuestAgentPeer) -> None:
         peer.hang_up_after = ["guest-fsfreeze-thaw"] * 40

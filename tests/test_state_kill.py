@@ -4,6 +4,7 @@ before or of after, a guest's writes are all there, and what was said to be done
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from frontend import Daemon, Device, Qmp, Request, vhostblk
+from guest_agent_peer import GuestAgentPeer
 
 PLUGIN = str(Path(__file__).with_name("cow_driver.py"))
 MIB = 1 << 20
@@ -284,3 +286,68 @@ def test_a_plug_in_must_be_given_again(restored: Path) -> None:
         line = daemon.wait_line("State file")
         assert "node 'm'" in line and "'mirror'" in line
         assert daemon.process.wait(10) == 1
+
+
+FROZEN_POINTS = ("snapshot-frozen", "snapshot-paused", "snapshot-flushed", "state-renamed:2")
+"""While a guest is frozen; the last when the new tree is recorded (a record of the freeze is the
+first document that is written)."""
+
+
+@pytest.mark.parametrize("point", ["state-synced", "state-renamed", *FROZEN_POINTS])
+def test_a_frozen_guest_is_thawed_by_the_next_process(restored: Path, point: str) -> None:
+    async def run() -> None:
+        async with GuestAgentPeer(str(restored / "ga.sock")) as agent:
+            before = document(restored)
+            await asyncio.to_thread(killed_in_a_snapshot, restored, point, agent.path)
+            assert agent.frozen == (point in FROZEN_POINTS)
+            recorded = document(restored)
+            expected = [agent.path] if point != "state-synced" else None
+            assert recorded.pop("frozen-guests", None) == expected
+            # Freezing is written down with the old tree, whatever has been prepared by then.
+            assert (recorded == before) == (point != "state-renamed:2")
+            if point == "state-synced":
+                return
+            again = await asyncio.to_thread(start, restored)
+            with again:
+                async with asyncio.timeout(20):
+                    while agent.count("thaw") == 0 or "frozen-guests" in document(restored):
+                        await asyncio.sleep(0.01)
+                assert not agent.frozen
+                assert document(restored) == recorded
+                await asyncio.to_thread(again.terminate)
+
+    asyncio.run(run())
+
+
+def killed_in_a_snapshot(directory: Path, point: str, agent: str) -> None:
+    with start(directory, point) as daemon, Qmp(daemon.socket("q")) as qmp:
+        with pytest.raises((AssertionError, OSError)):
+            qmp.command("blockdev-snapshot-sync", device="e", **{"guest-agent": agent})
+        assert daemon.process.wait(20) == -9
+
+
+def test_an_agent_that_is_not_there_yet(restored: Path) -> None:
+    """The next process serves at once, and thaws when it can: also if it is one more later."""
+    path = str(restored / "ga.sock")
+    state = document(restored)
+    (restored / "state").write_text(json.dumps({**state, "frozen-guests": [path]}))
+    for _ in range(2):
+        with start(restored) as daemon:
+            daemon.wait_line("may be frozen since the last process ended")
+            with Device(daemon.socket("e")) as device:
+                device.write(512, bytes(512))
+            daemon.terminate()
+        assert document(restored)["frozen-guests"] == [path]
+
+    async def run() -> None:
+        daemon = await asyncio.to_thread(start, restored)
+        with daemon:
+            async with GuestAgentPeer(path) as agent:
+                agent.frozen = True
+                async with asyncio.timeout(20):
+                    while "frozen-guests" in document(restored):
+                        await asyncio.sleep(0.01)
+                assert not agent.frozen
+                await asyncio.to_thread(daemon.terminate)
+
+    asyncio.run(run())

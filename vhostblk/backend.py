@@ -30,7 +30,8 @@ from vhostblk.objects import ObjectStore, object_types
 from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as _  # noqa: F401  known to transactions once loaded
-from vhostblk.state import Document, StateFile, describe, restore
+from vhostblk.snapshot.freeze import FrozenGuests
+from vhostblk.state import Document, StateFile, describe, restore, with_frozen_guests
 from vhostblk.transaction import run_actions
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Backend:
         self._closing = False
         self._state: StateFile | None = None
         self.jobs = JobStore(self.events)
+        self.frozen_guests = FrozenGuests(self._record_frozen, self._settle_frozen)
         # Made by start(), which has a running event loop.
         self.engine: Engine
         self.graph: Graph
@@ -85,6 +87,7 @@ class Backend:
             await asyncio.gather(*closing)
             await self.graph.close()
             await self.objects.close()
+        self.frozen_guests.close()
         self.engine.close()
         self._started = None
         self.events.close()
@@ -127,6 +130,16 @@ class Backend:
             await self.save_state()
         except VhostblkError as error:
             logger.error("%s", error.desc)
+
+    async def _record_frozen(self) -> None:
+        """In the middle of a change: what is recorded of the tree stays as it is."""
+        if self._state is not None and (text := self._state.written or self._state.read()):
+            await self._state.write(with_frozen_guests(text, self.frozen_guests))
+
+    async def _settle_frozen(self) -> None:
+        async with self.graph.lock:
+            if not self._closing:
+                await self._record_again()
 
     async def keep_state(self, file: StateFile) -> None:
         """From now on, record every change in a state file before it counts."""

@@ -29,7 +29,7 @@ from vhostblk.graph import Change
 from vhostblk.nodes.driver import NodeDriver, Perm, RoleKind
 from vhostblk.schema import Model, NodeName, UInt32, VhostblkError
 from vhostblk.snapshot import names, overlay
-from vhostblk.snapshot.guest_agent import DEFAULT_TIMEOUT, Freeze
+from vhostblk.snapshot.freeze import DEFAULT_TIMEOUT, Freeze
 from vhostblk.transaction import action
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ async def blockdev_snapshot_sync(
             {"node": leg.name, "overlay": new.name, "filename": wanted.filename}
         )
     await _cover(backend, change, legs)
-    _freeze(change, arguments, result)
+    _freeze(backend, change, arguments, result)
     return result
 
 
@@ -147,7 +147,7 @@ async def blockdev_snapshot(
         _put_above(change, leg, new)
         result["snapshots"].append({"node": leg.name, "overlay": new.name})
     await _cover(backend, change, legs)
-    _freeze(change, arguments, result)
+    _freeze(backend, change, arguments, result)
     return result
 
 
@@ -288,13 +288,15 @@ async def _make_read_only(backend: Backend, leg: NodeDriver) -> None:
         logger.warning("snapshot '%s' stays open for writing: %s", leg.name, error)
 
 
-def _freeze(change: Change, arguments: FreezeOptions, result: dict[str, Any]) -> None:
+def _freeze(
+    backend: Backend, change: Change, arguments: FreezeOptions, result: dict[str, Any]
+) -> None:
     if arguments.guest_agent is None:
         return
     freezes = _common(change).freezes
     path = names.absolute(arguments.guest_agent)
     if path not in freezes:
-        freezes[path] = Freeze(path, arguments.freeze_timeout)
+        freezes[path] = Freeze(path, arguments.freeze_timeout, backend.frozen_guests)
         change.around(freezes[path])
     # Filled in when it has happened.
     result["freeze"] = freezes[path].report

@@ -1,35 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Holding a guest's file systems still, through the socket of its guest agent.
+"""A client of the agent in a guest, through the socket of its channel.
 
-The protocol is that of qemu-ga (QEMU, docs/interop/qemu-ga-ref: guest-sync-delimited,
-guest-fsfreeze-freeze, guest-fsfreeze-thaw). What is asked of the agent may come late: a
-freeze that was not answered in time may still happen. Whatever becomes of the snapshot,
-a freeze that may have happened is followed by a thaw, tried until it succeeds.
+The protocol is that of qemu-ga (QEMU, docs/interop/qemu-ga-ref: guest-sync-delimited).
+What is asked of the agent may come late, and what somebody else asked may be answered to us.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import logging
 import secrets
-import time
 from typing import Any
 
-from vhostblk.schema import VhostblkError
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_TIMEOUT = 10
-THAW_ATTEMPT = 5.0
-"""Seconds for one attempt to thaw, and how long one is waited for before the answer to the
-command is given; attempts go on in the background."""
-THAW_INTERVAL = 0.5
 _MAX_LINE = 1 << 20
 _DELIMITER = b"\xff"
-
-_thawing: set[asyncio.Task[None]] = set()
 
 
 class AgentError(Exception):
@@ -102,98 +86,3 @@ class GuestAgent:
         if not isinstance(answer, dict) or "return" not in answer:
             raise ConnectionResetError(None, "the agent's answer has no result")
         return answer["return"]
-
-
-class Freeze:
-    """File systems frozen on the way in, thawed on the way out (asynchronous context)."""
-
-    def __init__(self, path: str, timeout: float) -> None:
-        self._path = path
-        self._timeout = timeout
-        self._agent: GuestAgent | None = None
-        self._begun = 0
-        self.report: dict[str, Any] = {"guest-agent": path}
-        """For the result: how many file systems, for how long, what went wrong with thawing."""
-
-    async def __aenter__(self) -> None:
-        asked = False
-        try:
-            async with asyncio.timeout(self._timeout):
-                self._agent = await GuestAgent.connect(self._path)
-                asked = True
-                self._begun = time.perf_counter_ns()
-                count = await self._agent.execute("guest-fsfreeze-freeze")
-        except AgentError as error:
-            # Not ours to thaw, if it is frozen because somebody else wanted that.
-            self._hang_up()
-            raise self._error(f"the agent refuses to freeze: {error}") from None
-        except TimeoutError:
-            await self._thaw_if(asked)
-            raise self._error(
-                f"no answer within {self._timeout:g} seconds",
-                "see whether the agent runs in the guest and nobody else is connected to its "
-                "socket, or allow more time with freeze-timeout",
-            ) from None
-        except OSError as error:
-            await self._thaw_if(asked)
-            raise self._error(error.strerror or str(error)) from None
-        except BaseException:
-            await self._thaw_if(asked)
-            raise
-        self.report["filesystems"] = count
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._thaw()
-        self.report["frozen-us"] = (time.perf_counter_ns() - self._begun) // 1000
-
-    async def _thaw_if(self, asked: bool) -> None:
-        if asked:
-            await self._thaw()
-        else:
-            self._hang_up()
-
-    async def _thaw(self) -> None:
-        """Thaw; if that does not work at once, go on trying when the caller has gone on."""
-        task = asyncio.create_task(self._thaw_until_it_works())
-        _thawing.add(task)
-        task.add_done_callback(_thawing.discard)
-        await asyncio.wait({task}, timeout=THAW_ATTEMPT + THAW_INTERVAL)
-        if not task.done():
-            self.report["error"] = "the guest's file systems are not thawed yet"
-            logger.error(
-                "guest agent '%s' does not thaw its file systems; trying on. In the guest: "
-                "fsfreeze -u MOUNTPOINT",
-                self._path,
-            )
-
-    async def _thaw_until_it_works(self) -> None:
-        failures = 0
-        while True:
-            try:
-                async with asyncio.timeout(THAW_ATTEMPT):
-                    if self._agent is None or failures:
-                        self._hang_up()
-                        self._agent = await GuestAgent.connect(self._path)
-                    await self._agent.execute("guest-fsfreeze-thaw")
-                break
-            except (OSError, TimeoutError, AgentError) as error:
-                failures += 1
-                logger.debug("guest agent '%s': thaw: %s", self._path, error)
-            await asyncio.sleep(THAW_INTERVAL)
-        self._hang_up()
-        if failures:
-            logger.info("guest agent '%s': file systems thawed", self._path)
-
-    def _hang_up(self) -> None:
-        if self._agent is not None:
-            with contextlib.suppress(OSError):
-                self._agent.close()
-            self._agent = None
-
-    def _error(self, text: str, hint: str | None = None) -> VhostblkError:
-        data = {"code": "guest-agent", "path": self._path}
-        text = f"Guest agent '{self._path}': {text}; no snapshot was made"
-        if hint is not None:
-            data["hint"] = hint
-            text = f"{text}; {hint}"
-        return VhostblkError(text, data=data)

@@ -59,6 +59,8 @@ class Document(Model):
     nodes: tuple[NodeEntry, ...] = ()
     exports: tuple[dict[str, Any], ...] = ()
     jobs: tuple[dict[str, Any], ...] = ()
+    frozen_guests: tuple[str, ...] = ()
+    """Sockets of agents that may have been asked to freeze, and not to thaw yet."""
 
     @classmethod
     def parse(cls, text: str, file: StateFile) -> Document:
@@ -117,6 +119,22 @@ def describe(backend: Backend) -> str:
         "exports": _array(_compact(export.state_options()) for export in backend.exports()),
         "jobs": _array(_compact(entry) for entry in _unfinished(backend)),
     }
+    return _laid_out(members, backend.frozen_guests)
+
+
+def with_frozen_guests(text: str, frozen: Iterable[str]) -> str:
+    """The same document with other frozen guests: of a tree that is in the middle of a change."""
+    members = json.loads(text)
+    members.pop("frozen-guests", None)
+    for name, value in members.items():
+        members[name] = _array(map(_compact, value)) if isinstance(value, list) else _compact(value)
+    return _laid_out(members, frozen)
+
+
+def _laid_out(members: dict[str, str], frozen: Iterable[str]) -> str:
+    sockets = [_compact(path) for path in frozen]
+    if sockets:
+        members["frozen-guests"] = _array(sockets)
     text = ",\n".join(f' "{name}": {value}' for name, value in members.items())
     return f"{{\n{text}\n}}\n"
 
@@ -240,6 +258,7 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
     for entry in document.jobs:
         with _about(file, f"job '{entry.get('id')}'"):
             await backend.restart_job(entry)
+    backend.frozen_guests.take_over(document.frozen_guests)
 
 
 class _about:

@@ -114,6 +114,11 @@ class StateFile:
 
     # ---- writing
 
+    @property
+    def written(self) -> str | None:
+        """The document as last written or read; None if that is not certain."""
+        return self._written
+
     async def write(self, text: str) -> None:
         """Replace the document; safe on disk when done. The same one again is not written."""
         if text == self._written:
