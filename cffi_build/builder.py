@@ -127,7 +127,7 @@ def make_ffi() -> FFI:
             for path in sorted([*ENGINE.glob("*.c"), *(ENGINE / "nodes").glob("*.c")])
         ],
         include_dirs=[str(ENGINE), str(source), str(source / "include")],
-        libraries=["uring"],
+        libraries=["uring", "crypto"],
         define_macros=[("VB_LIBVHOST_USER", f'"{libvhost_user_version(source)}"')],
         extra_compile_args=compile_arguments(),
         extra_link_args=["-pthread", *sanitize_arguments()],

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* cipher.h: sectors in and out of a cipher (cipher.c), and the masks of XTS (cipher_xts.c). */
+#ifndef VB_CIPHER_H
+#define VB_CIPHER_H
+
+#include "engine.h"
+#include "nodes/crypt.api.h"
+
+#define VB_CIPHER_CONTROL VB_MAX_IOTHREADS /* the control thread's `index` */
+
+/*
+ * The thread called `index`: whole sectors from `from` to `to`, which may be the same. Each byte of
+ * `from` is read once, and nothing but the result is ever written to `to`. 0 or a negative errno.
+ */
+int vb_cipher_run(struct vb_cipher *cipher, unsigned index, bool encrypt, uint64_t offset,
+                  const void *from, void *to, size_t bytes);
+
+/* How to do the two halves of XTS around a block cipher in ECB mode. */
+struct vb_xts {
+    /* For each sector a tweak: its blocks' masks into `masks`, and `from` with them applied into `to`. */
+    void (*begin)(const uint64_t *tweaks, size_t sectors, size_t sector_size, const void *from,
+                  void *to, void *masks);
+    /* Applies the masks to `from` once more. */
+    void (*end)(const void *from, const void *masks, void *to, size_t bytes);
+    bool quick; /* quicker than OpenSSL's own XTS, whose cost per call small sectors feel */
+};
+
+extern const struct vb_xts vb_xts_portable;
+const struct vb_xts *vb_xts_best(void); /* for this CPU */
+
+#endif
