@@ -836,6 +836,10 @@ class Graph:
                 await node.truncate(size)
             finally:
                 self.refresh_sizes()
+                above = self.above(affected)[0]
+                for other in self.bottom_up():
+                    if other in above:
+                        _call(other.resized, f"resized() of node '{other.name}'")
 
     def refresh_sizes(self) -> None:
         """Sizes may have changed; the drives concerned are paused."""

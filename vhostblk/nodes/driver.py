@@ -494,6 +494,9 @@ class NodeDriver:
         the old ones are back.
         """
 
+    def resized(self) -> None:
+        """Something below has another size now. Called inside a drained section."""
+
     async def truncate(self, size: int) -> None:
         """Change the size. Called inside a drained section."""
         raise VhostblkError(

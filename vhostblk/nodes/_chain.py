@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Chains of images: which overlays are below a node, and what they take from further down."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from vhostblk.nodes.driver import NodeDriver, RoleKind
+from vhostblk.schema import VhostblkError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node of a chain, and how many images are above it there."""
+
+    node: NodeDriver
+    depth: int
+
+
+@dataclass(frozen=True)
+class Leg:
+    """An overlay with something behind it, seen from a node above."""
+
+    node: NodeDriver
+    shift: int
+    """Where in it the data of the node above begin."""
+    depth: int | None
+    """How many images behind it count; None: all, and what none of them has counts too."""
+    short: range
+    """Where an image that counts ends, and one behind those that count would show."""
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[tuple[int, int, bool, bool]]:
+        """What a range consists of: offset, bytes, whether it is the overlay's to get, zeroes."""
+        async for extent in self.node.extents(offset + self.shift, length):
+            own = extent.depth == 0 and extent.present
+            if self.depth is None:
+                wanted = not own
+            else:
+                wanted = extent.present and 1 <= extent.depth <= self.depth
+                wanted = wanted or (not own and _overlap(extent.start, extent.length, self.short))
+            yield extent.start - self.shift, extent.length, wanted, extent.zero
+
+
+def _overlap(start: int, length: int, other: range) -> bool:
+    return start < other.stop and other.start < start + length
+
+
+def backing_role(node: NodeDriver) -> str | None:
+    """The role in which a node has what it does not have itself."""
+    for name, role in node.child_roles.items():
+        if role.kind is RoleKind.BACKING:
+            return name
+    return None
+
+
+def backing_of(node: NodeDriver) -> NodeDriver | None:
+    """The node behind an overlay; None if there is none, or it is no overlay."""
+    role = backing_role(node)
+    child = node.children.get(role) if role is not None else None
+    return child.node if child is not None else None
+
+
+def layers(top: NodeDriver) -> Iterator[Layer]:
+    """The images of a chain, from the top down. Filters between them are left out."""
+    node: NodeDriver | None = top
+    depth = 0
+    while node is not None:
+        if not node.is_filter:
+            yield Layer(node, depth)
+        if backing_role(node) is not None:
+            node, depth = backing_of(node), depth + 1
+        elif node.children and node.data_shift() is not None:
+            node = next(iter(node.children.values())).node
+        else:
+            return
+
+
+def legs_below(node: NodeDriver, bottom: str | None) -> list[Leg]:
+    """The topmost overlays below a node that have something behind them."""
+    found: list[Leg] = []
+    waiting = [(child.node, 0) for child in node.children.values()]
+    while waiting:
+        current, shift = waiting.pop(0)
+        if backing_role(current) is not None:
+            if bottom is not None:
+                found += _limited(current, shift, node, bottom)
+            elif backing_of(current) is not None:
+                found.append(Leg(current, shift, None, range(0)))
+            continue
+        further = current.data_shift()
+        if further is not None:
+            waiting += [(child.node, shift + further) for child in current.children.values()]
+    if bottom is not None and not waiting and not found:
+        _check_bottom(node, bottom)
+    return list({leg.node: leg for leg in found}.values())
+
+
+def _limited(top: NodeDriver, shift: int, above: NodeDriver, bottom: str) -> list[Leg]:
+    """An overlay that copies from images down to `bottom` only; none if it is that itself."""
+    chain = list(layers(top))
+    depth = next((layer.depth for layer in chain if layer.node.name == bottom), None)
+    if depth is None:
+        raise _not_in_chain(above, top, bottom)
+    if depth == 0:
+        return []
+    shortest = min(layer.node.size for layer in chain if 1 <= layer.depth <= depth)
+    behind = max((layer.node.size for layer in chain if layer.depth == depth + 1), default=0)
+    return [Leg(top, shift, depth, range(shortest, max(shortest, behind)))]
+
+
+def _check_bottom(node: NodeDriver, bottom: str) -> None:
+    """`bottom` must be somewhere below, though it makes no difference."""
+    waiting = [child.node for child in node.children.values()]
+    for current in waiting:  # grows while it is walked
+        if any(layer.node.name == bottom for layer in layers(current)):
+            return
+        if current.is_filter:
+            waiting += [child.node for child in current.children.values()]
+    raise _not_in_chain(node, waiting[0], bottom)
+
+
+def _not_in_chain(node: NodeDriver, top: NodeDriver, bottom: str) -> VhostblkError:
+    below = [layer.node.name for layer in layers(top)]
+    return VhostblkError(
+        f"Bottom node '{bottom}' of node '{node.name}' is not in the chain below it, or is a "
+        f"filter; the chain: {', '.join(below)}",
+        data={"code": "bad-bottom", "node": node.name, "allowed": below},
+    )
