@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 from vhostblk.engine import OP_DISCARD, OP_READ, OP_WRITE
 from vhostblk.engine.crypt import WHOLE, CryptHandle, Half, new_crypt
+from vhostblk.nodes._zone_log import ZoneLog
 from vhostblk.nodes.hooks import HookedNode, Request
+
+BLOCK = 4096
+"""Zones are multiples of this, which is the largest sector."""
 
 
 class CryptNode(HookedNode):
@@ -33,6 +38,7 @@ class CryptNode(HookedNode):
         self._hooks = [self._handed_up] * 5
         self._holding = asyncio.Lock()
         self._waiting: list[asyncio.Future[None]] = []
+        self._stuck = False
         self._halves = (low, low if high is None else high)
         self.boundary = boundary
         self.handle = new_crypt(
@@ -59,15 +65,26 @@ class CryptNode(HookedNode):
         """Nobody reads or writes this range meanwhile. Whoever moves `boundary` does so in here."""
         assert self.handle is not None
         async with self._holding:
+            self._check_not_stuck()
             await self.handle.hold(begin, end)
             try:
                 yield
             finally:
-                self.handle.release(self.boundary)
-                waiting, self._waiting = self._waiting, []
-                for future in waiting:
-                    if not future.done():
-                        future.set_result(None)
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Of what is held, unless it must not be seen; whoever waits looks again."""
+        assert self.handle is not None
+        if not self._stuck:
+            self.handle.release(self.boundary)
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _check_not_stuck(self) -> None:
+        if self._stuck:
+            raise OSError(errno.EIO, "a zone that is being re-encrypted could not be written")
 
     # ---- data, for whoever holds them
 
@@ -83,6 +100,69 @@ class CryptNode(HookedNode):
             half.cipher.apply(True, offset, data)
         await self.child("file").write(offset + half.offset, data)
 
+    # ---- re-encryption (_zone_log.py says why this order)
+
+    async def recover(self, log: ZoneLog, low: Half) -> int:
+        """Before start_crypt(): finish what a crash has left half done; the boundary."""
+        boundary, content = await log.load()
+        if content is not None:
+            if self.read_only:
+                raise OSError(
+                    errno.EROFS,
+                    "a crash has interrupted its re-encryption; it has to be opened writable once",
+                )
+            await self._write_again(log, low, boundary, content)
+            boundary += len(content)
+        return boundary
+
+    async def _write_again(self, log: ZoneLog, low: Half, boundary: int, content: bytes) -> None:
+        await self.child("file").write(boundary + low.offset, content)
+        await self.child("file").flush()
+        await log.done(boundary + len(content))
+
+    async def move_boundary(self, log: ZoneLog, length: int) -> int:
+        """The next bytes, up to `length`, get the new key; how many did."""
+        low, high = self._halves
+        assert low.cipher is not None
+        if self._stuck:
+            return await self._unstick(log, low)
+        begin = self.boundary
+        end = min(begin + min(length, log.most) // BLOCK * BLOCK, self.size)
+        async with self.held(begin, end):
+            content = memoryview(bytearray(end - begin))
+            await self.read_sectors(high, begin, content)
+            low.cipher.apply(True, begin, content)
+            await self._announce(log, begin, content)
+            try:
+                await self.child("file").write(begin + low.offset, content)
+                await self.child("file").flush()
+                await log.done(end)
+            except BaseException:
+                # Half old, half new perhaps: only the log knows what belongs there.
+                self._stuck = True
+                raise
+            self.boundary = end
+        return end - begin
+
+    async def _announce(self, log: ZoneLog, begin: int, content: memoryview) -> None:
+        try:
+            await log.begin(begin, content)
+        except BaseException:
+            # The announcement may have reached the disk. It must not be believed any more.
+            self._stuck = True
+            await log.done(begin)
+            self._stuck = False
+            raise
+
+    async def _unstick(self, log: ZoneLog, low: Half) -> int:
+        """Another try, with what the log says."""
+        async with self._holding:
+            before = self.boundary
+            self.boundary = await self.recover(log, low)
+            self._stuck = False
+            self._let_go()
+            return self.boundary - before
+
     # ---- requests
 
     def _handed_up(self, request: Request) -> Awaitable[None]:
@@ -97,6 +177,7 @@ class CryptNode(HookedNode):
             future: asyncio.Future[Any] = self.engine.loop.create_future()
             self._waiting.append(future)
             await future
+        self._check_not_stuck()
         request.retry()
 
     async def _write_partly(self, request: Request) -> None:
