@@ -77,6 +77,12 @@ class MapHandle(NodeHandle):
             raise OSError(-result, os.strerror(-result))
         return bool(result == 0)
 
+    def take(self, clusters: int) -> tuple[int, int]:
+        """Up to `clusters` of those that the engine was given: host offset, number (0: none)."""
+        host = ffi.new("uint64_t *")
+        count = lib.vb_map_take(self.pointer, clusters, host)
+        return int(host[0]), int(count)
+
     def reclaim(self) -> list[tuple[int, int]]:
         """Take back what the engine has not allocated: host offset, bytes. Nothing is in flight."""
         left = ffi.new("uint64_t[4]")

@@ -334,6 +334,25 @@ int vb_map_give(struct vb_node *node, uint64_t host, uint64_t bytes)
     return 0;
 }
 
+/* The I/O threads go on. While `switching` is ours no run goes away that we look at. */
+uint64_t vb_map_take(struct vb_node *node, uint64_t wanted, uint64_t *host)
+{
+    struct map_node *map = map_of(node);
+    _Atomic(struct map_run *) *runs[2] = {&map->run, &map->spare};
+    uint64_t count = 0;
+
+    while (atomic_exchange(&map->switching, true)) {
+        sched_yield(); /* a thread is a few instructions away from giving it back */
+    }
+    for (unsigned i = 0; i < 2 && count == 0; i++) {
+        struct map_run *run = atomic_load(runs[i]);
+
+        count = run ? take_from(map, run, wanted, host) : 0;
+    }
+    atomic_store(&map->switching, false);
+    return count;
+}
+
 void vb_map_reclaim(struct vb_node *node, uint64_t left[4])
 {
     struct map_node *map = map_of(node);

@@ -20,7 +20,7 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import Any, Protocol
 
 from vhostblk.engine.map import MapHandle
@@ -36,6 +36,7 @@ RUN_LASTS = 0.1
 MIN_RUN = 1 << 20
 MAX_RUN = 64 << 20
 MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there
+MAX_RUN_OF_DISK = 32  # no more than the disk divided by this: a small one is not to get a long file
 
 
 class Owner(Protocol):
@@ -44,8 +45,15 @@ class Owner(Protocol):
     def grace(self) -> Awaitable[None]:
         """Done when all requests that have begun by now have ended."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the virtual disk."""
+
     def check_new(self, host: int, length: int) -> None:
         """Raise if metadata are there: the reference counts are wrong."""
+
+    def missing_tables(self) -> int:
+        """How many L2 tables what is in memory may need at the next flush."""
 
     def corrupt(self, text: str, *, fatal: bool = False) -> OSError:
         """The image is broken: nothing is written from now on."""
@@ -70,6 +78,7 @@ class Allocator:
         self._lock = asyncio.Lock()
         self._run = MIN_RUN
         self._given_at = 0.0
+        self._tables: list[int] = []  # reserved, for L2 tables
         # Everything from here on reads as zeroes, unless somebody has written to it since.
         self._virgin = file.size
         self.grows = True
@@ -93,7 +102,7 @@ class Allocator:
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece; the offset of the first. They count as used."""
         async with self._lock:
-            host = await self.refcounts.reserve(count, True)
+            host = await self.refcounts.reserve(count)
             await self._prepare(host, count, zeroed)
         return host
 
@@ -111,29 +120,45 @@ class Allocator:
             raise
         self._virgin = max(self._virgin, end)
 
-    async def _reserve_run(self, most: int) -> tuple[int, int]:
-        """Clusters in one piece, `most` at the end of the file, fewer in a gap; offset, count.
+    async def reserve_some(self, most: int, *, zeroed: bool = False) -> tuple[int, int]:
+        """Up to `most` clusters in one piece: offset, count.
 
         Gaps come first, however small: a disk that is discarded and written again must not
         make its file longer and longer.
         """
-        bits = self._geometry.cluster_bits
         async with self._lock:
-            host = await self.refcounts.reserve(1, True)
-            count = 1
-            while count < most:
-                # Beyond all that was ever used the rest can be had at once.
-                more = most - count if host + (count << bits) >= self._virgin else 1
-                try:
-                    following = await self.refcounts.reserve(more, True)
-                except OSError:
-                    break  # what there is will do
-                if following != host + (count << bits):
-                    await self.refcounts.free(following, more)
-                    break
-                count += more
-            await self._prepare(host, count, True)
+            host, count = await self.refcounts.reserve_some(min(most, self.most))
+            await self._prepare(host, count, zeroed)
         return host, count
+
+    async def _reserve_any(self, most: int) -> tuple[int, int]:
+        """The same, also of what the engine has in advance if nothing else is left."""
+        try:
+            return await self.reserve_some(most)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            host, count = self._handle.take(most)
+            if not count:
+                raise
+            return host, count
+
+    async def reserve_pieces(self, count: int) -> list[tuple[int, int]]:
+        """`count` clusters in as few pieces as there are: offset and clusters of each."""
+        pieces: list[tuple[int, int]] = []
+        try:
+            while count > 0:
+                pieces.append(await self._reserve_any(count))
+                count -= pieces[-1][1]
+        except BaseException:
+            await self.free_pieces(pieces)
+            raise
+        return pieces
+
+    async def free_pieces(self, pieces: Iterable[tuple[int, int]]) -> None:
+        """Give back clusters that no entry has ever named."""
+        for host, count in pieces:
+            await self.refcounts.free(host, count)
 
     async def _zero(self, start: int, end: int) -> None:
         known = min(max(start, self._virgin), end) if self.grows else end
@@ -143,10 +168,15 @@ class Allocator:
     async def give_run(self) -> bool:
         """Give the engine clusters; whether it took them."""
         bits = self._geometry.cluster_bits
+        # Without a place for its L2 table a write must not be accepted: its flush would fail.
+        missing = self._owner.missing_tables() - len(self._tables)
+        if missing > 0:
+            for host, clusters in await self.reserve_pieces(missing):
+                self._tables += range(host, host + (clusters << bits), 1 << bits)
         count = min(max(self._run >> bits, 4), self.most)
         while True:
             try:
-                host, count = await self._reserve_run(count)
+                host, count = await self.reserve_some(count, zeroed=True)
                 break
             except OSError as error:
                 if error.errno != errno.ENOSPC or count == 1:
@@ -163,7 +193,9 @@ class Allocator:
         now = time.monotonic()
         lasted, self._given_at = now - self._given_at, now
         if lasted < RUN_LASTS:
-            self._run = min(2 * self._run, MAX_RUN if self.grows else MAX_RUN_OF_DEVICE)
+            most = MAX_RUN if self.grows else MAX_RUN_OF_DEVICE
+            most = min(most, self._owner.size // MAX_RUN_OF_DISK)
+            self._run = max(min(2 * self._run, most), MIN_RUN)
         elif lasted > 10 * RUN_LASTS:
             self._run = max(self._run // 2, MIN_RUN)
 
@@ -186,6 +218,13 @@ class Allocator:
     async def more_runs(self) -> bool:
         """A request found no cluster: it may look again afterwards. False if there were some."""
         return await asyncio.shield(self._refill())
+
+    async def reserve_table(self) -> int:
+        """A cluster for an L2 table."""
+        if self._tables:
+            return self._tables.pop()
+        [(host, _)] = await self.reserve_pieces(1)
+        return host
 
     # ---- giving back
 
@@ -239,6 +278,8 @@ class Allocator:
         """Free what the engine has not used of its runs: offset, bytes. Nothing is in flight."""
         bits = self._geometry.cluster_bits
         unused = [(host, length) for host, length in self._handle.reclaim() if length]
+        unused += [(host, 1 << bits) for host in self._tables]
+        self._tables.clear()
         for host, length in unused:
             await self.refcounts.free(host, length >> bits)
         return unused

@@ -373,16 +373,21 @@ class DataPath:
         start = claims[0].cluster * size
         buffer = await self._merged(request, start, len(claims) * size, pinned)
         if geometry.external:
-            host = start
+            pieces = [(start, len(claims))]
         else:
-            host = await live.allocator.reserve(len(claims))
+            pieces = await live.allocator.reserve_pieces(len(claims))
         try:
-            await live.data.write(host, buffer)
+            view, at, writes = memoryview(buffer), 0, []
+            for host, count in pieces:
+                writes.append(live.data.write(host, view[at : at + count * size]))
+                at += count * size
+            await gather(writes)
         except BaseException:
             if not geometry.external:
-                await live.allocator.refcounts.free(host, len(claims))
+                await live.allocator.free_pieces(pieces)
             raise
-        for claim in claims:
+        hosts = [host + number * size for host, count in pieces for number in range(count)]
+        for claim, host in zip(claims, hosts, strict=True):
             words, at = claim.slice.words, claim.index * geometry.words
             old = words[at]
             if geometry.extended:
@@ -394,7 +399,6 @@ class DataPath:
                     allocated |= words[at + 1] & ALL_ALLOCATED
                     words[at + 1] = (words[at + 1] & ~(allocated << 32)) | allocated
             words[at] = host | COPIED
-            host += size
             live.let_go(old)
             live.l2.mark_dirty(claim.slice)
 

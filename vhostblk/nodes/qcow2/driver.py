@@ -37,6 +37,7 @@ from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.discard import Discarder
 from vhostblk.nodes.qcow2.geometry import (
     COMPRESSED,
+    COPIED,
     L1_RESERVED,
     OFFSET_MASK,
     BrokenEntry,
@@ -518,6 +519,12 @@ class Qcow2(HookedNode):
         request._inflight += 1
         io.owner = request
         await io
+
+    def missing_tables(self) -> int:
+        """How many L2 tables what is in memory may need at the next flush."""
+        per_table = self.geometry.slices_per_table
+        tables = {index // per_table for index in self.l2.indexes()}
+        return sum(not self.l1[table] & COPIED for table in tables)
 
     def entries_of(self, slice: Slice, index: int) -> list[int]:
         """What the engine is to know of one cluster."""

@@ -113,6 +113,10 @@ class L2Cache:
         found = self._slices.get(index)
         return None if found is None or found.leaving else found
 
+    def indexes(self) -> Iterable[int]:
+        """Of all slices in memory."""
+        return self._slices
+
     def mark_dirty(self, slice: Slice) -> None:
         """Its words are ahead of the disk."""
         self.dirty[slice.index] = slice

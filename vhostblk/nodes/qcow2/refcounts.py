@@ -127,20 +127,28 @@ class Refcounts:
 
     # ---- taking
 
-    async def reserve(self, count: int, contiguous: bool = True) -> int:
+    async def reserve(self, count: int) -> int:
         """Take `count` free clusters in a row, as low as possible; the offset of the first."""
-        del contiguous  # always: whoever wants single ones asks for one
         async with self._lock:
-            while True:
-                first = await self._find(count)
-                if await self._cover(first, count):
-                    break
-                # Blocks have taken some of the clusters: look again.
-            for cluster in range(first, first + count):
-                await self._put(cluster, 1)
-            if first <= self._free_from:
-                self._free_from = first + count
+            first, _ = await self._take(count, count)
             return first << self.cluster_bits
+
+    async def reserve_some(self, most: int) -> tuple[int, int]:
+        """Take the first free clusters there are, up to `most` in a row; offset and number."""
+        async with self._lock:
+            first, count = await self._take(1, most)
+            return first << self.cluster_bits, count
+
+    async def _take(self, least: int, most: int) -> tuple[int, int]:
+        while True:
+            first, count = await self._find(least, most)
+            if await self._cover(first, count):
+                break
+            # Blocks have taken some of the clusters: look again.
+        await self._fill(first, count)
+        if first <= self._free_from:
+            self._free_from = first + count
+        return first, count
 
     async def adopt(self, clusters: Iterable[int]) -> None:
         """These are in use, whatever is on disk: what a killed process had not written."""
@@ -180,30 +188,39 @@ class Refcounts:
                 return cluster
         raise OSError(errno.ENOSPC, "the image has no place for a block of reference counts")
 
-    async def _find(self, count: int) -> int:
-        """The first of `count` free clusters in a row; they may lie beyond the table."""
-        start, run = self._free_from, 0
-        cluster = start
-        while run < count:
-            number, index = divmod(cluster, self.per_block)
+    async def _find(self, least: int, most: int) -> tuple[int, int]:
+        """The first row of at least `least` free clusters, up to `most` of it; first, count.
+
+        They may lie beyond the table.
+        """
+        start, row = self._free_from, 0
+        while row < most:
+            number, index = divmod(start + row, self.per_block)
+            rest = self.per_block - index
             if number >= len(self.table) or not (self.table[number] or number in self._blocks):
-                step = self.per_block - index  # all of them are free
-                run += step
-                cluster += step
+                row += rest  # all of them are free
                 continue
             block = await self._block(number)
-            if block[index] == 0:
-                run += 1
-                cluster += 1
+            free = _zeroes(block, index, min(rest, most - row))
+            row += free
+            if row >= most or free == rest:
                 continue
-            # Jump to the next free one in this block.
-            try:
-                following = block.index(0, index)
-            except ValueError:
-                following = self.per_block
-            cluster += following - index
-            start, run = cluster, 0
-        return start
+            if row >= least:
+                break
+            used = index + free
+            start, row = number * self.per_block + _first_zero(block, used), 0
+        return start, min(row, most)
+
+    async def _fill(self, first: int, count: int) -> None:
+        """Clusters that were free have one user."""
+        end = first + count
+        while first < end:
+            number, index = divmod(first, self.per_block)
+            block = await self._block(number)
+            here = min(self.per_block - index, end - first)
+            block[index : index + here] = array(block.typecode, [1]) * here
+            self._dirty.add(number)
+            first += here
 
     async def _cover(self, first: int, count: int) -> bool:
         """Make blocks for these clusters; False if that has taken some of them."""
@@ -338,6 +355,21 @@ class Refcounts:
             self._dirty |= blocks
             self._table_dirty |= entries
             raise
+
+
+def _zeroes(counts: array[int], start: int, most: int) -> int:
+    """How many counts from `start` on are zero; looks at no more than `most`."""
+    data = counts[start : start + most].tobytes()
+    return (len(data) - len(data.lstrip(b"\0"))) // counts.itemsize
+
+
+def _first_zero(counts: array[int], start: int) -> int:
+    """Where the first zero from `start` on is; the end if there is none."""
+    data, size = counts.tobytes(), counts.itemsize
+    at = data.find(bytes(size), start * size)
+    while at >= 0 and at % size:  # the end of one count and the beginning of the next
+        at = data.find(bytes(size), at + 1)
+    return at // size if at >= 0 else len(counts)
 
 
 def _corrupt(text: str) -> InconsistentCounts:

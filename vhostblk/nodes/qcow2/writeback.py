@@ -140,20 +140,17 @@ class Writeback:
         live = self._live
         size = live.geometry.cluster_size
         changed: dict[int, int] = {}
-        missing = [table for table in tables if not live.l1[table]]
         try:
-            for start in range(0, len(missing), live.allocator.most):
-                part = missing[start : start + live.allocator.most]
-                host = await live.allocator.reserve(len(part), zeroed=True)
-                for number, table in enumerate(part):
-                    changed[table] = host + number * size | COPIED
             for table in tables:
                 old = live.l1[table]
-                if not old or old & COPIED:
+                if old & COPIED:
                     continue
-                host = await live.allocator.reserve(1)
+                host = await live.allocator.reserve_table()
                 changed[table] = host | COPIED
-                await live.file.write(host, await live.file.read(old & OFFSET_MASK, size))
+                if old:
+                    await live.file.write(host, await live.file.read(old & OFFSET_MASK, size))
+                else:
+                    await live.file.write_zeroes(host, size)
         except BaseException:
             # Leaked if this fails as well; nothing names them.
             for entry in changed.values():

@@ -30,7 +30,7 @@ import errno
 import logging
 import struct
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 from vhostblk.engine import IO, OP_WRITE
@@ -99,7 +99,6 @@ class _Clusters:
         self._durable = file.size
         self._step = _MIN_STEP
         self._lock = asyncio.Lock()
-        self.refcounts = self
 
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece, full of zeroes; the offset of the first."""
@@ -129,7 +128,11 @@ class _Clusters:
                 await self._file.truncate(self._end)
             self._durable = min(self._durable, self._end)
 
-    async def free(self, host: int, count: int) -> None:
+    async def reserve_pieces(self, count: int) -> list[tuple[int, int]]:
+        """`count` clusters, in one piece: offset and clusters."""
+        return [(await self.reserve(count), count)]
+
+    async def free_pieces(self, pieces: Iterable[tuple[int, int]]) -> None:
         """Nothing names them, and something may have been written there: they are leaked."""
 
     async def more_runs(self) -> bool:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qcow2 where space is short: the reference counts find every free cluster, wherever it lies."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash import newest_tools
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process import Host, with_host
+from test_qcow2_driver import new_disk
+
+from vhostblk.nodes.qcow2.header import Header
+from vhostblk.nodes.qcow2.layout import FileStorage
+from vhostblk.nodes.qcow2.refcounts import Refcounts
+
+KIB = 1 << 10
+MIB = 1 << 20
+CLUSTER = 64 * KIB
+WINDOW = 2000  # clusters that the model looks at: more than it ever takes
+
+
+@pytest.mark.parametrize("bits", [1, 4, 16, 64])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_counts_against_a_model(bits: int, seed: int) -> None:
+    """Nothing is given to two, the lowest place that fits is taken, and all of it is used."""
+    rng = random.Random(seed)
+
+    async def run(path: Path) -> None:
+        storage = FileStorage(path, writable=True)
+        header = Header.parse(await storage.read(0, 4096))
+        counts = Refcounts(storage, header)
+        await counts.load()
+        size, used = header.cluster_size, set[int]()
+        for cluster in range(WINDOW):
+            if await counts.get(cluster):
+                used.add(cluster)
+        taken: list[tuple[int, int]] = []
+        for _ in range(rng.randint(1, 30)):
+            if taken and rng.random() < 0.45:
+                host, count = taken.pop(rng.randrange(len(taken)))
+                part = rng.randint(1, count)
+                assert await counts.free(host, part)
+                used -= set(range(host // size, host // size + part))
+                if part < count:
+                    taken.append((host + part * size, count - part))
+                continue
+            most = rng.choice([1, 2, 3, 7, 40])
+            before = {n for n in range(WINDOW) if await counts.get(n)}
+            if rng.random() < 0.5:
+                host, count = await counts.reserve(most), most
+            else:
+                host, count = await counts.reserve_some(most)
+                assert 1 <= count <= most
+            first = host // size
+            got = set(range(first, first + count))
+            assert not got & used
+            # What else is used now are blocks of counts, or a larger table.
+            others = {n for n in range(WINDOW) if await counts.get(n)} - before - got
+            if not others:
+                free = [n for n in range(first) if n not in before]
+                if count == most:
+                    rows = "".join("1" if n in before else "0" for n in range(first))
+                    assert "0" * most not in rows
+                else:
+                    assert not free, "something lower was free"
+            used |= got | others
+            taken.append((host, count))
+        for cluster in range(WINDOW):
+            assert (await counts.get(cluster) > 0) == (cluster in used)
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = newest_tools().create(
+            Path(directory) / "a.qcow2", MIB, cluster_size=512, refcount_bits=bits
+        )
+        asyncio.run(run(path))
+
+
+def test_a_full_device_with_gaps() -> None:
+    """A write that needs four clusters gets single ones, the last that the engine holds too."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host, 8 * MIB)
+        os.truncate(disk.path, 4 * MIB)
+        device: dict[str, Any] = {"driver": "raw", "size": 4 * MIB}
+        device["file"] = {"driver": "file", "filename": str(disk.path)}
+        disk.node = await host.add("qcow2", "disk", file=device, discard="unmap")
+        content = bytearray(8 * MIB)
+
+        async def write(offset: int, data: bytes) -> None:
+            await disk.write(offset, data)
+            content[offset : offset + len(data)] = data
+
+        async def fill(offset: int) -> int:
+            """Clusters until there is none left; how many that were."""
+            for number in range(64):
+                try:
+                    await write(offset + number * CLUSTER, os.urandom(CLUSTER))
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+                    return number
+            raise AssertionError("a device that is never full")
+
+        assert await fill(0) > 50
+        await disk.flush()
+        for offset in range(2 * MIB, 3 * MIB, 2 * CLUSTER):  # eight gaps
+            await disk.discard(offset, CLUSTER)
+            content[offset : offset + CLUSTER] = bytes(CLUSTER)
+        await disk.flush()
+        # Takes three: a table of snapshots, a copy of the L1 table, then one of the L2 table.
+        await host.backend.internal_snapshot("disk", "create", "before")
+        was = bytes(content)
+        await write(2 * MIB, b"\x77" * 512)  # the engine gets two in advance, and uses one
+        await write(0, b"\x55" * (4 * CLUSTER))
+        assert await fill(MIB) == 0
+        assert await disk.read(0, 8 * MIB) == content
+        await disk.close()
+        disk.judge(bytes(content))
+        assert disk.tools.content(disk.path, "qcow2", "-l", "snapshot.name=before") == was
+
+    with_host(test)
