@@ -21,7 +21,9 @@ TOP = Path(__file__).resolve().parents[2]
 GUEST = TOP / "build" / "guest"
 VHOSTBLK = TOP / ".venv" / "bin" / "vhostblk"
 MEMORY = "1G"
-MARKER = "CLOUD-INIT-DONE"  # scripts/guest/seed/user-data prints it
+# scripts/guest/seed/user-data prints it. A login prompt may stand before it on the line, and
+# systemd may show the command that prints it, in which no path follows.
+MARKER = "CLOUD-INIT-DONE root=/"
 READY_SECONDS = 20
 BOOT_SECONDS = 600
 POWEROFF_SECONDS = 90
@@ -177,7 +179,7 @@ def check(command: list[str], monitor: Path) -> int:
             line = raw.decode(errors="replace").rstrip()
             if line:
                 print(f"[{time.monotonic() - begin:6.1f}] {line}", flush=True)
-            if not done and line.startswith(MARKER):
+            if not done and MARKER in line:
                 done = True
                 say(f"cloud-init finished after {time.monotonic() - begin:.0f} s; powering off")
                 limit.cancel()

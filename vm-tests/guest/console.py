@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .unix_socket import connected
 
-READY = re.compile(rb"^VMTEST-READY\r?\n", re.MULTILINE)
+# Not only at the beginning of a line: others write to this port too while the guest boots.
+READY = re.compile(rb"VMTEST-READY\r?\n")
 EXIT = re.compile(rb"\r?\nVMTEST-EXIT (\d+)\r?\n")
 
 
