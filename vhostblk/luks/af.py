@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The anti-forensic splitter: a key inflated so that all of it is lost with any part.
+
+LUKS1 On-Disk Format Specification 1.2.3, section 2.4. A key is split into `STRIPES` pieces of its
+own size. All but the last are random; each step adds (exclusive or) a piece and diffuses the sum
+with a hash, and the last piece makes the end of it the key. Wiping a single sector wipes the key.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vhostblk.luks.hashes import digest, digest_size
+from vhostblk.secret import SecretBytes
+from vhostblk.secret.memory import Buffer, wipe
+
+STRIPES = 4000  # the specification has no other
+
+
+def split(key: Buffer, hash: str) -> bytearray:
+    """The key, inflated; the caller wipes it."""
+    size = len(key)
+    pieces = bytearray(os.urandom(size * (STRIPES - 1)))
+    sum = _sum(pieces, size, STRIPES - 1, hash)
+    pieces += _xor(sum, key)
+    wipe(sum)
+    return pieces
+
+
+def merge(pieces: bytearray, size: int, hash: str) -> SecretBytes:
+    """The key again."""
+    sum = _sum(pieces, size, STRIPES - 1, hash)
+    last = _xor(sum, memoryview(pieces)[(STRIPES - 1) * size : STRIPES * size])
+    key = SecretBytes(last)
+    wipe(sum)
+    wipe(last)
+    return key
+
+
+def _sum(pieces: bytearray, size: int, count: int, hash: str) -> bytearray:
+    width = digest_size(hash)
+    view = memoryview(pieces)
+    sum = bytearray(size)
+    for piece in range(count):
+        mixed = _xor(sum, view[piece * size : (piece + 1) * size])
+        # Diffuse: the hash of its number and itself replaces each block; the last may be short.
+        for number, at in enumerate(range(0, size, width)):
+            block = bytes(mixed[at : at + width])
+            sum[at : at + width] = digest(hash, number.to_bytes(4, "big"), block)[: len(block)]
+        wipe(mixed)
+    return sum
+
+
+def _xor(left: Buffer, right: Buffer) -> bytearray:
+    number = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
+    return bytearray(number.to_bytes(len(left), "little"))
