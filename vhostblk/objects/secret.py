@@ -8,6 +8,7 @@ memory and never shown again; docs/luks.md says what is remembered over a restar
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from vhostblk.objects import BackendObject, ObjectOptions, register
@@ -152,7 +153,10 @@ class SecretObject(Secret):
         options = self.options
         if options.data is not None or options.fd is not None:
             return None
-        return super().state_options()
+        remembered = super().state_options()
+        if remembered is not None and options.file is not None:
+            remembered["file"] = os.path.abspath(options.file)
+        return remembered
 
 
 @register
