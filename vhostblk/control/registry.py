@@ -105,6 +105,10 @@ class Registry:
 
         return register
 
+    def include(self, other: Registry) -> None:
+        """Have the commands of another one as well."""
+        self.commands |= other.commands
+
     def find(self, name: str) -> Command:
         """The command called `name`, or an error that suggests one."""
         command = self.commands.get(name)

@@ -8,18 +8,19 @@ volume.py.
 
 from __future__ import annotations
 
-import struct
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from vhostblk.luks import binary2, luks1
-from vhostblk.luks.create import create
-from vhostblk.luks.errors import bad_header, error
-from vhostblk.luks.kdf import Limits
-from vhostblk.luks.luks1 import Luks1
-from vhostblk.luks.luks2 import Luks2, new_digest
-from vhostblk.luks.options import CreateOptions, KdfOptions
-from vhostblk.luks.slots import SlotInfo, random_key
-from vhostblk.luks.storage import Storage, read_up_to
-from vhostblk.luks.volume import Segment, Volume
+if TYPE_CHECKING:
+    from vhostblk.luks.creation import create
+    from vhostblk.luks.kdf import Limits
+    from vhostblk.luks.luks1 import Luks1
+    from vhostblk.luks.luks2 import Luks2, new_digest
+    from vhostblk.luks.opening import open_volume
+    from vhostblk.luks.options import CreateOptions, KdfOptions
+    from vhostblk.luks.slots import SlotInfo, random_key
+    from vhostblk.luks.storage import Storage
+    from vhostblk.luks.volume import Segment, Volume, describe
 
 __all__ = [
     "CreateOptions",
@@ -32,36 +33,32 @@ __all__ = [
     "Storage",
     "Volume",
     "create",
+    "describe",
     "new_digest",
     "open_volume",
     "random_key",
 ]
 
+# Loaded when they are used: most backends have nothing encrypted.
+_MODULES = {
+    "create": "creation",
+    "Limits": "kdf",
+    "Luks1": "luks1",
+    "Luks2": "luks2",
+    "new_digest": "luks2",
+    "open_volume": "opening",
+    "CreateOptions": "options",
+    "KdfOptions": "options",
+    "SlotInfo": "slots",
+    "random_key": "slots",
+    "Storage": "storage",
+    "Segment": "volume",
+    "Volume": "volume",
+    "describe": "volume",
+}
 
-async def open_volume(
-    storage: Storage,
-    limits: Limits | None = None,
-    requirements: frozenset[str] | None = frozenset(),
-) -> Volume:
-    """The LUKS header on a storage; nothing is written.
 
-    `requirements` are those of LUKS2 that the caller meets; a header with others is refused.
-    None: the caller will only look at it.
-    """
-    limits = limits or Limits()
-    start = await read_up_to(storage, 0, luks1.SIZE)
-    if start[: len(luks1.MAGIC)] == luks1.MAGIC and len(start) >= 8:
-        (version,) = struct.unpack_from(">H", start, len(luks1.MAGIC))
-        if version == 1:
-            return Luks1(storage, limits, luks1.parse(start))
-        if version != 2:
-            raise bad_header(f"version {version} is not supported; known: 1, 2")
-    volume = Luks2(storage, limits, await binary2.find(storage))
-    if requirements is not None:
-        unmet = sorted(name[:40] for name in volume.requirements - requirements)
-        if unmet:
-            hint = None
-            if any("reencrypt" in name for name in unmet):
-                hint = "finish the re-encryption with what began it"
-            raise error("luks-requirements", f"LUKS header: it requires {', '.join(unmet)}", hint)
-    return volume
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import abc
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
-from vhostblk.luks import kdf, options
+from vhostblk.luks import choices, kdf
 from vhostblk.luks.errors import bad_passphrase, no_slot, too_costly
 from vhostblk.luks.kdf import Limits
 from vhostblk.luks.options import KdfOptions
@@ -226,7 +227,7 @@ class Volume(abc.ABC):
         def work() -> tuple[Slot, bytes]:
             if not known.matches(key):
                 raise no_slot("this is not the volume key")
-            made = options.kdf_of(chosen, self.version, self._hash(), self._area_key_size())
+            made = choices.kdf_of(chosen, self.version, self._hash(), self._area_key_size())
             made.check(self.limits, "the new key slot")
             new = self.new_slot(number, len(key), name, made)
             return new, new.seal(words, key)
@@ -235,6 +236,19 @@ class Volume(abc.ABC):
         new, material = await kdf.in_thread(work)
         await self._store(new, material)
         return new.number
+
+    async def add_passphrase(
+        self,
+        known: Buffer | SecretBytes,
+        new: Buffer | SecretBytes,
+        slot: int | None = None,
+        kdf_options: KdfOptions | None = None,
+    ) -> int:
+        """The same for whoever has a passphrase, and not the key."""
+        async with self._changing:
+            _, key = await self.unlock(known)
+            with key:
+                return await self._add(key, new, slot, kdf_options, None)
 
     async def remove_slot(self, number: int, *, force: bool = False) -> None:
         """Destroy a key slot. The last one only with `force`: the disk is lost with it."""
@@ -296,6 +310,23 @@ class Volume(abc.ABC):
                 added = await self._add(key, new, None, kdf_options, None)
             await self._remove([number], False)
             return added
+
+
+def describe(volume: Volume) -> dict[str, Any]:
+    """What a header says, for the control socket (docs/luks.md)."""
+    segment = volume.segment
+    told: dict[str, Any] = {
+        "version": volume.version,
+        "uuid": volume.uuid,
+        "cipher": segment.cipher,
+        "key-size": volume.key_size,
+        "sector-size": segment.sector_size,
+        "payload-offset": segment.offset,
+        "slots": [slot.describe() for slot in volume.slots()],
+    }
+    if volume.damage:
+        told["damage"] = list(volume.damage)
+    return told
 
 
 _NOTHING = kdf.Kdf("pbkdf2", b"", iterations=1)

@@ -13,12 +13,13 @@ import re
 from dataclasses import replace
 
 from vhostblk.luks import binary2, hashes, kdf, luks1, luks2
+from vhostblk.luks.choices import check, cipher_of, kdf_of
 from vhostblk.luks.ciphers import CipherSpec
 from vhostblk.luks.errors import bad_option, no_slot
 from vhostblk.luks.kdf import Kdf, Limits
 from vhostblk.luks.luks1 import Luks1
 from vhostblk.luks.luks2 import Luks2
-from vhostblk.luks.options import CreateOptions, check, cipher_of, kdf_of
+from vhostblk.luks.options import CreateOptions
 from vhostblk.luks.slots import Digest, Slot, material_size, random_key
 from vhostblk.luks.storage import Storage, write_zeroes
 from vhostblk.luks.volume import Volume
