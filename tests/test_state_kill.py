@@ -288,6 +288,30 @@ def test_a_plug_in_must_be_given_again(restored: Path) -> None:
         assert daemon.process.wait(10) == 1
 
 
+@pytest.mark.parametrize("point", ["state-renamed", "state-safe", "snapshot-covered"])
+def test_what_was_covered_becomes_read_only(restored: Path, point: str) -> None:
+    """Of a snapshot that is in the tree; by the next process, if this one does not live."""
+    with start(restored, point) as daemon, Qmp(daemon.socket("q")) as qmp:
+        with pytest.raises((AssertionError, OSError)):
+            qmp.command("blockdev-snapshot-sync", device="e")
+        assert daemon.process.wait(20) == -9
+    marked = [node["name"] for node in document(restored)["nodes"] if "covered" in node]
+    assert marked == ["leg0", "leg1"]
+    for _ in range(2):
+        with start(restored) as daemon:
+            with Qmp(daemon.socket("q")) as qmp:
+                nodes = qmp.command("query-named-block-nodes")
+            read_only = {node["node-name"] for node in nodes if node["ro"]}
+            assert read_only >= {"leg0", "leg1"} and "m" not in read_only
+            assert "covered" not in (restored / "state").read_text()
+            for leg in "disk0.img", "disk1.img":
+                # Other programs may have it for reading, and allow no writing to it.
+                subprocess.run(
+                    ["qemu-io", "-r", "-f", "raw", restored / leg, "-c", "q"], check=True
+                )
+            daemon.terminate()
+
+
 FROZEN_POINTS = ("snapshot-frozen", "snapshot-paused", "snapshot-flushed", "state-renamed:2")
 """While a guest is frozen; the last when the new tree is recorded (a record of the freeze is the
 first document that is written)."""
@@ -313,10 +337,18 @@ def test_a_frozen_guest_is_thawed_by_the_next_process(restored: Path, point: str
                     while agent.count("thaw") == 0 or "frozen-guests" in document(restored):
                         await asyncio.sleep(0.01)
                 assert not agent.frozen
-                assert document(restored) == recorded
+                assert document(restored) == finished(recorded)
                 await asyncio.to_thread(again.terminate)
 
     asyncio.run(run())
+
+
+def finished(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The document when what a snapshot has covered has become read-only."""
+    for node in recorded["nodes"]:
+        if node.pop("covered", False):
+            node["options"]["read-only"] = True
+    return recorded
 
 
 def killed_in_a_snapshot(directory: Path, point: str, agent: str) -> None:

@@ -29,7 +29,7 @@ from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import ObjectStore, object_types
 from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
-from vhostblk.snapshot import actions as _  # noqa: F401  known to transactions once loaded
+from vhostblk.snapshot import actions as snapshot_actions  # known to transactions once loaded
 from vhostblk.snapshot.freeze import FrozenGuests
 from vhostblk.state import Document, StateFile, describe, restore, with_frozen_guests
 from vhostblk.transaction import run_actions
@@ -54,6 +54,8 @@ class Backend:
         self._registry = DriverRegistry()
         self._plugins = plugins
         self._exports: dict[str, Export] = {}
+        self.covered: set[NodeDriver] = set()
+        """What snapshots have covered and is not read-only yet."""
         self._started: float | None = None
         self._closing = False
         self._state: StateFile | None = None
@@ -161,6 +163,11 @@ class Backend:
                 await self.graph.restore(name, options, owned=owned, inherited=inherited)
 
         await self._when_unlocked(attempt)
+
+    async def restore_covered(self, names: Sequence[str]) -> None:
+        """Finish snapshots: what they have covered becomes read-only."""
+        async with self.changing():
+            await snapshot_actions.make_read_only(self, map(self.graph.node, names))
 
     def exports(self) -> list[Export]:
         """All exports."""

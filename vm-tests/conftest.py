@@ -99,6 +99,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         session.sweep()
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How long guests were held up."""
+    stalls = [
+        text
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, text in getattr(report, "user_properties", ())
+        if name == "stall" and report.when == "call"
+    ]
+    if stalls:
+        terminalreporter.section("stalls")
+        for text in stalls:
+            terminalreporter.line(text)
+
+
 @pytest.fixture(scope="session")
 def vm_session(request: pytest.FixtureRequest) -> Session:
     return request.config.stash[SESSION]

@@ -12,121 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guest import DiskServer, Guest, ServedDisk, Workspace, wait_until
-from guest.disks import MIB
+from guest import DiskServer, Guest, Workspace, wait_until
+from guest.legs import Legs, Progress, qemu_img, report
 from guest.programs import install
 from guest.stamps import BLOCK, THREADS, Stamper, Timeline
 
 BLOCKS = 4096  # 16 MiB
-SIZE = 64 * MIB
 SNAPSHOTS = 20
-LEAKS = 3  # of `qemu-img check`: clusters that nobody uses, and nothing worse
-
-
-def qemu_img(*arguments: str | Path, ok: tuple[int, ...] = (0,)) -> str:
-    done = subprocess.run(
-        ["qemu-img", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode in ok, f"qemu-img {arguments}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def as_qemu_reads(image: Path, format: str) -> bytes:
-    """The part of an image (and of what is below it) that the program uses."""
-    raw = image.with_name("as-qemu-reads.raw")
-    qemu_img("convert", "-f", format, "-O", "raw", image, raw)
-    with raw.open("rb") as file:
-        content = file.read(BLOCKS * BLOCK)
-    raw.unlink()
-    return content
-
-
-def report(record_property: object, what: str, stamper_longest_us: int, pauses: list[int]) -> None:
-    """What an operator wants to know; shown with -s, and kept in the report of the run."""
-    text = f"{what}: longest stall of the guest {stamper_longest_us / 1000:.1f} ms"
-    if pauses:
-        text += f", longest pause {max(pauses) / 1000:.1f} ms of {len(pauses)}"
-    print(text)
-    assert callable(record_property)
-    record_property("stall", text)
-
-
-class Progress:
-    """Waits until the guest has written more: things must happen between its writes."""
-
-    def __init__(self, disk: ServedDisk, stamper: Stamper) -> None:
-        self._disk = disk
-        self._stamper = stamper
-
-    def wait(self, writes: int) -> None:
-        goal = self._disk.writes() + writes
-
-        def more() -> bool:
-            self._stamper.check_running()
-            return self._disk.writes() >= goal
-
-        wait_until(more, f"{writes} more writes", 40, every=0.1)
-
-
-class Legs:
-    """The chains of images under a drive: one, or one for each leg of a quorum."""
-
-    def __init__(self, workspace: Workspace, count: int) -> None:
-        self.chains = [[workspace.path / f"base{number}.qcow2"] for number in range(count)]
-        for (image,) in self.chains:
-            qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
-        self.pauses: list[int] = []
-
-    def serve(
-        self, disks: DiskServer, *, filters: tuple[str, ...] = (), state: Path | None = None
-    ) -> ServedDisk:
-        """All of them under filters."""
-        arguments: list[str] = []
-        top = "leg0"
-        for number, (image,) in enumerate(self.chains):
-            file = f"driver=file,node-name=storage{number},filename={image}"
-            arguments += ["--blockdev", file]
-            format = f"driver=qcow2,node-name=leg{number},file=storage{number}"
-            arguments += ["--blockdev", format]
-        if len(self.chains) > 1:
-            legs = "".join(f",children.{n}=leg{n}" for n in range(len(self.chains)))
-            arguments += ["--blockdev", f"driver=quorum,node-name=quorum,vote-threshold=2{legs}"]
-            top = "quorum"
-        for number, text in enumerate(filters):
-            arguments += ["--blockdev", f"{text},node-name=filter{number},file={top}"]
-            top = f"filter{number}"
-        if state is not None:
-            arguments += ["--state", str(state)]
-        return disks.serve("drive", self.chains[0][0], "leg0", top, arguments)
-
-    def snapshot(self, disk: ServedDisk) -> None:
-        """Of the drive: all legs at once, below the filters."""
-        number = len(self.chains[0])
-        template = "{directory}/" + f"overlay{number}" + ".{node}.{format}"
-        result = disk.backend.qmp.command(
-            "blockdev-snapshot-sync",
-            {"device": disk.disk.id, "snapshot-file-template": template},
-        )
-        self.pauses.append(result["pause-us"])
-        assert len(result["snapshots"]) == len(self.chains)
-        for chain, taken in zip(self.chains, result["snapshots"], strict=True):
-            chain.append(Path(taken["filename"]))
-
-    def judge(self, writes: list[int], *, leaks: bool) -> None:
-        """Every image is as it was when the next one covered it, and the last as it is now.
-
-        A killed backend may have left clusters that nobody uses.
-        """
-        timelines = [Timeline(BLOCKS) for _ in self.chains]
-        for images in zip(*self.chains, strict=True):
-            moments = []
-            for image, timeline in zip(images, timelines, strict=True):
-                qemu_img("check", "-f", "qcow2", image, ok=(0, LEAKS) if leaks else (0,))
-                moments.append(timeline.judge(as_qemu_reads(image, "qcow2"), image.name))
-            assert all(moment == moments[0] for moment in moments), (
-                f"the legs of one snapshot are of different moments: {images[0].name} {moments}"
-            )
-        assert moments[0] == writes, "the last image is not what the guest has written"
 
 
 class TestFilters:
@@ -134,7 +26,7 @@ class TestFilters:
     def test_a_hundred_insertions_and_removals(
         self, guest: Guest, disks: DiskServer, workspace: Workspace, record_property: object
     ) -> None:
-        disk = disks.add(SIZE)
+        disk = disks.add()
         program = install("stamp", guest, disks, workspace)
         stamper = Stamper(guest, program, disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
@@ -163,7 +55,7 @@ class TestFilters:
         self, guest: Guest, disks: DiskServer, workspace: Workspace, record_property: object
     ) -> None:
         """A state file brings the tree back as it was last changed."""
-        disk = disks.add(SIZE, options=["--state", str(workspace.path / "state.json")])
+        disk = disks.add(options=["--state", str(workspace.path / "state.json")])
         stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
         names = [f"delay{number}" for number in range(8)]
@@ -201,7 +93,7 @@ class TestSnapshots:
         legs: int,
     ) -> None:
         """A filter on top, and snapshots below it; killed, the backend comes back the same."""
-        tree = Legs(workspace, legs)
+        tree = Legs(workspace, legs, BLOCKS)
         delay = "driver=delay,write-ns=50000"
         disk = tree.serve(disks, filters=(delay,), state=workspace.path / "state.json")
         stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
@@ -227,7 +119,7 @@ class TestSnapshots:
     def test_filters_and_snapshots_and_kills_together(
         self, guest: Guest, disks: DiskServer, workspace: Workspace, record_property: object
     ) -> None:
-        tree = Legs(workspace, 1)
+        tree = Legs(workspace, 1, BLOCKS)
         disk = tree.serve(disks, state=workspace.path / "state.json")
         stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)
@@ -258,7 +150,7 @@ class TestSnapshots:
         self, guest: Guest, disks: DiskServer, workspace: Workspace
     ) -> None:
         """Snapshots are read by QEMU's server while the guest goes on writing above them."""
-        tree = Legs(workspace, 1)
+        tree = Legs(workspace, 1, BLOCKS)
         disk = tree.serve(disks)
         stamper = Stamper(guest, install("stamp", guest, disks, workspace), disk.dev, BLOCKS)
         progress = Progress(disk, stamper)

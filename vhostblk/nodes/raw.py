@@ -90,6 +90,12 @@ class Raw(NodeDriver):
             shared &= ~Perm.RESIZE
         return super().child_permissions(role, perm, shared)
 
+    async def become_read_only(self) -> bool:
+        if self.read_only:
+            return False
+        self.options = self.options.model_copy(update={"read_only": True})
+        return True
+
     async def truncate(self, size: int) -> None:
         if self.options.size is not None:
             raise self._error("Cannot resize fixed-size raw disks")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -260,13 +261,18 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
         fault_point("snapshot-paused")
         await flush()
         fault_point("snapshot-flushed")
+        # A process that finds the new tree in the state file has to do this if we do not.
+        backend.covered.update(legs)
+
+    async def not_covered() -> None:
+        backend.covered.difference_update(legs)
 
     async def afterwards() -> None:
-        for leg in legs:
-            await _make_read_only(backend, leg)
+        fault_point("snapshot-covered")
+        await make_read_only(backend, legs)
 
     await flush()
-    change.inside(in_the_pause)
+    change.inside(in_the_pause, not_covered)
     change.after(afterwards)
 
 
@@ -274,8 +280,15 @@ async def _wait(io: Any) -> None:
     await io
 
 
+async def make_read_only(backend: Backend, nodes: Iterable[NodeDriver]) -> None:
+    """What has been covered, as QEMU does: others may look at a snapshot."""
+    for node in nodes:
+        await _make_read_only(backend, node)
+        backend.covered.discard(node)
+
+
 async def _make_read_only(backend: Backend, leg: NodeDriver) -> None:
-    """As QEMU does: others may look at a snapshot. What cannot be is left as it is."""
+    """What cannot be read-only is left as it is."""
     graph = backend.graph
     perm, _ = graph.permissions_of(leg)
     if perm & (Perm.WRITE | Perm.RESIZE):

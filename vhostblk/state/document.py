@@ -39,6 +39,8 @@ class NodeEntry(Model):
     options: dict[str, Any]
     inherited: tuple[str, ...] = ()
     """Options that it took from its parent."""
+    covered: bool = False
+    """It is below a snapshot's overlay, and is to become read-only."""
 
 
 class MentionedObject(Model):
@@ -115,7 +117,7 @@ def describe(backend: Backend) -> str:
         "program": json.dumps(f"vhostblk {__version__}"),
         "objects": _array(map(_compact, objects)),
         "objects-with-secrets": _array(map(_compact, mentioned)),
-        "nodes": _array(_node_text(backend.graph, n) for n in _kept_nodes(backend.graph, roots)),
+        "nodes": _array(_node_text(backend, node) for node in _kept_nodes(backend.graph, roots)),
         "exports": _array(_compact(export.state_options()) for export in backend.exports()),
         "jobs": _array(_compact(entry) for entry in _unfinished(backend)),
     }
@@ -186,13 +188,17 @@ def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
 _texts: WeakKeyDictionary[NodeDriver, tuple[Any, Any, str]] = WeakKeyDictionary()
 
 
-def _node_text(graph: Graph, node: NodeDriver) -> str:
+def _node_text(backend: Backend, node: NodeDriver) -> str:
+    graph, covered = backend.graph, node in backend.covered
     children = tuple((role, child.node.name) for role, child in graph.children_of(node).items())
     given = tuple(graph.given_options(node))
-    key = (node.name, children, graph.is_owned(node), given)
+    key = (node.name, children, graph.is_owned(node), given, covered)
     known = _texts.get(node)
     if known is None or known[0] is not node.options or known[1] != key:
-        known = _texts[node] = (node.options, key, _compact(_describe_node(graph, node)))
+        entry = _describe_node(graph, node)
+        if covered:
+            entry["covered"] = True
+        known = _texts[node] = (node.options, key, _compact(entry))
     return known[2]
 
 
@@ -258,6 +264,7 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
     for entry in document.jobs:
         with _about(file, f"job '{entry.get('id')}'"):
             await backend.restart_job(entry)
+    await backend.restore_covered([entry.name for entry in document.nodes if entry.covered])
     backend.frozen_guests.take_over(document.frozen_guests)
 
 

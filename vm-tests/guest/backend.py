@@ -57,9 +57,14 @@ class Backend:
             self._qmp = QmpClient(self.control_path)
         return self._qmp
 
-    def start(self) -> None:
-        """Start, and wait until every export listens."""
+    def start(self, *, fault: str | None = None) -> None:
+        """Start, and wait until every export listens.
+
+        It dies at `fault` (vhostblk/fault.py), as if killed.
+        """
         argv = [*vhostblk_command(), "serve", "--control", str(self.control_path), *self.options]
+        if fault is not None:
+            argv = ["env", f"VHOSTBLK_FAULT={fault}", *argv]
         process = Process(argv, self._log, name=self.name)
         self._process = process
 
@@ -79,6 +84,13 @@ class Backend:
         self.process.check_alive()
         self.process.kill()
         self._forget_client()
+
+    def wait_killed(self) -> None:
+        """Wait until it has died at the fault that start() was told."""
+        status = self.process.wait(STOP_SECONDS)
+        self._forget_client()
+        if status != -signal.SIGKILL:
+            raise BackendError(f"{self.name} ended with status {status} instead of a signal")
 
     def terminate(self) -> None:
         """SIGTERM; the backend must end cleanly and in time."""

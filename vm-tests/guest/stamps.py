@@ -8,6 +8,7 @@ completed when it began must be there, whichever thread it is of.
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ BLOCK = 4096
 MAGIC = 0x3153504D41545356
 UNIT = struct.Struct(f"<4Q{THREADS}Q4Q")
 MASK = (1 << 64) - 1
+
+_numbers = itertools.count(1)
 
 
 class NotOneMomentError(AssertionError):
@@ -96,14 +99,15 @@ class Summary:
 
 
 class Stamper:
-    """The program at work in a guest."""
+    """The program at work in a guest, on a device, a file or a directory."""
 
-    def __init__(self, guest: Guest, program: str, device: str, blocks: int) -> None:
+    def __init__(self, guest: Guest, program: str, target: str, blocks: int) -> None:
         self._guest = guest
-        self._stop = f"{program}.stop"
-        self._output = f"{program}.out"
-        guest.check(f"rm -f {self._stop}")
-        command = f"{program} {device} {self._stop} {blocks} >{self._output} 2>&1"
+        number = next(_numbers)
+        self._stop, self._output, self._counts = (
+            f"/tmp/stamp{number}.{what}" for what in ("stop", "out", "counts")
+        )
+        command = f"{program} {target} {self._stop} {blocks} {self._counts} >{self._output} 2>&1"
         self._job = guest.spawn(f"{command} || {{ cat {self._output}; exit 1; }}")
 
     def check_running(self) -> None:
@@ -111,6 +115,11 @@ class Stamper:
         status = self._job.status()
         if status is not None:
             raise AssertionError(self._guest.check(f"cat {self._output}"))
+
+    def counts(self) -> list[int]:
+        """How many writes of each thread have completed by now. Each has one more under way."""
+        text = self._guest.check(f"od -A n -v -t u8 {self._counts}")
+        return [int(word) for word in text.split()]
 
     def finish(self, timeout: float = 60) -> Summary:
         """Stop and verify everything."""

@@ -8,8 +8,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -187,6 +187,9 @@ class Guest:
                 f"logfile={self._path('console.log')},logappend=on",
             ),
             *("-serial", "chardev:serial"),
+            # The second port is the guest agent's.
+            *("-chardev", f"socket,id=agent,path={self.agent},server=on,wait=off"),
+            *("-serial", "chardev:agent"),
             *("-chardev", f"socket,id=monitor,path={self._path('qmp')},server=on,wait=off"),
             *("-mon", "chardev=monitor,mode=control"),
         ]
@@ -205,6 +208,11 @@ class Guest:
 
     def _path(self, suffix: str) -> Path:
         return self.workspace.path / f"{self.name}.{suffix}"
+
+    @property
+    def agent(self) -> Path:
+        """The socket of the guest's agent, for whoever wants to talk to it; see start_agent()."""
+        return self._path("agent")
 
     # ---- life ----
 
@@ -236,7 +244,7 @@ class Guest:
                 connection.close()
         if self._process is not None:
             self._process.kill()
-        for suffix in ("serial", "qmp"):
+        for suffix in ("serial", "qmp", "agent"):
             self._path(suffix).unlink(missing_ok=True)
         self._console = self._qmp = self._process = None
 
@@ -280,6 +288,14 @@ class Guest:
         """Repeat a command in the guest's background."""
         return Load(self, next(self._jobs), command)
 
+    def start_agent(self) -> None:
+        """qemu-ga, unless it runs already."""
+        self.check(
+            "kill -0 $(cat /run/qemu-ga.pid 2>/dev/null) 2>/dev/null ||"
+            " qemu-ga --daemonize --method=isa-serial --path=/dev/ttyS1 --statedir=/run"
+            " --pidfile=/run/qemu-ga.pid"
+        )
+
     def kernel_errors(self) -> list[str]:
         """What the guest's kernel has complained about since the last call."""
         lines = self.check("dmesg -c").splitlines()
@@ -300,20 +316,41 @@ class Guest:
 
     def plug(self, disk: Disk, timeout: float = 30) -> str:
         """Hot plug a disk; its name in the guest."""
+        self.qmp.command("chardev-add", disk.chardev())
+        try:
+            return self._plug(disk.id, disk.device, timeout)
+        except Exception:
+            with suppress(QmpError):  # a device may have it
+                self.qmp.command("chardev-remove", {"id": f"chr-{disk.id}"})
+            raise
+
+    def unplug(self, disk: Disk, timeout: float = 30) -> None:
+        """Hot unplug a disk, as far as DEVICE_DELETED and the end of its connection."""
+        self._unplug(disk.id, timeout)
+        # The device lets go of its chardev a moment after the event.
+        wait_until(lambda: self._remove_chardev(disk), f"chardev of {disk.id} to be free", timeout)
+
+    @contextmanager
+    def qemu_drive(self, options: Mapping[str, Any], timeout: float = 30) -> Iterator[str]:
+        """A disk that QEMU itself serves, with its own block layer; its device in the guest.
+
+        `options` are those of QEMU's blockdev-add, without a name.
+        """
+        id = f"drive{next(self._jobs)}"
+        self.qmp.command("blockdev-add", {**options, "node-name": id})
+        device = {"driver": "virtio-blk-pci", "id": f"{id}-device", "drive": id}
+        yield "/dev/" + self._plug(device["id"], lambda bus: {**device, "bus": bus}, timeout)
+        self._unplug(device["id"], timeout)
+        self.qmp.command("blockdev-del", {"node-name": id})
+
+    def _plug(self, id: str, device: Callable[[str], dict[str, Any]], timeout: float) -> str:
         port = next((name for name, user in self._ports.items() if user is None), None)
         if port is None:
             raise ConsoleError("no free port in this guest")
         before = self.block_devices()
-        self.qmp.command("chardev-add", disk.chardev())
-        try:
-            self.qmp.command("device_add", disk.device(port))
-        except Exception:
-            self.qmp.command("chardev-remove", {"id": f"chr-{disk.id}"})
-            raise
-        self._ports[port] = disk.id
-        new = wait_until(
-            lambda: self.block_devices() - before, f"disk {disk.id} in the guest", timeout
-        )
+        self.qmp.command("device_add", device(port))
+        self._ports[port] = id
+        new = wait_until(lambda: self.block_devices() - before, f"disk {id} in the guest", timeout)
         (name,) = new
         # The kernel lists the disk before it has read its partition table.
         wait_until(
@@ -323,15 +360,12 @@ class Guest:
         )
         return name
 
-    def unplug(self, disk: Disk, timeout: float = 30) -> None:
-        """Hot unplug a disk, as far as DEVICE_DELETED and the end of its connection."""
-        self.qmp.command("device_del", {"id": disk.id})
-        self.qmp.wait_event("DEVICE_DELETED", timeout, where=lambda d: d.get("device") == disk.id)
+    def _unplug(self, id: str, timeout: float) -> None:
+        self.qmp.command("device_del", {"id": id})
+        self.qmp.wait_event("DEVICE_DELETED", timeout, where=lambda d: d.get("device") == id)
         for port, user in self._ports.items():
-            if user == disk.id:
+            if user == id:
                 self._ports[port] = None
-        # The device lets go of its chardev a moment after the event.
-        wait_until(lambda: self._remove_chardev(disk), f"chardev of {disk.id} to be free", timeout)
 
     def _remove_chardev(self, disk: Disk) -> bool:
         try:

@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Writes stamped blocks to a disk and verifies them, in a guest under test.
+ * Writes stamped blocks and verifies them, in a guest under test.
  *
- *   stamp DEVICE STOPFILE BLOCKS
+ *   stamp TARGET STOPFILE BLOCKS COUNTS
+ *
+ * TARGET is a device or a file, whose blocks are written in place, or a directory. There a block is a
+ * file with the block's number for its name, and writing it is what a careful program does: write
+ * another file, sync it, rename it over the old one, sync the directory.
  *
  * Each of THREADS threads has every THREADS-th block of the first BLOCKS for itself, and writes to
  * them in an order that follows from the number of the write (see place()), one write at a time. So
@@ -14,7 +18,7 @@
  * Between writes a thread reads back a block of its own and compares; now and then it flushes. It
  * ends when STOPFILE exists, after it has verified all its blocks, and then prints what it has done
  * and the longest time that a single request has taken. Any difference or error ends it at once
- * with status 1.
+ * with status 1. The file COUNTS always holds how many writes of each thread have completed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,6 +28,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -41,10 +47,11 @@ struct unit { /* repeated through the block, so that every sector tells what it 
 };
 _Static_assert(sizeof(struct unit) == 128, "stamps.py knows this");
 
-static int fd;
+static int fd; /* of the target */
+static int in_files;
 static const char *stop_file;
 static uint64_t blocks_each;
-static uint64_t completed[THREADS];
+static uint64_t *completed; /* THREADS of them, mapped from COUNTS */
 static uint64_t longest_ns[THREADS];
 static uint64_t requests[THREADS];
 
@@ -81,14 +88,50 @@ static void done(uint64_t thread, uint64_t begun)
     requests[thread]++;
 }
 
+/* A file of the target directory. */
+static int open_file(const char *prefix, uint64_t number, int flags)
+{
+    char name[32];
+    snprintf(name, sizeof name, "%s%llu", prefix, (unsigned long long)number);
+    return openat(fd, name, flags | O_DIRECT | O_CLOEXEC, 0644);
+}
+
+static int read_block(uint64_t block, void *buffer)
+{
+    if (!in_files)
+        return pread(fd, buffer, BLOCK, (off_t)(block * BLOCK)) == BLOCK;
+    int file = open_file("", block, O_RDONLY);
+    if (file < 0) { /* not written yet */
+        memset(buffer, 0, BLOCK);
+        return errno == ENOENT;
+    }
+    int whole = pread(file, buffer, BLOCK, 0) == BLOCK;
+    close(file);
+    return whole;
+}
+
+static int write_block(uint64_t thread, uint64_t block, const void *buffer)
+{
+    if (!in_files)
+        return pwrite(fd, buffer, BLOCK, (off_t)(block * BLOCK)) == BLOCK;
+    char from[32], to[32];
+    int file = open_file("new", thread, O_WRONLY | O_CREAT | O_TRUNC);
+    if (file < 0)
+        return 0;
+    int written = pwrite(file, buffer, BLOCK, 0) == BLOCK && fsync(file) == 0;
+    close(file);
+    snprintf(from, sizeof from, "new%llu", (unsigned long long)thread);
+    snprintf(to, sizeof to, "%llu", (unsigned long long)block);
+    return written && renameat(fd, from, fd, to) == 0 && fsync(fd) == 0;
+}
+
 /* Block `index` of the thread must hold its write number `sequence`, or zeroes if that is 0. */
 static void verify(uint64_t thread, uint64_t index, uint64_t sequence, struct unit *buffer)
 {
     uint64_t block = index * THREADS + thread;
     uint64_t begun = now_ns();
     errno = 0;
-    ssize_t got = pread(fd, buffer, BLOCK, (off_t)(block * BLOCK));
-    if (got != BLOCK)
+    if (!read_block(block, buffer))
         fail("read", block, NULL, sequence);
     done(thread, begun);
     errno = 0;
@@ -120,7 +163,7 @@ static void *work(void *argument)
             buffer[i] = unit;
         uint64_t begun = now_ns();
         errno = 0;
-        if (pwrite(fd, buffer, BLOCK, (off_t)(block * BLOCK)) != BLOCK)
+        if (!write_block(thread, block, buffer))
             fail("write", block, NULL, sequence);
         done(thread, begun);
         __atomic_store_n(&completed[thread], sequence, __ATOMIC_RELEASE);
@@ -134,28 +177,53 @@ static void *work(void *argument)
             if (fsync(fd))
                 fail("flush", block, NULL, sequence);
             done(thread, begun);
-            if (access(stop_file, F_OK) == 0)
-                break;
         }
+        if (sequence % 16 == 0 && access(stop_file, F_OK) == 0)
+            break;
     }
     for (uint64_t index = 0; index < blocks_each; index++)
         verify(thread, index, last[index], buffer);
     return NULL;
 }
 
+static int map_counts(const char *path)
+{
+    size_t size = THREADS * sizeof *completed;
+    int file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
+    if (file < 0 || ftruncate(file, (off_t)size))
+        return 0;
+    void *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    completed = mapped;
+    return mapped != MAP_FAILED;
+}
+
+static int open_target(const char *path)
+{
+    struct stat info;
+    if (stat(path, &info))
+        return 0;
+    in_files = S_ISDIR(info.st_mode);
+    fd = open(path, in_files ? O_RDONLY | O_DIRECTORY : O_RDWR | O_DIRECT);
+    return fd >= 0;
+}
+
 int main(int argc, char **argv)
 {
     pthread_t threads[THREADS];
     uint64_t longest = 0, count = 0;
-    if (argc != 4) {
-        fprintf(stderr, "usage: stamp DEVICE STOPFILE BLOCKS\n");
+    if (argc != 5) {
+        fprintf(stderr, "usage: stamp TARGET STOPFILE BLOCKS COUNTS\n");
         return 2;
     }
     stop_file = argv[2];
     blocks_each = strtoull(argv[3], NULL, 10) / THREADS;
-    fd = open(argv[1], O_RDWR | O_DIRECT);
-    if (fd < 0 || !blocks_each) {
+    if (!blocks_each || !open_target(argv[1])) {
         perror(argv[1]);
+        return 2;
+    }
+    if (!map_counts(argv[4])) {
+        perror(argv[4]);
         return 2;
     }
     for (uint64_t i = 0; i < THREADS; i++)
