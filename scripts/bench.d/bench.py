@@ -35,6 +35,8 @@ from programs import (
     vhostblk_command,
 )
 from rows import FILE_SIZE, ROWS, Compare, Daemon, Kind, Row
+from stall import Drive
+from stall import run as run_stall
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
@@ -42,6 +44,8 @@ OURS = "vhostblk"
 LIMIT = "io_uring"
 IDLE_SECONDS = 2.0
 SMOKE_FILE_SIZE = 8 << 20
+UNDISTURBED = "without snapshots"
+SNAPSHOTS = 20
 
 Numbers = dict[str, float]
 
@@ -141,6 +145,15 @@ def _run_backend(row: Row, setting: Setting, command: list[str], path: Path) -> 
         return numbers
 
 
+def _run_stall(row: Row, setting: Setting, snapshots: int) -> Numbers:
+    drive = Drive(job=row.job.what, depth=row.job.depth)
+    if setting.count:  # just to see that it works
+        drive, snapshots = replace(drive, mib=8, seconds=1.5), min(snapshots, 2)
+    numbers = run_stall(setting.vhostblk, setting.client, drive, snapshots)
+    numbers["longest-pause-us"] = max(numbers.pop("pauses-us"), default=0)
+    return numbers | {"value": numbers["max-ns"] / 1e6}
+
+
 def contestants(row: Row, setting: Setting) -> list[Contestant]:
     """Everyone who takes a turn in `row`, vhostblk first."""
     path = setting.work / "disk.sock"
@@ -169,6 +182,11 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
     def limit() -> Numbers:
         return result_of([str(setting.limit), *_job_options(row, setting), str(setting.file)])
 
+    if row.kind is Kind.STALL:
+        return [
+            Contestant(OURS, lambda: _run_stall(row, setting, SNAPSHOTS)),
+            Contestant(UNDISTURBED, lambda: _run_stall(row, setting, 0)),
+        ]
     all_of_them = [Contestant(OURS, ours)]
     all_of_them += [Contestant(daemon.label, theirs(daemon)) for daemon in row.daemons]
     if row.limit:
@@ -263,7 +281,8 @@ def table(results: Sequence[dict[str, Any]], rows: Sequence[Row], *, verdicts: b
             )
             for name, numbers in medians.items():
                 if name != OURS:
-                    lines.append(f"        qemu-storage-daemon: {numbers['value']:.3g} {row.unit}")
+                    label = name if row.kind is Kind.STALL else "qemu-storage-daemon"
+                    lines.append(f"        {label}: {numbers['value']:.3g} {row.unit}")
             continue
         what = "requests" if row.compare is Compare.IOPS else "shorter median latency"
         target = "no target" if row.target is None else f"target: {row.target:g} ×"

@@ -28,6 +28,7 @@ class Kind(Enum):
     MEMORY = "memory"  # MiB of a backend that a client has used and left idle
     START = "start"  # seconds from exec to the first accepted connection
     IDLE_CPU = "idle-cpu"  # per cent of a CPU while a connected client does nothing
+    STALL = "stall"  # ms of the slowest request while snapshots are taken; see stall.py
 
 
 class Compare(Enum):
@@ -261,5 +262,16 @@ ROWS: tuple[Row, ...] = (
         target=2.0,
         daemons=QCOW2_DAEMONS,
         image=Image.OVERLAY,
+    ),
+    # Three legs on tmpfs, 20 snapshots of all of them under load.
+    Row(
+        name="snapshot-stall",
+        title="longest stall of a guest while a drive of three qcow2 legs is snapshotted",
+        kind=Kind.STALL,
+        nodes=(),
+        compare=Compare.AT_MOST,
+        target=10.0,
+        job=Job("randwrite"),
+        unit="ms",
     ),
 )
