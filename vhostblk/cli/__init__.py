@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "say what an image in use is",
     "map": "print where the data of an image in use are",
     "check": "check an image in use",
+    "luks": "list, add, test, remove and replace the passphrases of an encrypted disk",
     "ls": "list running backends",
     "qmp": "send one command to a running backend's control socket",
     "doctor": "check this machine and say how to repair what is wrong",

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vhostblk.cli import luks_create, passphrase
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
@@ -24,6 +25,8 @@ examples:
   vhostblk create -f qcow2 -o cluster-size=128k,extended-l2=on disk.qcow2 40G
   vhostblk create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2 40G
   vhostblk create -f raw -o preallocation=falloc disk.img 40G
+  vhostblk create -f luks -o version=luks2,sector-size=4096 disk.luks 40G
+      An encrypted disk; the passphrase is asked for, or read with --key-file.
 
 Options are those of blockdev-create, and the names that 'qemu-img create -o' has for them
 (cluster_size, compat=0.10 or 1.1, backing_fmt, …).
@@ -34,7 +37,7 @@ _COMPAT = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
 
 def configure(parser: Parser) -> None:
     """Declare the options."""
-    parser.add_argument("-f", "--format", required=True, help="raw, qcow2 or qed")
+    parser.add_argument("-f", "--format", required=True, help="raw, qcow2, qed or luks")
     parser.add_argument(
         "-o",
         "--options",
@@ -45,6 +48,7 @@ def configure(parser: Parser) -> None:
     )
     parser.add_argument("-b", "--backing", metavar="FILE", help="the image below")
     parser.add_argument("-F", "--backing-format", metavar="FORMAT", help="its format")
+    luks_create.configure(parser)
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("file", metavar="FILE", help="the image to make")
     parser.add_argument("size", metavar="SIZE", help="of the disk: bytes, or with k, M, G, T")
@@ -58,11 +62,17 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(str(error), status=USAGE) from None
     options = _options(args.options)
     path = Path(args.file)
-    if path.exists() and path.stat().st_size and not args.force:
-        raise CliError(f"'{path}' exists and is not empty; --force replaces it")
-    if args.format == "raw":
-        if args.backing is not None:
-            raise CliError("a raw image cannot have a backing file", status=USAGE)
+    for file in filter(None, (args.file, args.header)):
+        if os.path.exists(file) and os.path.getsize(file) and not args.force:
+            raise CliError(f"'{file}' exists and is not empty; --force replaces it")
+    if args.format != "luks" and (args.header or passphrase.is_given(args, "key-")):
+        raise CliError(f"{args.format} has neither header nor passphrase; luks has", status=USAGE)
+    made = args.format
+    if args.backing is not None and args.format in ("raw", "luks"):
+        raise CliError(f"a {args.format} image cannot have a backing file", status=USAGE)
+    if args.format == "luks":
+        made = luks_create.create(args, size, options)
+    elif args.format == "raw":
         _create_raw(str(path), size, options)
     else:
         if args.backing is not None:
@@ -72,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             _check_backing(path, args.backing)
             options |= {"backing-file": args.backing, "backing-fmt": args.backing_format}
         asyncio.run(_create(args.format, str(path), size, options))
-    print(f"{path}: {args.format}, {size} bytes")
+    print(f"{path}: {made}, {size} bytes")
     return 0
 
 

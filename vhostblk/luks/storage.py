@@ -34,9 +34,9 @@ async def read_up_to(storage: Storage, offset: int, length: int) -> bytes:
 
 async def write_zeroes(storage: Storage, offset: int, end: int) -> None:
     """Make this range read as zeroes, leaving alone what does already."""
-    zeroes = bytes(_CHUNK)
-    for at in range(offset, end, _CHUNK):
-        length = min(_CHUNK, end - at)
-        there = await read_up_to(storage, at, length)
-        if there != zeroes[:length]:
-            await storage.write(at, zeroes[:length])
+    for at in range(offset, min(end, storage.size), _CHUNK):
+        there = await read_up_to(storage, at, min(_CHUNK, end - at))
+        if there.strip(b"\0"):
+            await storage.write(at, bytes(len(there)))
+    if storage.size < end:
+        await storage.write(end - 512, bytes(512))

@@ -245,10 +245,9 @@ class Volume(abc.ABC):
         kdf_options: KdfOptions | None = None,
     ) -> int:
         """The same for whoever has a passphrase, and not the key."""
-        async with self._changing:
-            _, key = await self.unlock(known)
-            with key:
-                return await self._add(key, new, slot, kdf_options, None)
+        _, key = await self.unlock(known)
+        with key:
+            return await self.add_slot(key, new, slot, kdf_options)
 
     async def remove_slot(self, number: int, *, force: bool = False) -> None:
         """Destroy a key slot. The last one only with `force`: the disk is lost with it."""
@@ -304,10 +303,21 @@ class Volume(abc.ABC):
         kdf_options: KdfOptions | None = None,
     ) -> int:
         """Replace a passphrase: the new one gets a slot of its own before the old one loses its."""
+        number, key = await self.unlock(old, slot)
+        with key:
+            return await self.replace_slot(number, key, new, kdf_options)
+
+    async def replace_slot(
+        self,
+        number: int,
+        key: SecretBytes,
+        new: Buffer | SecretBytes,
+        kdf_options: KdfOptions | None = None,
+    ) -> int:
+        """The same for whoever has unlocked the old slot."""
         async with self._changing:
-            number, key = await self.unlock(old, slot)
-            with key:
-                added = await self._add(key, new, None, kdf_options, None)
+            digest = self._find(number).digest
+            added = await self._add(key, new, None, kdf_options, digest)
             await self._remove([number], False)
             return added
 
