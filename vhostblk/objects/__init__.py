@@ -55,6 +55,10 @@ class BackendObject:
     async def close(self) -> None:
         """Free what it has."""
 
+    def merged(self, property: str, value: Any) -> Any:
+        """What `property` is to be if `value` is given: some properties keep what is not named."""
+        return value
+
     async def apply(self, options: Any) -> None:
         """Properties are about to change to `options`; raise to refuse."""
 
@@ -223,7 +227,7 @@ class ObjectStore:
                 data={"code": "read-only-property", "property": property},
             )
         given = found.options.model_dump(by_alias=True)
-        given[property] = value
+        given[property] = found.merged(property, value)
         options = validate(type(found.options), given)
         await found.apply(options)
         found.options = options

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * throttle_bucket.c: see throttle_bucket.h.
+ *
+ * All atomics are relaxed: each is a number of its own, and nothing else is read because of it.
+ * A request that meets a limit half changed is counted with one old and one new number, once.
+ */
+#include "throttle_bucket.h"
+
+#define TICKS_PER_SECOND (1e9 * VB_TICKS_PER_NS)
+/* Nothing is further away than this, two years: sums of debts must not come round to the past. */
+#define FAR ((uint64_t)1 << 62)
+
+static uint64_t ahead(struct vb_leak *leak, uint64_t now)
+{
+    uint64_t empty = atomic_load_explicit(&leak->empty, memory_order_relaxed);
+
+    return empty > now ? empty - now : 0;
+}
+
+static uint64_t leak_wait(struct vb_leak *leak, uint64_t now)
+{
+    uint64_t size, level;
+
+    if (atomic_load_explicit(&leak->cost, memory_order_relaxed) == 0) {
+        return 0;
+    }
+    size = atomic_load_explicit(&leak->size, memory_order_relaxed);
+    level = ahead(leak, now);
+    return level > size ? level - size : 0;
+}
+
+static uint64_t later(uint64_t time, double ticks)
+{
+    return ticks < (double)FAR && time + (uint64_t)ticks < FAR ? time + (uint64_t)ticks : FAR;
+}
+
+static void leak_account(struct vb_leak *leak, uint64_t now, double units)
+{
+    double cost = atomic_load_explicit(&leak->cost, memory_order_relaxed);
+    uint64_t old, empty;
+
+    if (cost == 0) {
+        return;
+    }
+    old = atomic_load_explicit(&leak->empty, memory_order_relaxed);
+    do {
+        empty = later(old > now ? old : now, units * cost);
+    } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
+                                                    memory_order_relaxed, memory_order_relaxed));
+}
+
+static void leak_set(struct vb_leak *leak, uint64_t now, double rate, double size)
+{
+    double cost = rate != 0 ? TICKS_PER_SECOND / rate : 0;
+    double was = atomic_load_explicit(&leak->cost, memory_order_relaxed);
+    uint64_t old = atomic_load_explicit(&leak->empty, memory_order_relaxed), empty;
+
+    do {
+        double level = was != 0 && old > now ? (double)(old - now) / was : 0;
+
+        empty = later(now, level * cost);
+    } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
+                                                    memory_order_relaxed, memory_order_relaxed));
+    atomic_store_explicit(&leak->size, later(0, size * cost), memory_order_relaxed);
+    atomic_store_explicit(&leak->cost, cost, memory_order_relaxed);
+}
+
+uint64_t vb_bucket_wait(struct vb_bucket *bucket, uint64_t now)
+{
+    uint64_t wait = leak_wait(&bucket->average, now);
+
+    return wait ? wait : leak_wait(&bucket->burst, now);
+}
+
+void vb_bucket_account(struct vb_bucket *bucket, uint64_t now, double units)
+{
+    leak_account(&bucket->average, now, units);
+    leak_account(&bucket->burst, now, units);
+}
+
+void vb_bucket_set(struct vb_bucket *bucket, uint64_t now, struct vb_throttle_limit limit)
+{
+    double avg = (double)limit.avg, max = (double)limit.max;
+
+    leak_set(&bucket->average, now, avg, max != 0 ? max * (double)limit.burst_length : avg / 10);
+    leak_set(&bucket->burst, now, limit.burst_length > 1 ? max : 0, max / 10);
+}
