@@ -120,7 +120,7 @@ def test_against_a_model(
         ticks = int(pause * TICKS)
         bucket.now += ticks
         model.leak(ticks / TICKS)
-        # Whoever has to wait does, as a guest's request would: for the bucket, then for the burst's.
+        # Whoever has to wait does: for the bucket, and then for the burst.
         while (wanted := model.wait()) > 1e-6:
             assert bucket.wait() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
             ticks = round(wanted * TICKS) + 100

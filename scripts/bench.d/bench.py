@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accuracy import LIMITS
+from accuracy import run as run_accuracy
 from images import Image, ImageError, forget, path_of, prepare
 from programs import (
     BenchError,
@@ -43,6 +45,7 @@ TOP = HERE.parents[1]
 OURS = "vhostblk"
 LIMIT = "io_uring"
 IDLE_SECONDS = 2.0
+ACCURACY_SECONDS = 5.0
 SMOKE_FILE_SIZE = 8 << 20
 UNDISTURBED = "without snapshots"
 SNAPSHOTS = 20
@@ -154,6 +157,12 @@ def _run_stall(row: Row, setting: Setting, snapshots: int) -> Numbers:
     return numbers | {"value": numbers["max-ns"] / 1e6}
 
 
+def _run_accuracy(setting: Setting) -> Numbers:
+    if setting.count:  # just to see that it works
+        return {"value": run_accuracy(setting.vhostblk, setting.client, 0.2, LIMITS[-1:])}
+    return {"value": run_accuracy(setting.vhostblk, setting.client, ACCURACY_SECONDS, LIMITS)}
+
+
 def contestants(row: Row, setting: Setting) -> list[Contestant]:
     """Everyone who takes a turn in `row`, vhostblk first."""
     path = setting.work / "disk.sock"
@@ -166,6 +175,7 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
             path,
             queues=queues,
             plugins=_fill_in(row.plugins, setting, None),
+            objects=row.objects,
         )
         return _run_backend(row, setting, command, path)
 
@@ -176,6 +186,7 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
             path,
             queues=queues,
             iothread=daemon.iothread,
+            objects=row.objects,
         )
         return lambda: _run_backend(row, setting, command, path)
 
@@ -187,6 +198,8 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
             Contestant(OURS, lambda: _run_stall(row, setting, SNAPSHOTS)),
             Contestant(UNDISTURBED, lambda: _run_stall(row, setting, 0)),
         ]
+    if row.kind is Kind.ACCURACY:
+        return [Contestant(OURS, lambda: _run_accuracy(setting))]
     all_of_them = [Contestant(OURS, ours)]
     all_of_them += [Contestant(daemon.label, theirs(daemon)) for daemon in row.daemons]
     if row.limit:
@@ -204,7 +217,8 @@ def measure(row: Row, setting: Setting) -> dict[str, Any]:
         row = replace(row, job=replace(row.job, depth=min(row.job.depth, setting.count)))
     runs: dict[str, list[Numbers]] = {}
     turns = contestants(row, setting)
-    for turn in range(setting.runs):
+    # An absolute number that takes a minute is measured once.
+    for turn in range(1 if row.kind is Kind.ACCURACY else setting.runs):
         # There and back, so that nobody always follows the same neighbour.
         for contestant in turns if turn % 2 == 0 else reversed(turns):
             if "{file}" in "".join(row.nodes):

@@ -108,25 +108,38 @@ def backend(command: Sequence[str], path: Path, log: Path) -> Iterator[Backend]:
 
 
 def vhostblk_command(
-    program: Sequence[str], nodes: Sequence[str], path: Path, *, queues: int, plugins: Sequence[str]
+    program: Sequence[str],
+    nodes: Sequence[str],
+    path: Path,
+    *,
+    queues: int,
+    plugins: Sequence[str],
+    objects: Sequence[str],
 ) -> list[str]:
     """`vhostblk serve` with an I/O thread of its own, as everybody runs it."""
     command = [*program, "serve"]
     for plugin in plugins:
         command += ["--plugin", plugin]
-    command += ["--object", "iothread,id=io"]
+    for made in ("iothread,id=io", *objects):
+        command += ["--object", made]
     for node in nodes:
         command += ["--blockdev", node]
     return [*command, "--export", _export(path, queues) + ",iothread=io"]
 
 
 def daemon_command(
-    program: Sequence[str], nodes: Sequence[str], path: Path, *, queues: int, iothread: bool
+    program: Sequence[str],
+    nodes: Sequence[str],
+    path: Path,
+    *,
+    queues: int,
+    iothread: bool,
+    objects: Sequence[str],
 ) -> list[str]:
     """qemu-storage-daemon, with an iothread or in its main loop."""
     command = [*program]
-    if iothread:
-        command += ["--object", "iothread,id=io"]
+    for made in (*(["iothread,id=io"] if iothread else []), *objects):
+        command += ["--object", made]
     for node in nodes:
         command += ["--blockdev", node]
     return [*command, "--export", _export(path, queues) + (",iothread=io" if iothread else "")]

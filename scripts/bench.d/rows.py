@@ -28,6 +28,7 @@ class Kind(Enum):
     MEMORY = "memory"  # MiB of a backend that a client has used and left idle
     START = "start"  # seconds from exec to the first accepted connection
     IDLE_CPU = "idle-cpu"  # per cent of a CPU while a connected client does nothing
+    ACCURACY = "accuracy"  # per cent that a throttle group is off its limit; see accuracy.py
     STALL = "stall"  # ms of the slowest request while snapshots are taken; see stall.py
 
 
@@ -80,6 +81,7 @@ class Row:
     daemons: tuple[Daemon, ...] = ()
     limit: bool = False  # the same job by io_uring on the file itself, too
     plugins: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()  # of both programs
     unit: str = ""
     image: Image | None = None
     count: int = 0  # requests of a run, which then is not limited in time
@@ -96,6 +98,10 @@ def qcow2(file: str = "") -> tuple[str, ...]:
 QCOW2_DAEMONS = (
     Daemon("aio=io_uring", qcow2(",aio=io_uring")),
     Daemon("aio=threads", qcow2(",aio=threads")),
+)
+THROTTLED = (
+    NULL.replace("node-name=disk", "node-name=null"),
+    "driver=throttle,node-name=disk,throttle-group=limits,file=null",
 )
 NULL_DAEMONS = (
     Daemon("iothread", (NULL,)),
@@ -273,5 +279,28 @@ ROWS: tuple[Row, ...] = (
         target=10.0,
         job=Job("randwrite"),
         unit="ms",
+    ),
+    # A limit that is looked at for each request and never reached.
+    Row(
+        name="throttle-randread",
+        title="throttle on null",
+        nodes=THROTTLED,
+        compare=Compare.IOPS,
+        target=3.0,
+        objects=("throttle-group,id=limits,x-iops-total=100000000",),
+        daemons=(
+            Daemon("iothread", THROTTLED),
+            Daemon("main loop", THROTTLED, iothread=False),
+        ),
+    ),
+    Row(
+        name="throttle-accuracy",
+        title="error of a limit of 10 to 100 000 requests a second over 5 s, "
+        "also with two disks of four queues",
+        kind=Kind.ACCURACY,
+        nodes=(),
+        compare=Compare.AT_MOST,
+        target=2.0,
+        unit="%",
     ),
 )

@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "say what an image in use is",
     "map": "print where the data of an image in use are",
     "check": "check an image in use",
+    "throttle": "show or change how many operations and bytes a second a disk may do",
     "luks": "list, add, test, remove and replace the passphrases of an encrypted disk",
     "ls": "list running backends",
     "qmp": "send one command to a running backend's control socket",

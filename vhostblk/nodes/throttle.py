@@ -53,6 +53,9 @@ class Throttle(NodeDriver):
     def filename(self) -> str:
         return self.child("file").node.filename()
 
+    def describe(self) -> dict[str, Any]:
+        return {"throttle-group": self.group.id}
+
     # ---- another group
 
     async def reopen_prepare(self, options: ThrottleOptions) -> None:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`vhostblk throttle`, as an operator types it, while requests wait."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from frontend import Daemon, Device, Qmp, Type
+from frontend import vhostblk as serve
+
+
+@pytest.fixture
+def backend() -> Iterator[Daemon]:
+    """A limited disk, vda, and one without limits, vdb."""
+    with serve(
+        *("--blockdev", "null-co,node-name=n,size=1M"),
+        *("--blockdev", "null-co,node-name=m,size=1M"),
+        *("--object", "throttle-group,id=g,limits.iops-total=1"),
+        *("--blockdev", "throttle,node-name=t,throttle-group=g,file=n"),
+        *("--export", _export("vda", "t")),
+        *("--export", _export("vdb", "m")),
+        *("--control", "{dir}/control"),
+    ) as daemon:
+        yield daemon
+
+
+def _export(id: str, node: str) -> str:
+    address = f"addr.type=unix,addr.path={{dir}}/{id}.sock"
+    return f"vhost-user-blk,id={id},node-name={node},{address},writable=on"
+
+
+def throttle(backend: Daemon, *words: str, status: int = 0) -> str:
+    """What it prints."""
+    command, *rest = words
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "vhostblk", "throttle", command),
+            *("--socket", f"{backend.directory}/control"),
+            *rest,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == status, said
+    assert "Traceback" not in said
+    return said
+
+
+def groups(backend: Daemon) -> dict[str, dict[str, Any]]:
+    with Qmp(f"{backend.directory}/control") as qmp:
+        return {entry["id"]: entry for entry in qmp.command("query-throttle-groups")}
+
+
+def limits(backend: Daemon, group: str) -> dict[str, int]:
+    """Those that are not what they are without being said."""
+    given = groups(backend)[group]["limits"]
+    return {
+        name: value
+        for name, value in given.items()
+        if value != (1 if name.endswith("length") else 0)
+    }
+
+
+def waiting(backend: Daemon, group: str, count: int) -> None:
+    end = time.monotonic() + 30
+    while groups(backend)[group]["statistics"]["write"]["queued"] != count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_limit_is_lifted_while_requests_wait(backend: Daemon) -> None:
+    with Device(backend.socket("vda")) as device:
+        requests = [device.submit(Type.OUT, 0, bytes(512)) for _ in range(10)]
+        waiting(backend, "g", 9)
+        assert "node 't'" in throttle(backend, "show", "g")
+        assert throttle(backend, "show", "vda") == throttle(backend, "show", "t")
+        said = throttle(backend, "set", "vda", "iops=50000", "burst=4x", "burst-seconds=2")
+        assert "iops-total=50000, iops-total-max=200000 for 2 s" in said
+        device.wait(*requests)
+    assert limits(backend, "g") == {
+        "iops-total": 50000,
+        "iops-total-max": 200000,
+        "iops-total-max-length": 2,
+    }
+    [shown] = json.loads(throttle(backend, "show", "--json"))
+    assert shown["statistics"]["write"]["waited"] == 9
+
+
+def test_a_disk_without_a_throttle_gets_one(backend: Daemon) -> None:
+    with Device(backend.socket("vdb")) as device:
+        device.write(0, bytes(512))
+        assert "vdb" in throttle(backend, "show", "vdb", status=1)
+        throttle(backend, "set", "vdb", "iops-write=1")
+        requests = [device.submit(Type.OUT, 0, bytes(512)) for _ in range(10)]
+        waiting(backend, "throttle-vdb", 9)
+        device.read(0, 512)
+        throttle(backend, "set", "vdb", "iops-write=off")
+        device.wait(*requests)
+    assert limits(backend, "throttle-vdb") == {}
+    assert set(groups(backend)) == {"g", "throttle-vdb"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["iops=500"], {"iops-total": 500}),
+        (["iops=4k", "burst=8k"], {"iops-total": 4096, "iops-total-max": 8192}),
+        (["bps-read=10M"], {"iops-total": 1, "bps-read": 10 << 20}),
+        (["iops-read=5", "iops-size=16k"], {"iops-read": 5, "iops-size": 16384}),
+        (["flush=20"], {"iops-total": 1, "iops-flush": 20}),
+        (["iops=10", "iops-total-max=30"], {"iops-total": 10, "iops-total-max": 30}),
+        (["iops=off", "bps=off"], {}),
+    ],
+)
+def test_words(backend: Daemon, words: list[str], expected: dict[str, int]) -> None:
+    throttle(backend, "set", "g", *words)
+    assert limits(backend, "g") == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["g", "iops"], "not LIMIT=VALUE"),
+        (["g", "iops=fast"], "not a number"),
+        (["g", "speed=3"], "there is no limit 'speed'"),
+        (["g", "burst=3x"], "burst= needs a limit"),
+        (["g", "iops=500", "burst=100"], "iops-total-max (100) cannot be lower than iops-total"),
+        (["vdb", "iops=500", "burst=100"], "iops-total-max (100) cannot be lower than iops-total"),
+        (["nobody", "iops=500"], "there is no throttle group, throttle node or export 'nobody'"),
+    ],
+)
+def test_what_is_refused(backend: Daemon, words: list[str], said: str) -> None:
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "vhostblk", "throttle", "set"),
+            *("--socket", f"{backend.directory}/control", *words),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert process.returncode != 0
+    assert said in process.stderr
+    assert "Traceback" not in process.stderr
+    assert limits(backend, "g") == {"iops-total": 1}
+    assert set(groups(backend)) == {"g"}

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`vhostblk throttle`: see and change the limits of a disk in use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from vhostblk.cli import places
+from vhostblk.cli.errors import USAGE, CliError
+from vhostblk.cli.parser import Parser
+from vhostblk.cli.table import size as size_text
+from vhostblk.cli.table import table
+from vhostblk.control.client import ControlClient
+from vhostblk.objects.throttle_group import ThrottleLimits
+from vhostblk.schema import VhostblkError, parse_size, validate
+
+DESCRIPTION = """\
+Show or change how many operations and bytes a second a disk may do. A change holds at once, also
+for requests that wait already. TARGET is a throttle group, a throttle node, or an export: then the
+uppermost throttle filter of its disk is meant, and one is inserted if there is none.
+"""
+
+EPILOG = """\
+examples:
+  vhostblk throttle show
+  vhostblk throttle set vda iops=500
+  vhostblk throttle set vda iops=500 burst=2000 burst-seconds=30
+  vhostblk throttle set vda bps-read=100M bps-write=50M
+  vhostblk throttle set vda iops=off bps=off
+
+Limits: iops and bps count all requests, iops-read, iops-write, bps-read and bps-write those of
+one kind, flush flushes. Setting one kind of the two lifts the other. burst is what may pass in a
+second after a pause, for the limits named with it: a number, or a multiple such as 4x.
+burst-seconds is for how long at most. iops-size=16k makes a request of 64k count as four.
+QAPI's own names (iops-total-max, ...) work, too.
+
+'vhostblk --name' and '--socket' are as for 'vhostblk qmp'.
+"""
+
+_SHORT = {"iops": "iops-total", "bps": "bps-total", "flush": "iops-flush"}
+_KNOWN = {name.replace("_", "-") for name in ThrottleLimits.model_fields}
+
+
+def configure(parser: Parser) -> None:
+    """Declare the commands and their options."""
+    commands = parser.add_subparsers(
+        parser_class=Parser, metavar="COMMAND", dest="throttle_command", required=True
+    )
+    show = commands.add_parser("show", help="show all groups", description="Show all groups.")
+    show.add_argument("target", nargs="?", metavar="TARGET", help="this one only")
+    change = commands.add_parser(
+        "set", help="change limits", description="Change limits.", epilog=EPILOG
+    )
+    change.add_argument("target", metavar="TARGET", help="a group, a throttle node or an export")
+    change.add_argument("limits", nargs="+", metavar="LIMIT=VALUE", help="see the examples")
+    for below in (show, change):
+        below.add_argument("--name", help="the backend (see 'vhostblk ls')")
+        below.add_argument("--socket", metavar="PATH", help="its control socket, instead of --name")
+        below.add_argument("--json", action="store_true", help="for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    wanted = _limits(args.limits) if args.throttle_command == "set" else None
+    with ControlClient(places.find_socket(args.name, args.socket)) as client:
+        if wanted is None:
+            group = _find(client, args.target) if args.target else None
+        else:
+            group = _change(client, args.target, wanted)
+        groups = [
+            entry
+            for entry in client.execute("query-throttle-groups")
+            if group is None or entry["id"] == group
+        ]
+    if args.json:
+        print(json.dumps(groups))
+    elif not groups:
+        print("there is no throttle group")
+    else:
+        rows = [[e["id"], _limits_text(e["limits"]), *_statistics(e), _users(e)] for e in groups]
+        print(
+            table(["GROUP", "LIMITS", "PASSED", "WAITING", "HAVE WAITED", "USED BY"], rows), end=""
+        )
+    return 0
+
+
+# ---- what is asked for
+
+
+def _limits(words: list[str]) -> dict[str, int]:
+    """`limits` of a throttle-group, from the words of the command line."""
+    limits: dict[str, int] = {}
+    burst: str | None = None
+    seconds = 1
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not text:
+            raise CliError(f"'{word}' is not LIMIT=VALUE, such as iops=500", status=USAGE)
+        if name == "burst":
+            burst = text
+        elif name == "burst-seconds":
+            seconds = _number(name, text)
+        else:
+            name = _SHORT.get(name, name)
+            if name not in _KNOWN:
+                names = sorted({*_SHORT, *_KNOWN, "burst", "burst-seconds"})
+                raise CliError(
+                    f"there is no limit '{name}'; there are: {', '.join(names)}", status=USAGE
+                )
+            limits[name] = _number(name, text)
+    for name in [name for name in limits if _is_average(name)]:
+        # What is not said of a burst means: none.
+        most = _burst(name, limits[name], burst) if burst and limits[name] else 0
+        limits.setdefault(f"{name}-max", most)
+        limits.setdefault(f"{name}-max-length", seconds if limits[f"{name}-max"] else 1)
+        for other in _excluded(name) if limits[name] else ():
+            for suffix, nothing in (("", 0), ("-max", 0), ("-max-length", 1)):
+                limits.setdefault(f"{other}{suffix}", nothing)
+    if burst and not any(_is_average(name) and limits[name] for name in limits):
+        raise CliError("burst= needs a limit next to it, such as iops=500", status=USAGE)
+    return limits
+
+
+def _is_average(name: str) -> bool:
+    return name != "iops-size" and "-max" not in name
+
+
+def _excluded(name: str) -> tuple[str, ...]:
+    """What cannot be there at the same time: total, and either of read and write."""
+    unit, _, what = name.partition("-")
+    if what == "total":
+        return (f"{unit}-read", f"{unit}-write")
+    return (f"{unit}-total",) if what in ("read", "write") else ()
+
+
+def _burst(name: str, average: int, text: str) -> int:
+    times = re.fullmatch(r"([0-9.]+)x", text)
+    try:
+        return round(average * float(times[1])) if times else _number("burst", text)
+    except ValueError:
+        raise CliError(f"burst={text}: not a number, such as 2000 or 4x", status=USAGE) from None
+
+
+def _number(name: str, text: str) -> int:
+    if text == "off":
+        return 0
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise CliError(
+            f"{name}={text}: not a number, such as 500, 4k or 100M, nor 'off'", status=USAGE
+        ) from None
+
+
+# ---- whose
+
+
+def _change(client: ControlClient, target: str, limits: dict[str, int]) -> str:
+    group = _find(client, target, may_insert=True)
+    if group is not None:
+        client.execute(
+            "qom-set", {"path": f"/objects/{group}", "property": "limits", "value": limits}
+        )
+        return group
+    group = f"throttle-{target}"
+    try:
+        validate(ThrottleLimits, limits)  # nothing is made if it is refused
+    except VhostblkError as error:
+        raise CliError(error.desc, status=USAGE, data=error.data) from None
+    client.execute("object-add", {"qom-type": "throttle-group", "id": group, "limits": limits})
+    try:
+        filter = {"driver": "throttle", "node-name": group, "throttle-group": group}
+        client.execute("block-filter-insert", {"export-id": target, "filter": filter})
+    except BaseException:
+        client.execute("object-del", {"id": group})
+        raise
+    return group
+
+
+def _find(client: ControlClient, target: str, *, may_insert: bool = False) -> str | None:
+    """The group that TARGET means; None if that is an export without one, which may get one."""
+    groups = [entry["id"] for entry in client.execute("query-throttle-groups")]
+    if target in groups:
+        return target
+    node: Callable[[str], dict[str, Any] | None] = {
+        entry["node-name"]: entry for entry in client.execute("query-named-block-nodes")
+    }.get
+    for drive in client.execute("query-block-graph")["drives"]:
+        if drive["id"] != target:
+            continue
+        for name in drive["filters"]:
+            group = _group_of(node(name))
+            if group is not None:
+                return group
+        if may_insert:
+            return None
+        raise CliError(f"the disk '{target}' has no throttle filter")
+    group = _group_of(node(target))
+    if group is None:
+        known = f"; groups: {', '.join(groups)}" if groups else ""
+        raise CliError(f"there is no throttle group, throttle node or export '{target}'{known}")
+    return group
+
+
+def _group_of(node: dict[str, Any] | None) -> str | None:
+    if node is None or node["drv"] != "throttle":
+        return None
+    return str(node["throttle-group"])
+
+
+# ---- what is shown
+
+
+def _limits_text(limits: dict[str, int]) -> str:
+    words = []
+    for name, value in limits.items():
+        if not value or name.endswith("-length"):
+            continue
+        text = f"{name}={size_text(value) if name.startswith('bps') else value}"
+        if limits.get(f"{name}-length", 1) > 1:
+            text += f" for {limits[f'{name}-length']} s"
+        words.append(text)
+    return ", ".join(words) or "none"
+
+
+def _statistics(group: dict[str, Any]) -> list[str]:
+    all_of = group["statistics"].values()
+    requests, length, queued, waited, nanoseconds = (
+        sum(entry[name] for entry in all_of)
+        for name in ("requests", "bytes", "queued", "waited", "waited-ns")
+    )
+    mean = f", {nanoseconds / waited / 1e6:.1f} ms each" if waited else ""
+    return [f"{requests} ({size_text(length)})", str(queued), f"{waited}{mean}"]
+
+
+def _users(group: dict[str, Any]) -> str:
+    return ", ".join(group["users"]) or "-"
