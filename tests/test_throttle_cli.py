@@ -21,7 +21,7 @@ def backend() -> Iterator[Daemon]:
     with serve(
         *("--blockdev", "null-co,node-name=n,size=1M"),
         *("--blockdev", "null-co,node-name=m,size=1M"),
-        *("--object", "throttle-group,id=g,limits.iops-total=1"),
+        *("--object", "throttle-group,id=g,limits.bps-write=1"),
         *("--blockdev", "throttle,node-name=t,throttle-group=g,file=n"),
         *("--export", _export("vda", "t")),
         *("--export", _export("vdb", "m")),
@@ -81,8 +81,11 @@ def test_a_limit_is_lifted_while_requests_wait(backend: Daemon) -> None:
         requests = [device.submit(Type.OUT, 0, bytes(512)) for _ in range(10)]
         waiting(backend, "g", 9)
         assert "node 't'" in throttle(backend, "show", "g")
-        assert throttle(backend, "show", "vda") == throttle(backend, "show", "t")
-        said = throttle(backend, "set", "vda", "iops=50000", "burst=4x", "burst-seconds=2")
+        for target in ("g", "vda", "t"):
+            [shown] = json.loads(throttle(backend, "show", target, "--json"))
+            assert shown["id"] == "g"
+        words = ("iops=50000", "burst=4x", "burst-seconds=2", "bps=off")
+        said = throttle(backend, "set", "vda", *words)
         assert "iops-total=50000, iops-total-max=200000 for 2 s" in said
         device.wait(*requests)
     assert limits(backend, "g") == {
@@ -98,11 +101,11 @@ def test_a_disk_without_a_throttle_gets_one(backend: Daemon) -> None:
     with Device(backend.socket("vdb")) as device:
         device.write(0, bytes(512))
         assert "vdb" in throttle(backend, "show", "vdb", status=1)
-        throttle(backend, "set", "vdb", "iops-write=1")
+        throttle(backend, "set", "vdb", "bps-write=1")
         requests = [device.submit(Type.OUT, 0, bytes(512)) for _ in range(10)]
         waiting(backend, "throttle-vdb", 9)
         device.read(0, 512)
-        throttle(backend, "set", "vdb", "iops-write=off")
+        throttle(backend, "set", "vdb", "bps-write=off")
         device.wait(*requests)
     assert limits(backend, "throttle-vdb") == {}
     assert set(groups(backend)) == {"g", "throttle-vdb"}
@@ -111,12 +114,15 @@ def test_a_disk_without_a_throttle_gets_one(backend: Daemon) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["iops=500"], {"iops-total": 500}),
-        (["iops=4k", "burst=8k"], {"iops-total": 4096, "iops-total-max": 8192}),
-        (["bps-read=10M"], {"iops-total": 1, "bps-read": 10 << 20}),
-        (["iops-read=5", "iops-size=16k"], {"iops-read": 5, "iops-size": 16384}),
-        (["flush=20"], {"iops-total": 1, "iops-flush": 20}),
-        (["iops=10", "iops-total-max=30"], {"iops-total": 10, "iops-total-max": 30}),
+        (["iops=500"], {"iops-total": 500, "bps-write": 1}),
+        (["bps=4k", "burst=8k"], {"bps-total": 4096, "bps-total-max": 8192}),
+        (["bps-read=10M"], {"bps-write": 1, "bps-read": 10 << 20}),
+        (
+            ["iops-read=5", "iops-size=16k"],
+            {"bps-write": 1, "iops-read": 5, "iops-size": 16384},
+        ),
+        (["flush=20"], {"bps-write": 1, "iops-flush": 20}),
+        (["bps=10", "bps-total-max=30"], {"bps-total": 10, "bps-total-max": 30}),
         (["iops=off", "bps=off"], {}),
     ],
 )
@@ -150,5 +156,5 @@ def test_what_is_refused(backend: Daemon, words: list[str], said: str) -> None:
     assert process.returncode != 0
     assert said in process.stderr
     assert "Traceback" not in process.stderr
-    assert limits(backend, "g") == {"iops-total": 1}
+    assert limits(backend, "g") == {"bps-write": 1}
     assert set(groups(backend)) == {"g"}

@@ -117,7 +117,7 @@ def _limits(words: list[str]) -> dict[str, int]:
         most = _burst(name, limits[name], burst) if burst and limits[name] else 0
         limits.setdefault(f"{name}-max", most)
         limits.setdefault(f"{name}-max-length", seconds if limits[f"{name}-max"] else 1)
-        for other in _excluded(name) if limits[name] else ():
+        for other in _excluded(name, limits[name]):
             for suffix, nothing in (("", 0), ("-max", 0), ("-max-length", 1)):
                 limits.setdefault(f"{other}{suffix}", nothing)
     if burst and not any(_is_average(name) and limits[name] for name in limits):
@@ -129,12 +129,12 @@ def _is_average(name: str) -> bool:
     return name != "iops-size" and "-max" not in name
 
 
-def _excluded(name: str) -> tuple[str, ...]:
+def _excluded(name: str, value: int) -> tuple[str, ...]:
     """What cannot be there at the same time: total, and either of read and write."""
     unit, _, what = name.partition("-")
     if what == "total":
-        return (f"{unit}-read", f"{unit}-write")
-    return (f"{unit}-total",) if what in ("read", "write") else ()
+        return (f"{unit}-read", f"{unit}-write")  # `iops=off` means all three
+    return (f"{unit}-total",) if value and what in ("read", "write") else ()
 
 
 def _burst(name: str, average: int, text: str) -> int:

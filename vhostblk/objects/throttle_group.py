@@ -25,6 +25,8 @@ from vhostblk.schema import Model, UInt64
 
 VALUE_MAX = 10**15
 """Largest limit, and largest burst in units; QEMU's THROTTLE_VALUE_MAX."""
+LENGTH_MAX = (1 << 32) - 1
+"""Longest burst, in seconds."""
 _DIRECTION_OF = {
     "read": "read",
     "write": "write",
@@ -114,6 +116,8 @@ def _check(name: str, limit: Limit) -> None:
         raise ValueError(f"{name} and {name}-max must be from 0 to {VALUE_MAX}")
     if limit.burst_length < 1:
         raise ValueError(f"{name}-max-length cannot be 0")
+    if limit.burst_length > LENGTH_MAX:
+        raise ValueError(f"{name}-max-length must be from 1 to {LENGTH_MAX}")
     if limit.burst_length > 1 and not limit.max:
         raise ValueError(f"{name}-max-length requires {name}-max")
     if limit.max and not limit.avg:
