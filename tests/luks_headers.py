@@ -88,7 +88,7 @@ def cryptsetup(*words: object, key: bytes | None = None, ok: bool = True) -> str
     """Run it; `key` goes to its standard input, as the key file."""
     more = [] if key is None else ["--key-file", "-"]
     done = subprocess.run(
-        ["cryptsetup", "--batch-mode", "--disable-locks", *map(str, words), *more],
+        ["cryptsetup", "--batch-mode", *map(str, words), *more],
         input=key or b"",
         capture_output=True,
         timeout=120,

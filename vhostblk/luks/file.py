@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vhostblk.fault import fault_point
 from vhostblk.nodes.driver import Perm
 from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
 from vhostblk.schema import VhostblkError
@@ -41,6 +42,7 @@ class FileStorage:
         return b"".join(parts)
 
     async def write(self, offset: int, data: bytes) -> None:
+        fault_point("luks-write")
         view = memoryview(data)
         while view:
             done = os.pwrite(self._fd, view, offset)
@@ -48,6 +50,7 @@ class FileStorage:
             view = view[done:]
 
     async def flush(self) -> None:
+        fault_point("luks-flush")
         os.fdatasync(self._fd)
 
 

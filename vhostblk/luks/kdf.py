@@ -123,7 +123,10 @@ class Kdf:
 
 
 def _argon2(kdf: Kdf, passphrase: Buffer, into: memoryview) -> None:
-    from cryptography.hazmat.primitives.kdf import argon2
+    try:
+        from cryptography.hazmat.primitives.kdf import argon2
+    except ImportError:
+        raise unsupported(f"{kdf.type} needs version 44 of Python's cryptography") from None
 
     kind = argon2.Argon2id if kdf.type == "argon2id" else getattr(argon2, "Argon2i", None)
     if kind is None or len(kdf.salt) < 8:
