@@ -123,6 +123,37 @@ def test_each_is_one_moment_of_a_guest_under_load(format: str) -> None:
     with_host(test, Mirror)
 
 
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+def test_the_first_writes_after_it_need_no_python(format: str) -> None:
+    """They go to places that were ready before the pause, with a copy of what is around them."""
+
+    async def test(host: Host) -> None:
+        path = host.path("disk")
+        data = random.Random(5).randbytes(4 * MIB)
+        Path(path).write_bytes(data)
+        if format == "qcow2":
+            path += ".qcow2"
+            qemu_img("convert", "-f", "raw", "-O", "qcow2", host.path("disk"), path)
+        await host.add(format, "d", file={"driver": "file", "filename": path})
+        await host.export("d")
+        async with host.device() as guest:
+            assert await guest.read(0, len(data)) == data  # its own tables are in memory now
+            (made,) = await snapshot(host, device="e")
+            for cluster in range(20):
+                # The loop that runs Python's part stands still meanwhile.
+                guest.device.write(cluster * 65536 + 512, bytes(512))
+            expected = bytearray(data)
+            for cluster in range(20):
+                expected[cluster * 65536 + 512 : cluster * 65536 + 1024] = bytes(512)
+            assert await guest.read(0, len(expected)) == expected
+        await host.backend.block_export_del("e", "hard")
+        await host.backend.blockdev_del("d-1")
+        qemu_img("check", "-q", made["filename"])
+        assert content(made["filename"], "qcow2") == expected
+
+    with_host(test)
+
+
 @pytest.mark.parametrize("format", ["qcow2", "qed"])
 def test_each_is_exactly_what_was_written(format: str) -> None:
     """Compared block for block, `qemu-img compare`, with what the guest had written so far."""

@@ -479,6 +479,13 @@ class NodeDriver:
             self.prepared[name], ours[name] = ours[name], value
         self._exchanged = not self._exchanged
 
+    async def expect_writes(self, below: NodeDriver) -> None:
+        """A guest that writes to `below` is about to write to this overlay instead.
+
+        Called while it still writes there: what the first writes would have to wait for can be
+        made ready.
+        """
+
     async def become_read_only(self) -> bool:
         """Nobody writes to this node any more: an overlay has taken its place.
 

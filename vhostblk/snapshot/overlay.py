@@ -72,6 +72,7 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
                 "new-size": overlay.size,
             },
         )
+    await overlay.expect_writes(wanted.below)
     return overlay
 
 

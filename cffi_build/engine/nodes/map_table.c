@@ -320,6 +320,9 @@ int vb_map_give(struct vb_node *node, uint64_t host, uint64_t bytes)
     struct map_node *map = map_of(node);
     struct map_run *run, *none = NULL;
 
+    if (!atomic_load(&map->run)) {
+        use_spare(map, NULL); /* nobody has taken anything yet */
+    }
     if (atomic_load(&map->spare)) {
         return -EBUSY;
     }

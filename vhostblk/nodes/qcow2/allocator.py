@@ -36,7 +36,7 @@ RUN_LASTS = 0.1
 MIN_RUN = 1 << 20
 MAX_RUN = 64 << 20
 MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there
-MAX_RUN_OF_DISK = 32  # no more than the disk divided by this: a small one is not to get a long file
+MAX_RUN_OF_DISK = 8  # no more than the disk divided by this: a small one is not to get a long file
 
 
 class Owner(Protocol):
@@ -198,6 +198,10 @@ class Allocator:
             self._run = max(min(2 * self._run, most), MIN_RUN)
         elif lasted > 10 * RUN_LASTS:
             self._run = max(self._run // 2, MIN_RUN)
+
+    def keep_pace_of(self, other: Allocator) -> None:
+        """The guest that writes there will write here, not more slowly."""
+        self._run = other._run
 
     def run_is_low(self) -> None:
         """The engine asks for more."""

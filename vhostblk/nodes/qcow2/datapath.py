@@ -293,13 +293,9 @@ class DataPath:
             return None
         if any(entry & MAP_TYPE == MAP_PENDING for entry in entries):
             return None
-        start = cluster << geometry.cluster_bits
-        if live.engine_allocates and not entries[0] & OFFSET_MASK:
-            end = min(start + geometry.cluster_size, live.size)
-            whole = request.offset <= start and request.offset + request.length >= end
-            kind = entries[0] & MAP_TYPE
-            if kind == MAP_ZERO or (kind == MAP_BACKING and whole):
-                return True
+        nowhere = not entries[0] & OFFSET_MASK and entries[0] & MAP_TYPE in (MAP_ZERO, MAP_BACKING)
+        if nowhere and live.engine_allocates:
+            return True  # the engine copies what is around the guest's data, too
         slice = pinned[cluster // geometry.slice_entries]
         index = cluster % geometry.slice_entries
         word = slice.words[index * geometry.words]

@@ -14,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
 from vhostblk.engine import IO, OP_READ
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
-from vhostblk.nodes.driver import ChildRole, CreateHost, Perm, RoleKind
+from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
 from vhostblk.nodes.qcow2 import bitmaps, extents, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
@@ -59,6 +60,7 @@ from vhostblk.schema import Model, VhostblkError
 logger = logging.getLogger(__name__)
 
 # Decompressed clusters that are kept: sequential small reads ask for each many times.
+_FIRST_SLICES = 64  # loaded for an overlay's first writes, with those that the covered image has
 _DECOMPRESSED = 8
 
 
@@ -719,6 +721,23 @@ class Qcow2(HookedNode):
                 self.filename(),
                 error,
             )
+
+    async def expect_writes(self, below: NodeDriver) -> None:
+        if not self.engine_allocates:
+            return
+        wanted: Iterable[int] = range(_FIRST_SLICES)
+        if isinstance(below, Qcow2) and below.engine_allocates:
+            wanted = {*below.l2.indexes(), *wanted}
+            self.allocator.keep_pace_of(below.allocator)
+        last = (self.geometry.clusters(self._size) - 1) // self.geometry.slice_entries
+        for index in itertools.islice(wanted, self.l2.limit // 2):
+            if index <= last:
+                self.l2.unpin(await self.l2.pin(index))
+        try:
+            for _ in range(2):
+                await self.allocator.more_runs()
+        except OSError as error:
+            logger.debug("no clusters in advance: %s", error)  # the first write will get the error
 
     async def become_read_only(self) -> bool:
         if self._written_to or self.read_only or self.stopped:
