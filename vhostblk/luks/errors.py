@@ -8,6 +8,8 @@ from vhostblk.schema import VhostblkError
 
 def error(code: str, text: str, hint: str | None = None) -> VhostblkError:
     """An error with a code and what to do about it."""
+    # What a header says may be meant to confuse a terminal.
+    text = "".join(sign if sign.isprintable() else "?" for sign in text[:250])
     data = {"code": code}
     if hint is not None:
         data["hint"] = hint
@@ -35,9 +37,11 @@ def unsupported(text: str, hint: str | None = None) -> VhostblkError:
     return error("luks-unsupported", text, hint)
 
 
-def too_costly(text: str) -> VhostblkError:
+def too_costly(
+    text: str, hint: str = "if the header can be trusted, raise the limit"
+) -> VhostblkError:
     """The header asks for more work or memory than the operator allows."""
-    return error("luks-cost", text, "if the header can be trusted, raise the limit")
+    return error("luks-cost", text, hint)
 
 
 def no_slot(text: str, hint: str | None = None) -> VhostblkError:

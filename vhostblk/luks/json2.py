@@ -240,6 +240,8 @@ def _string(entry: Json, member: str, where: str) -> str:
     value = entry.get(member)
     if not isinstance(value, str):
         raise bad_header(f"{where}: {member} is not a string")
+    if not value.isprintable() or len(value) > 2000:
+        raise bad_header(f"{where}: {member} is not text")
     return value
 
 

@@ -26,8 +26,8 @@ from vhostblk.schema import VhostblkError
 from vhostblk.secret import SecretBytes
 from vhostblk.secret.memory import Buffer
 
-PATIENCE = 4
-"""How much the slots that a passphrase is tried on may cost together, in that of one."""
+PATIENCE = 200.0
+"""Seconds, roughly, that trying a passphrase on all slots may take."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Volume(abc.ABC):
         """
         words = _view(passphrase)
         skipped: VhostblkError | None = None
-        budget = PATIENCE * max(60.0, self.limits.iterations / 1_000_000)
+        candidates, cost = [], 0.0
         for entry in self._candidates(slot, digest):
             try:
                 entry.check(self.limits)
@@ -146,9 +146,14 @@ class Volume(abc.ABC):
             except VhostblkError as error:
                 skipped = skipped or error
                 continue
-            budget -= entry.kdf.cost()
-            if budget < 0:
-                raise too_costly("trying the passphrase on all of its key slots takes too long")
+            candidates.append((entry, known))
+            cost += entry.kdf.cost()
+        if cost > PATIENCE and len(candidates) > 1:
+            raise too_costly(
+                f"trying the passphrase on {len(candidates)} key slots would take minutes",
+                "name the slot",
+            )
+        for entry, known in candidates:
             key = await self._try(entry, known, words)
             if key is not None:
                 return entry.number, key
