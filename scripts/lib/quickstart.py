@@ -66,6 +66,13 @@ def find() -> str:
     return find_accelerator(GuestImages(GUEST))
 
 
+def forget(disk: Path) -> None:
+    """What belongs to a disk: the snapshots of it, and how they hang together."""
+    for kind in ("*.qcow2", "state*"):
+        for file in GUEST.glob(f"{disk.stem}.{kind}"):
+            file.unlink()
+
+
 def copy_of_disk(target: Path) -> Path:
     """The guest writes into a copy, which costs no space where the file system can share blocks."""
     part = target.with_suffix(".part")
@@ -81,6 +88,7 @@ def disk_to_keep(*, fresh: bool) -> Path:
     disk, master = GUEST / "quickstart.raw", GUEST / "disk.raw"
     if fresh or not disk.exists() or disk.stat().st_mtime < master.stat().st_mtime:
         say("copying the image")
+        forget(disk)
         copy_of_disk(disk)
     return disk
 
@@ -89,7 +97,8 @@ def disk_to_keep(*, fresh: bool) -> Path:
 def serve(disk: Path) -> Iterator[str]:
     """A backend for `disk`, as long as the context lasts; gives its name."""
     name = disk.stem
-    command = [str(VHOSTBLK), "serve", str(disk)]
+    # The state file knows of the snapshots that the next start has to serve.
+    command = [str(VHOSTBLK), "serve", str(disk), "--state", str(disk.with_suffix(".state"))]
     say(shlex.join(command))
     # A session of its own, so that Ctrl-C in the guest's terminal does not reach it.
     backend = subprocess.Popen(
@@ -162,8 +171,8 @@ def interactive(command: list[str]) -> int:
     return subprocess.call([*command, *terminal, "-mon", "chardev=tty,mode=readline"])
 
 
-def check(command: list[str], monitor: Path) -> int:
-    """Waits for the end of the first boot, powers the guest off; 0 if all that went well."""
+def check(command: list[str], monitor: Path, name: str) -> int:
+    """Waits for the end of the first boot, changes the tree, powers off; 0 if all that worked."""
     begin = time.monotonic()
     qemu = subprocess.Popen(
         [*command, "-serial", "stdio", "-qmp", f"unix:{monitor},server=on,wait=off"],
@@ -181,7 +190,9 @@ def check(command: list[str], monitor: Path) -> int:
                 print(f"[{time.monotonic() - begin:6.1f}] {line}", flush=True)
             if not done and MARKER in line:
                 done = True
-                say(f"cloud-init finished after {time.monotonic() - begin:.0f} s; powering off")
+                say(f"cloud-init finished after {time.monotonic() - begin:.0f} s")
+                tour(name)
+                say("powering off")
                 limit.cancel()
                 limit = threading.Timer(POWEROFF_SECONDS, qemu.kill)
                 limit.start()
@@ -203,6 +214,20 @@ def check(command: list[str], monitor: Path) -> int:
     return 0
 
 
+def tour(name: str) -> None:
+    """What can be done to a disk in use: a filter, a snapshot below it, no filter any more."""
+    for words in (
+        ["throttle", "set", "--name", name, name, "iops=1000", "burst=4x"],
+        ["qmp", "--name", name, "blockdev-snapshot-sync", f"device={name}"],
+        ["graph", name],
+        ["throttle", "show", "--name", name],
+        ["qmp", "--name", name, "block-filter-remove", f"node-name=throttle-{name}"],
+        ["graph", name],
+    ):
+        say(shlex.join(["vhostblk", *words]))
+        subprocess.run([str(VHOSTBLK), *words], stdin=subprocess.DEVNULL, check=True)
+
+
 def power_button(monitor: Path) -> None:
     """QEMU's power button, which makes the guest shut down in order."""
     with socket.socket(socket.AF_UNIX) as client:
@@ -219,6 +244,9 @@ def power_button(monitor: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    if "--tour" in arguments:
+        tour("quickstart")
+        return 0
     checking = "--check" in arguments
     if not checking and not (sys.stdin.isatty() and sys.stdout.isatty()):
         say("this is not a terminal: doing what --check does")
@@ -227,15 +255,16 @@ def main(arguments: list[str]) -> int:
     say(f"accelerator: {accel}" + (", slow: a first boot takes a minute" if "tcg" in accel else ""))
     if not checking:
         with serve(disk_to_keep(fresh="--fresh" in arguments)) as name:
-            say(f"in another terminal, try: {VHOSTBLK} status {name}")
+            say(f"in another terminal, try: {VHOSTBLK} status {name}; scripts/quickstart --tour")
             return interactive(qemu_command(accel, name))
     # A first boot needs a disk that has never booted.
     disk = copy_of_disk(GUEST / f"check-{os.getpid()}.raw")
     try:
         with serve(disk) as name, tempfile.TemporaryDirectory(prefix="vhostblk-") as directory:
-            return check(qemu_command(accel, name), Path(directory, "qemu.sock"))
+            return check(qemu_command(accel, name), Path(directory, "qemu.sock"), name)
     finally:
         disk.unlink()
+        forget(disk)
 
 
 if __name__ == "__main__":
