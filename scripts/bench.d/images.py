@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The qcow2 images that rows are measured on, made by qemu-img.
+"""The qcow2 and LUKS images that rows are measured on, made by qemu-img.
 
 An image that a run changes is made anew before each run; the others once.
 """
@@ -18,9 +18,11 @@ class Image(Enum):
     FILLED = "filled"  # every cluster allocated
     EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
     OVERLAY = "overlay"  # nothing of its own, on a filled backing file
+    LUKS = "luks"  # the data encrypted, with QEMU's defaults (LUKS1, AES-256 in XTS mode)
 
 
 EMPTY_SIZE = 4 << 30
+PASSPHRASE = "bench"
 
 
 class ImageError(Exception):
@@ -29,7 +31,8 @@ class ImageError(Exception):
 
 def path_of(image: Image, file: Path) -> Path:
     """Beside the raw file with the data."""
-    return file.with_name(f"{file.stem}-{image.value}.qcow2")
+    suffix = "img" if image is Image.LUKS else "qcow2"
+    return file.with_name(f"{file.stem}-{image.value}.{suffix}")
 
 
 def prepare(image: Image, file: Path) -> None:
@@ -45,6 +48,10 @@ def prepare(image: Image, file: Path) -> None:
         filled = path_of(Image.FILLED, file)
         prepare(Image.FILLED, file)
         _qemu_img("create", "-q", "-f", "qcow2", "-b", str(filled), "-F", "qcow2", str(path))
+    elif image is Image.LUKS and not path.exists():
+        secret = ("--object", f"secret,id=key,data={PASSPHRASE}")
+        options = ("-O", "luks", "-o", "key-secret=key,iter-time=10")
+        _qemu_img("convert", "-q", *secret, *options, str(file), str(path))
 
 
 def forget(file: Path) -> None:

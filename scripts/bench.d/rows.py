@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from images import EMPTY_SIZE, Image
+from images import EMPTY_SIZE, PASSPHRASE, Image
 
 GIB = 1 << 30
 FILE_SIZE = 256 << 20
@@ -98,6 +98,20 @@ def qcow2(file: str = "") -> tuple[str, ...]:
 QCOW2_DAEMONS = (
     Daemon("aio=io_uring", qcow2(",aio=io_uring")),
     Daemon("aio=threads", qcow2(",aio=threads")),
+)
+
+
+def luks(file: str = "") -> tuple[str, ...]:
+    """The same for LUKS."""
+    return (
+        f"driver=file,node-name=storage,filename={{image}}{file}",
+        "driver=luks,node-name=disk,file=storage,key-secret=key",
+    )
+
+
+LUKS_DAEMONS = (
+    Daemon("aio=io_uring", luks(",aio=io_uring")),
+    Daemon("aio=threads", luks(",aio=threads")),
 )
 THROTTLED = (
     NULL.replace("node-name=disk", "node-name=null"),
@@ -279,6 +293,26 @@ ROWS: tuple[Row, ...] = (
         target=10.0,
         job=Job("randwrite"),
         unit="ms",
+    ),
+    *(
+        Row(
+            name=f"luks-{what}{'-64k' if block > 4096 else ''}",
+            title="luks on a file in the page cache",
+            nodes=luks(),
+            compare=Compare.IOPS,
+            target=6.0 if block > 4096 else 4.0,
+            job=Job(
+                what,
+                depth=8 if block > 4096 else 32,
+                block=block,
+                span=16 if what == "randwrite" else 0,
+            ),
+            objects=(f"secret,id=key,data={PASSPHRASE}",),
+            daemons=LUKS_DAEMONS,
+            image=Image.LUKS,
+        )
+        for block in (4096, 65536)
+        for what in ("randread", "randwrite")
     ),
     # A limit that is looked at for each request and never reached.
     Row(

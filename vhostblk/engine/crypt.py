@@ -97,7 +97,7 @@ class CipherSpec:
             raise self.error(f"a key of {key_size * 8} bits does not fit; allowed: {allowed}")
         return sizes[key_size // twice]
 
-    def iv_key(self, key: bytes | bytearray) -> bytearray | None:
+    def iv_key(self, key: bytes | bytearray | memoryview) -> bytearray | None:
         """What IVs are encrypted with, if they are."""
         if self.iv == "essiv":
             return bytearray(hashlib.new(self.iv_hash, key).digest())
@@ -142,7 +142,7 @@ class Cipher:
 def new_cipher(
     engine: Engine,
     spec: CipherSpec,
-    key: bytes | bytearray,
+    key: bytes | bytearray | memoryview,
     *,
     sector_size: int = SECTOR,
     iv_offset: int = 0,

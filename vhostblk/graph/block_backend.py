@@ -8,11 +8,11 @@ them, and touches none of the filters.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from vhostblk.engine import NodeHandle
-from vhostblk.nodes.driver import Child, NodeDriver, NodeHost, Perm
+from vhostblk.nodes.driver import Child, NodeDriver, NodeHost, Perm, RoleKind
 
 
 class Device(Protocol):
@@ -77,7 +77,7 @@ class BlockBackend:
         return self._split()[1]
 
     def _split(self) -> tuple[list[NodeDriver], list[NodeDriver]]:
-        return split(self.root, lambda node: [child.node for child in node.children.values()])
+        return split(self.root, lambda node: node.children)
 
     def relink(self) -> None:
         """Tell the device where its tree begins. Called by the graph."""
@@ -103,9 +103,12 @@ class BlockBackend:
 
 
 def split(
-    root: NodeDriver, children_of: Callable[[NodeDriver], Iterable[NodeDriver]]
+    root: NodeDriver, children_of: Callable[[NodeDriver], Mapping[str, Child | NodeDriver]]
 ) -> tuple[list[NodeDriver], list[NodeDriver]]:
-    """The filters at the top of a tree, and the nodes right below them; each once, in order."""
+    """The filters at the top of a tree, and the nodes right below them; each once, in order.
+
+    What only describes the data, such as the detached header of a LUKS volume, is not below.
+    """
     filters: dict[NodeDriver, None] = {}
     below: dict[NodeDriver, None] = {}
     level = [root]
@@ -116,6 +119,8 @@ def split(
                 below[node] = None
             elif node not in filters:
                 filters[node] = None
-                following += children_of(node)
+                for role, child in children_of(node).items():
+                    if node.child_roles[role.split(".")[0]].kind is not RoleKind.METADATA:
+                        following.append(child.node if isinstance(child, Child) else child)
         level = following
     return list(filters), list(below)

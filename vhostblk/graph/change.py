@@ -134,7 +134,7 @@ class Change:
     def top_nodes_below_filters(self, backend: BlockBackend) -> list[NodeDriver]:
         """What `BlockBackend.top_nodes_below_filters` will be."""
         root = self.children_of(backend)["root"]
-        return split(root, lambda node: self.children_of(node).values())[1]
+        return split(root, self.children_of)[1]
 
     def _live(self, parent: Parent) -> Mapping[str, Child]:
         if isinstance(parent, BlockBackend):

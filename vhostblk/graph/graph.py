@@ -73,7 +73,7 @@ class Graph:
         self.engine = engine
         self._events = events
         self._drivers = drivers
-        self._objects = objects
+        self.objects = objects
         self._nodes: dict[str, NodeDriver] = {}
         self._names = itertools.count()
         self._owned: set[NodeDriver] = set()  # by the operator; the rest by their parents
@@ -175,12 +175,9 @@ class Graph:
                         waiting.append(parent)
             for parent in self._nodes.values():
                 if parent in filters:
-                    found.update(dict.fromkeys(split(parent, self._below)[1]))
+                    found.update(dict.fromkeys(split(parent, self.children_of)[1]))
         found.pop(node, None)
         return list(found)
-
-    def _below(self, node: NodeDriver) -> list[NodeDriver]:
-        return [child.node for child in self.children_of(node).values()]
 
     def given_options(self, node: NodeDriver) -> dict[str, Any]:
         """The options a node was last given, without what it took from its parent.
@@ -229,11 +226,11 @@ class Graph:
 
     def use_object(self, node: NodeDriver, id: str, kind: type[ObjectT]) -> ObjectT:
         """An object, which cannot be deleted until it is released, or the node closed."""
-        return self._objects.use(id, kind, _user(node))
+        return self.objects.use(id, kind, _user(node))
 
     def release_object(self, node: NodeDriver, object: BackendObject) -> None:
         """The node does not need the object any more."""
-        self._objects.release(_user(node), object)
+        self.objects.release(_user(node), object)
 
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether the node has been told to hold no requests back."""
@@ -565,7 +562,7 @@ class Graph:
             for child in children.values():
                 child.detach()
             del self._children[node]
-            self._objects.release(_user(node))
+            self.objects.release(_user(node))
 
     async def _settle(self, nodes: Iterable[NodeDriver]) -> None:
         """Wait for Python's own requests on these nodes (guests' are paused or gone)."""

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.graph import BlockBackend
 from vhostblk.jobs.job import Job
-from vhostblk.nodes.driver import Child, NodeDriver, Perm
+from vhostblk.nodes.driver import Child, NodeDriver, ObjectT, Perm
 from vhostblk.schema import Model, VhostblkError, validate
 from vhostblk.schema.validation import wrong_type_error
 
@@ -62,6 +62,16 @@ class Creator:
                 graph.detach(backend)
                 if made:
                     await graph.unmake(node)
+
+    @contextlib.contextmanager
+    def using(self, id: str, kind: type[ObjectT]) -> Iterator[ObjectT]:
+        """See CreateHost."""
+        user = f"job '{self._name}'"
+        found = self._graph.objects.use(id, kind, user)
+        try:
+            yield found
+        finally:
+            self._graph.objects.release(user, found)
 
     def _lock(self) -> contextlib.AbstractAsyncContextManager[Any]:
         return contextlib.nullcontext() if self._locked else self._graph.lock

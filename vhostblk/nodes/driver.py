@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntFlag
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -106,6 +106,7 @@ class RoleKind(Enum):
     FILTERED = "filtered"  # the parent's data is the child's
     STORAGE = "storage"  # a format's file
     BACKING = "backing"  # what an overlay does not have
+    METADATA = "metadata"  # what is to be known of the data, which are elsewhere
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,9 @@ class CreateHost(Protocol):
 
     def image(self, reference: str | dict[str, Any]) -> AbstractAsyncContextManager[Child]:
         """A node to write the image to, by name or from options, as long as that takes."""
+
+    def using(self, id: str, kind: type[ObjectT]) -> AbstractContextManager[ObjectT]:
+        """An object, which cannot be deleted meanwhile."""
 
 
 class Child:
