@@ -24,6 +24,7 @@ from vhostblk.graph import Graph
 from vhostblk.graph.describe import describe_drive, describe_graph
 from vhostblk.image import Extent, merged
 from vhostblk.jobs import JobStore
+from vhostblk.jobs import quorum as quorum_jobs
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import ObjectStore, object_types
@@ -76,6 +77,7 @@ class Backend:
         self.engine = Engine()
         self.objects = ObjectStore(self.engine)
         self.graph = Graph(self.engine, self.events, self._registry, self.objects)
+        quorum_jobs.attend(self)
         self._started = time.time()
 
     async def close(self) -> None:

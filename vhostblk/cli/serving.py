@@ -165,6 +165,7 @@ class _Life:
         backend = Backend(plugins=plan.plugins)
         try:
             await backend.start()
+            backend.graph.state_path = None if self._state is None else self._state.path
             for step in await self._restore(backend):
                 if self._stop.is_set():
                     return 0

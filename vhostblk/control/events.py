@@ -68,6 +68,16 @@ class QuorumFailure(Model):
     sectors_count: int
 
 
+class QuorumLeg(Model):
+    """A leg of a quorum is in another state now."""
+
+    node_name: str
+    """The quorum."""
+    leg: str
+    state: Literal["in-sync", "stale", "failed", "rebuilding"]
+    reason: str | None = None
+
+
 class BlockImageCorrupted(Model):
     """An image is broken; with `fatal` nothing is written to it any more."""
 
@@ -125,6 +135,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_EXPORT_CONNECTED": ExportConnected,
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
     "VHOSTBLK_FILTER_ERROR": FilterError,
+    "VHOSTBLK_QUORUM_LEG": QuorumLeg,
 }
 
 

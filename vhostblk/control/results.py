@@ -6,7 +6,7 @@ Members without a note are QEMU's, with QEMU's meaning.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -397,6 +397,31 @@ class BlockJobInfo(Model):
     error: str | None = None
 
 
+class QuorumLegInfo(Model):
+    """A leg of a quorum."""
+
+    child: str
+    node_name: str
+    state: Literal["in-sync", "stale", "failed", "rebuilding"]
+    missed_bytes: int
+    """How much it lacks at most."""
+    reason: str | None = None
+
+
+class QuorumInfo(Model):
+    """A quorum, in `query-quorum`."""
+
+    node_name: str
+    vote_threshold: int
+    legs: list[QuorumLegInfo]
+
+
+class StartedJob(Model):
+    """A job that a command has begun."""
+
+    job_id: str
+
+
 # Commands that are not here give an empty object.
 RESULTS: dict[str, Any] = {
     "query-version": VersionInfo,
@@ -419,6 +444,10 @@ RESULTS: dict[str, Any] = {
     "query-block-jobs": list[BlockJobInfo],
     "blockdev-snapshot-sync": SnapshotInfo,
     "blockdev-snapshot": SnapshotInfo,
+    "query-quorum": list[QuorumInfo],
+    "quorum-rebuild": StartedJob,
+    "quorum-scrub": StartedJob,
+    "x-blockdev-change": ChangeInfo,
     "qom-list": list[ObjectPropertyInfo],
     "qom-get": Any,
 }

@@ -838,6 +838,10 @@ class Engine:
         io = self._ios[cookie] = IO(self.loop, node, None, None)
         return cookie, io
 
+    def forget_done(self, cookie: int) -> None:
+        """What expect_done() waits for has happened, or will not: without the engine's saying."""
+        self._ios.pop(cookie).complete(0)
+
     def flush(self) -> None:
         """Send the commands gathered so far."""
         count, self._command_count = self._command_count, 0

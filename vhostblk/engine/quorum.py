@@ -1,14 +1,96 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine's `quorum` node (cffi_build/engine/nodes/quorum.c)."""
+"""The engine's `quorum` node (cffi_build/engine/nodes/quorum.c) and its legs."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vhostblk._engine import ffi, lib
-from vhostblk.engine import Engine, NodeHandle, NodeSink
+from vhostblk.engine import Engine, NodeHandle, NodeSink, UpcallSink
 
 QUORUM_ALL: int = lib.VB_QUORUM_ALL
+QUORUM_METADATA: int = lib.VB_QUORUM_METADATA
+QUORUM_RETIRED: int = lib.VB_QUORUM_RETIRED
+
+LEG_IN_SYNC: int = lib.VB_LEG_IN_SYNC
+LEG_STALE: int = lib.VB_LEG_STALE
+LEG_FAILED: int = lib.VB_LEG_FAILED
+LEG_REBUILDING: int = lib.VB_LEG_REBUILDING
+LEG_STATE: int = lib.VB_LEG_STATE
+LEG_WHOLE: int = lib.VB_LEG_WHOLE
+
+LATE_SIZE: int = lib.VB_QUORUM_LATE_SIZE
+LATE_ENTRY = 32
+
+
+class LegHandle:
+    """A leg's state and dirty map, in memory that the caller keeps."""
+
+    def __init__(self, state: int, dirty: int, region_bits: int) -> None:
+        self.pointer = lib.vb_quorum_leg_new(state, dirty, region_bits)
+        if self.pointer == ffi.NULL:
+            raise MemoryError("no memory for a leg")
+
+    def move(self, state: int, dirty: int) -> None:
+        """They are at other addresses now. Nothing is in flight."""
+        lib.vb_quorum_leg_move(self.pointer, state, dirty)
+
+    def free(self) -> None:
+        """Its quorum does not know it any more."""
+        lib.vb_quorum_leg_free(self.pointer)
+        self.pointer = ffi.NULL
+
+    @property
+    def word(self) -> int:
+        """The state with its flags."""
+        return int(lib.vb_quorum_leg_state(self.pointer))
+
+    def change(self, old: int, new: int) -> bool:
+        """Another state; False if it is not (any more) as expected."""
+        return bool(lib.vb_quorum_leg_change(self.pointer, old, new))
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is on disk that the leg is out."""
+        return bool(lib.vb_quorum_leg_is_recorded(self.pointer))
+
+    @recorded.setter
+    def recorded(self, recorded: bool) -> None:
+        lib.vb_quorum_leg_set_recorded(self.pointer, recorded)
+
+    def mark(self, region: int, count: int, dirty: bool) -> None:
+        """Regions are dirty, or are not any more."""
+        lib.vb_quorum_leg_mark(self.pointer, region, count, dirty)
+
+    def next_dirty(self, region: int, end: int) -> int:
+        """The first dirty region from `region` on; `end` if there is none before."""
+        return int(lib.vb_quorum_leg_next(self.pointer, region, end))
+
+    def count_dirty(self, end: int) -> int:
+        """How many regions are dirty."""
+        return int(lib.vb_quorum_leg_count(self.pointer, end))
+
+    @property
+    def strays(self) -> int:
+        """Requests that were given up and are still on their way."""
+        return int(lib.vb_quorum_leg_strays(self.pointer))
+
+
+@dataclass(frozen=True)
+class QuorumSettings:
+    """What the engine's half goes by."""
+
+    threshold: int
+    write_threshold: int
+    timeout_ns: int
+    fifo: bool
+    metadata_fd: int
+    lates: int
+    """Address of LATE_SIZE bytes."""
 
 
 class QuorumHandle(NodeHandle):
@@ -18,10 +100,39 @@ class QuorumHandle(NodeHandle):
         super().__init__(engine, pointer)
         self._cookie = cookie
 
-    def set(self, *, legs: int, threshold: int, fifo: bool, rewrite_corrupted: bool) -> None:
+    def set(self, settings: QuorumSettings, legs: Sequence[LegHandle]) -> None:
         """Other options; only while every export that reaches this node is paused."""
-        given = (self._cookie, legs, threshold, fifo, rewrite_corrupted)
-        lib.vb_node_quorum_set(self.pointer, ffi.new("struct vb_quorum_options *", given))
+        lib.vb_node_quorum_set(self.pointer, *_options(self._cookie, settings, legs))
+
+    def hold_early(self, hold: bool) -> None:
+        """While it is held, no write is acknowledged before all legs have it."""
+        lib.vb_quorum_hold_early(self.pointer, hold)
+
+    @property
+    def late(self) -> int:
+        """Writes that have been acknowledged and have not reached all legs."""
+        return int(lib.vb_quorum_late(self.pointer))
+
+    async def lock(self, offset: int, length: int, patience: float) -> int:
+        """Let no change of a range begin, and wait for those in flight; for unlock().
+
+        TimeoutError, and nothing is locked, if they take longer than `patience` (seconds).
+        """
+        cookie, io = self._engine.expect_done(self.address)
+        lock = int(lib.vb_quorum_lock(self.pointer, offset, length, cookie))
+        if lock < 0:
+            self._engine.forget_done(cookie)
+            raise OSError(-lock, os.strerror(-lock))
+        try:
+            await finish(io, patience)
+        except BaseException:
+            self.unlock(lock)
+            raise
+        return lock
+
+    def unlock(self, lock: int) -> None:
+        """Let changes go on."""
+        lib.vb_quorum_unlock(self.pointer, lock)
 
     def free(self) -> None:
         """Nothing reaches it any more."""
@@ -29,19 +140,48 @@ class QuorumHandle(NodeHandle):
         super().free()
 
 
+async def finish(io: Awaitable[Any], patience: float | None) -> None:
+    """Wait for a request, but not for ever: TimeoutError, and it goes on without us."""
+    waiting = asyncio.ensure_future(_wait_for(io))
+    done, _ = await asyncio.wait({waiting}, timeout=patience)
+    if not done:
+        waiting.add_done_callback(asyncio.Task.exception)  # nobody is there to be told
+        raise TimeoutError
+    waiting.result()
+
+
+async def _wait_for(io: Awaitable[Any]) -> None:
+    await io
+
+
 def new_quorum(
     engine: Engine,
-    sink: NodeSink,
+    settings: QuorumSettings,
+    legs: Sequence[LegHandle],
     *,
-    legs: int,
-    threshold: int,
-    fifo: bool,
-    rewrite_corrupted: bool,
+    told: NodeSink,
+    upcalls: UpcallSink,
 ) -> QuorumHandle:
-    """A `quorum` node; what its legs do wrong goes to `sink`."""
+    """A `quorum` node; see quorum.api.h for what it tells and hands up."""
     cookie = engine.new_cookie()
-    given = (cookie, legs, threshold, fifo, rewrite_corrupted)
-    options = ffi.new("struct vb_quorum_options *", given)
-    pointer = engine.made(lib.vb_node_quorum_new(engine.pointer, options, engine.error))
-    engine.listen(cookie, told=sink)
+    options, pointers = _options(cookie, settings, legs)
+    pointer = engine.made(lib.vb_node_quorum_new(engine.pointer, options, pointers, engine.error))
+    engine.listen(cookie, told=told, upcalls=upcalls)
     return QuorumHandle(engine, pointer, cookie)
+
+
+def _options(cookie: int, settings: QuorumSettings, legs: Sequence[LegHandle]) -> tuple[Any, Any]:
+    options = ffi.new(
+        "struct vb_quorum_options *",
+        {
+            "cookie": cookie,
+            "legs": len(legs),
+            "threshold": settings.threshold,
+            "write_threshold": settings.write_threshold,
+            "metadata_fd": settings.metadata_fd,
+            "timeout_ns": settings.timeout_ns,
+            "lates": settings.lates,
+            "fifo": settings.fifo,
+        },
+    )
+    return options, ffi.new("vb_quorum_leg *[]", [leg.pointer for leg in legs])

@@ -90,6 +90,8 @@ class Graph:
         self._chain: list[str] = []  # images whose backing files are being opened
         self.lock = asyncio.Lock()
         """Held by whoever changes the graph: one change at a time."""
+        self.state_path: str | None = None
+        """The state file, beside which nodes may have files of their own."""
         self.on_switched: Callable[[], Awaitable[None]] | None = None
         """Called when a change is in force and guests are still paused; may refuse by raising."""
 
@@ -231,6 +233,10 @@ class Graph:
     def release_object(self, node: NodeDriver, object: BackendObject) -> None:
         """The node does not need the object any more."""
         self.objects.release(_user(node), object)
+
+    def side_file(self, node: NodeDriver, what: str) -> str | None:
+        """A file for what a node must know after a restart (nodes.driver.NodeHost)."""
+        return None if self.state_path is None else f"{self.state_path}.{what}-{node.name}"
 
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether the node has been told to hold no requests back."""

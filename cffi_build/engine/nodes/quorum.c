@@ -2,14 +2,31 @@
 /*
  * nodes/quorum.c: several legs with the same data. Whatever changes data goes to all
  * legs in parallel; a read is voted on, or (fifo) answered by the first leg that can.
- * Its Python half is vhostblk/nodes/quorum.py; the rules are QEMU's (block/quorum.c), except
- * that discards reach the legs and flushes do so in parallel.
+ * Its Python half is vhostblk/nodes/quorum/.
  *
- * The versions of a read are compared in memory of our own: the guest may write to its
- * buffers while the vote is taken, and must not make a leg look bad.
+ * Who takes part. Each leg has a state (quorum_leg.c). Those in sync vote and are counted; one
+ * that is being rebuilt gets all changes as well; the others get nothing, and what they miss is
+ * marked in their dirty map before the guest is told that the change is complete.
+ *
+ * A leg fails a change that enough others have done: it has missed something.
+ *   1. Its dirty map and then its state say so, both in memory that outlives the process.
+ *   2. The request goes up to Python, which brings both to the disk, and so does every other request
+ *      that misses this leg meanwhile.
+ *   3. Python says that it is recorded, and completes them.
+ * Afterwards only the dirty map grows. It has to be on disk when the guest's next flush is complete,
+ * which therefore writes it, too: what was not flushed may be lost in a power cut, on any leg.
+ *
+ * Reads. Guests may write to their buffers at any time, so versions are compared in memory of
+ * our own. But the first version goes straight to the guest: nearly always the others are found to be
+ * equal to it, and it is in its place. If they are not, perhaps because the guest has written there,
+ * all legs are asked again, and nothing but the winner reaches the guest. With a timeout that
+ * is not done: a leg that was given up could write to the guest's memory much later.
+ *
+ * Writes. The data are copied once, and the legs get the copy: legs that write what the guest
+ * is changing at the same time would differ ever after. Late legs live from that copy, too.
  */
-#include "../engine.h"
-#include "quorum.api.h"
+#include "quorum.h"
+#include "../upcall.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -17,26 +34,7 @@
 
 /* Reports that Python has not taken yet, of all nodes; more than these are not made. */
 #define REPORTS_MAX 256
-#define PAGE 4096u /* versions start at one, for O_DIRECT */
-
-struct quorum_node {
-    struct vb_node node;
-    struct vb_quorum_options options;
-};
-
-/* What the node does for one request, in that request's scratch. */
-struct vote {
-    struct vb_request *request;
-    struct quorum_node *quorum;
-    uint32_t pending;
-    uint32_t leg;              /* fifo: the leg being asked */
-    unsigned char *memory;     /* owned; what follows lies in it */
-    size_t memory_size;
-    struct vb_request **parts; /* one for each leg; owned */
-    struct iovec *versions;    /* reads: what each leg gave */
-};
-
-_Static_assert(sizeof(struct vote) <= VB_SCRATCH_SIZE, "scratch too small");
+#define PAGE 4096u /* data start at one, for O_DIRECT */
 
 static _Atomic uint32_t reports;
 
@@ -44,9 +42,10 @@ static _Atomic uint32_t reports;
 struct report {
     struct vb_message message;
     uint64_t cookie;
-    uint32_t leg;
+    uint32_t what;
     int ret;
     uint8_t op;
+    bool counted;
     uint64_t offset, bytes;
 };
 
@@ -61,198 +60,430 @@ static void fill_report(struct vb_message *message, void *context)
         .kind = VB_EVENT_NODE,
         .ret = report->ret,
         .cookie = report->cookie,
-        .request = report->leg,
+        .request = report->what,
         .offset = report->offset,
         .bytes = report->bytes,
         .op = report->op,
     };
-    atomic_fetch_sub_explicit(&reports, 1, memory_order_relaxed);
+    if (report->counted) {
+        atomic_fetch_sub_explicit(&reports, 1, memory_order_relaxed);
+    }
     free(report);
 }
 
-/* A leg was bad, or (VB_QUORUM_ALL) the whole. Only errors come here: it may cost something. */
-static void tell(const struct vote *vote, uint32_t leg, int ret)
+static void post_report(const struct op *op, uint32_t what, int ret, bool counted)
 {
-    struct quorum_node *quorum = vote->quorum;
-    struct report *report;
+    struct report *report = malloc(sizeof(*report));
 
-    if (atomic_fetch_add_explicit(&reports, 1, memory_order_relaxed) >= REPORTS_MAX ||
-        !(report = malloc(sizeof(*report)))) {
-        atomic_fetch_sub_explicit(&reports, 1, memory_order_relaxed);
-        return;
+    if (!report) {
+        return; /* the states say all that matters */
     }
     *report = (struct report){
         .message.run = fill_report,
-        .cookie = quorum->options.cookie,
-        .leg = leg,
+        .cookie = op->quorum->options.cookie,
+        .what = what,
         .ret = ret,
-        .op = vote->request->op,
-        .offset = vote->request->offset,
-        .bytes = vote->request->bytes,
+        .op = op->op,
+        .counted = counted,
+        .offset = op->offset,
+        .bytes = op->bytes,
     };
-    vb_engine_post(quorum->node.engine, &report->message);
+    vb_engine_post(op->quorum->node.engine, &report->message);
 }
 
-/* ---- parts: the request as each leg sees it ---------------------------------------------- */
-
-static void part_done(struct vb_request *part);
-
-static uint32_t legs_of(const struct vote *vote)
+/* A leg was bad, or (VB_QUORUM_ALL) the whole. Only errors come here: it may cost something. */
+static void tell(const struct op *op, uint32_t leg, int ret)
 {
-    return vote->quorum->options.legs;
-}
-
-static struct vb_request *new_part(struct vote *vote)
-{
-    struct vb_request *request = vote->request;
-    struct vb_request *part = vb_request_new(request->thread);
-
-    part->op = request->op;
-    part->flags = request->flags;
-    part->offset = request->offset;
-    part->bytes = request->bytes;
-    part->iov = request->iov;
-    part->niov = request->niov;
-    part->done = part_done;
-    part->owner = vote;
-    return part;
-}
-
-/* Memory for `stride` bytes per leg, then the iovecs of those, then the parts. */
-static bool get_memory(struct vote *vote, size_t stride)
-{
-    size_t data = stride * legs_of(vote);
-    size_t versions = stride ? legs_of(vote) * sizeof(*vote->versions) : 0;
-
-    vote->memory_size = data + versions + legs_of(vote) * sizeof(*vote->parts);
-    vote->memory = vb_buffer_get(vote->request->thread, vote->memory_size);
-    if (!vote->memory) {
-        return false;
+    if (atomic_fetch_add_explicit(&reports, 1, memory_order_relaxed) >= REPORTS_MAX) {
+        atomic_fetch_sub_explicit(&reports, 1, memory_order_relaxed);
+        return;
     }
-    vote->versions = (struct iovec *)(vote->memory + data);
-    vote->parts = (struct vb_request **)(vote->memory + data + versions);
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        vote->parts[leg] = new_part(vote);
-    }
-    return true;
+    post_report(op, leg, ret, true);
 }
 
-/* When the last has completed the vote is over and `vote` may be gone. */
-static void submit_parts(struct vote *vote)
+/* A leg is out. One message for each time: these are never left out. */
+static void retire(const struct op *op, uint32_t leg, int ret)
 {
-    struct vb_node **legs = vote->quorum->node.children;
-    uint32_t count = legs_of(vote);
-
-    vote->pending = count;
-    for (uint32_t leg = 0; leg < count; leg++) {
-        vb_submit(legs[leg], vote->parts[leg]);
+    if (leg_retire(op->quorum->legs[leg], op->op == VB_OP_FLUSH)) {
+        post_report(op, VB_QUORUM_RETIRED | leg, ret, false);
     }
 }
 
-static void end_vote(struct vote *vote, int ret)
-{
-    struct vb_request *request = vote->request;
+/* ---- requests and their parts --------------------------------------------------------------- */
 
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        vb_request_free(vote->parts[leg]);
-    }
-    vb_buffer_put(request->thread, vote->memory, vote->memory_size);
-    vb_complete(request, ret);
+static uint32_t bit(uint32_t leg)
+{
+    return 1u << leg;
 }
 
-/* The errno that most legs gave. */
-static int common_error(const struct vote *vote)
+static uint32_t count(uint32_t legs)
+{
+    return (uint32_t)__builtin_popcount(legs);
+}
+
+static bool is_change(const struct op *op)
+{
+    return op->op != VB_OP_READ;
+}
+
+static size_t in_pages(size_t size)
+{
+    return (size + PAGE - 1) & ~(size_t)(PAGE - 1);
+}
+
+/* Memory for the request, and behind it `data` bytes that start at a page. */
+static struct op *new_op(struct quorum_node *quorum, struct vb_request *request, size_t data,
+                         unsigned char **memory)
+{
+    size_t head = sizeof(struct op) + quorum->options.legs * sizeof(struct part);
+    size_t size = data ? in_pages(head) + data : head;
+    struct op *op = vb_buffer_get(request->thread, size);
+
+    if (!op) {
+        return NULL;
+    }
+    memset(op, 0, head);
+    op->request = request;
+    op->quorum = quorum;
+    op->here = quorum_thread(quorum, request->thread);
+    op->thread = request->thread;
+    op->offset = request->offset;
+    op->bytes = request->bytes;
+    op->size = size;
+    op->op = request->op;
+    op->late = -1;
+    *memory = (unsigned char *)op + in_pages(head);
+    return op;
+}
+
+/* The answer has been given, or will be by somebody else; goes with its last part. */
+static void let_go(struct op *op)
+{
+    quorum_unwatch(op);
+    quorum_end(op);
+    if (op->under_way == 0) {
+        vb_buffer_put(op->thread, op, op->size);
+    }
+}
+
+static void part_done(struct vb_request *request);
+static void change_answered(struct op *op);
+
+/* Which legs are asked is in op->asked. The last to answer may end the request: op may be gone. */
+static void submit_parts(struct op *op)
+{
+    struct vb_node **children = op->quorum->node.children;
+    uint32_t legs = op->asked;
+
+    op->waiting = legs;
+    op->under_way += count(legs) + 1; /* and one for us */
+    op->starting = true;
+    if (op->quorum->options.timeout_ns) {
+        quorum_watch(op);
+    }
+    for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
+        struct part *part = &op->parts[leg];
+
+        if (!(legs & 1)) {
+            continue;
+        }
+        part->op = op;
+        part->leg = leg;
+        part->ret = 0;
+        vb_submit(children[leg], part->request);
+    }
+    op->starting = false;
+    if (op->waiting && op->request && is_change(op)) {
+        change_answered(op); /* perhaps enough legs have it already */
+    }
+    if (--op->under_way == 0 && !op->request) {
+        vb_buffer_put(op->thread, op, op->size);
+    }
+}
+
+static void new_part(struct op *op, uint32_t leg, struct iovec *iov, uint32_t niov)
+{
+    struct vb_request *request = vb_request_new(op->thread);
+
+    request->op = op->op;
+    request->flags = op->request->flags;
+    request->offset = op->offset;
+    request->bytes = op->bytes;
+    request->iov = iov;
+    request->niov = niov;
+    request->done = part_done;
+    request->owner = &op->parts[leg];
+    op->parts[leg].request = request;
+}
+
+/* The errno that most of the legs gave that failed. */
+static int common_error(const struct op *op)
 {
     uint32_t most = 0;
     int error = -EIO;
 
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        int ret = vote->parts[leg]->ret;
-        uint32_t count = 0;
+    for (uint32_t leg = 0; leg < op->quorum->options.legs; leg++) {
+        int ret = op->parts[leg].ret;
+        uint32_t same = 0;
 
-        for (uint32_t other = 0; other < legs_of(vote); other++) {
-            count += vote->parts[other]->ret == ret;
+        for (uint32_t other = 0; other < op->quorum->options.legs; other++) {
+            same += (op->failed & bit(other)) && op->parts[other].ret == ret;
         }
-        if (ret < 0 && count > most) {
-            most = count;
+        if ((op->failed & bit(leg)) && same > most) {
+            most = same;
             error = ret;
         }
     }
     return error;
 }
 
-/* Reports the legs that failed; how many did not. */
-static uint32_t count_successes(const struct vote *vote)
+static void report_failures(const struct op *op)
 {
-    uint32_t successes = 0;
-
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        if (vote->parts[leg]->ret < 0) {
-            tell(vote, leg, vote->parts[leg]->ret);
-        } else {
-            successes++;
+    for (uint32_t leg = 0; op->failed >> leg; leg++) {
+        if (op->failed & bit(leg)) {
+            tell(op, leg, op->parts[leg].ret);
         }
     }
-    return successes;
 }
 
-static void fail(struct vote *vote, int ret)
+static void complete(struct op *op, int ret)
 {
-    tell(vote, VB_QUORUM_ALL, ret);
-    end_vote(vote, ret);
+    struct vb_request *request = op->request;
+
+    op->request = NULL;
+    let_go(op);
+    vb_complete(request, ret);
+}
+
+static void go_up(struct op *op)
+{
+    struct vb_request *request = op->request;
+    struct quorum_node *quorum = op->quorum;
+
+    op->request = NULL;
+    let_go(op);
+    vb_upcall_post(&quorum->node, quorum->options.cookie, request);
+}
+
+static void fail(struct op *op, int ret)
+{
+    tell(op, VB_QUORUM_ALL, ret);
+    complete(op, ret);
+}
+
+/* ---- changes ---------------------------------------------------------------------------------- */
+
+/* These legs do not have the change. */
+static void mark_missed(struct op *op, uint32_t legs)
+{
+    struct quorum_node *quorum = op->quorum;
+    bool any = false;
+
+    for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
+        if ((legs & 1) && op->op != VB_OP_FLUSH) {
+            any |= leg_missed(quorum->legs[leg], op->offset, op->bytes);
+        }
+    }
+    if (any) {
+        /* After the bits: the flush that finds this set writes them. */
+        atomic_store(&quorum->unsynced, true);
+    }
+}
+
+static void retire_failed(struct op *op, uint32_t legs)
+{
+    mark_missed(op, legs);
+    for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
+        if (legs & 1) {
+            retire(op, leg, op->parts[leg].ret);
+        }
+    }
+}
+
+/* Whether everybody will know, whatever happens, that those legs do not have everything. */
+static bool all_recorded(const struct op *op, uint32_t legs)
+{
+    for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
+        if ((legs & 1) && !atomic_load(&op->quorum->legs[leg]->recorded)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void end_change(struct op *op)
+{
+    uint32_t done = op->voters & ~op->failed, others = op->failed & ~op->voters;
+
+    report_failures(op);
+    if (count(done) < op->quorum->options.threshold) {
+        /* The guest knows that it has failed; who has it and who has not means nothing now. */
+        retire_failed(op, others);
+        fail(op, op->failed & op->voters ? common_error(op) : -EIO);
+        return;
+    }
+    retire_failed(op, op->failed);
+    if (all_recorded(op, op->failed | op->missed)) {
+        complete(op, 0);
+    } else {
+        go_up(op);
+    }
+}
+
+/* The guest has been told long ago. */
+static void end_late(struct op *op)
+{
+    uint32_t failed = op->failed;
+
+    report_failures(op);
+    retire_failed(op, failed);
+    quorum_late_arrived(op, ~0u);
+    let_go(op);
+}
+
+/* Enough legs have the write; those that do not have it yet get it from our copy. */
+static bool is_early(const struct op *op)
+{
+    const struct vb_quorum_options *options = &op->quorum->options;
+
+    return options->write_threshold && !op->starting && op->op != VB_OP_FLUSH &&
+           !(op->request->flags & VB_REQ_FUA) && op->failed == 0 &&
+           count(op->voters & ~op->waiting) >= options->write_threshold &&
+           all_recorded(op, op->missed);
+}
+
+static void change_answered(struct op *op)
+{
+    if (op->waiting || op->syncing) {
+        if (op->request && is_early(op) && quorum_late_begin(op)) {
+            struct vb_request *request = op->request;
+
+            op->request = NULL;
+            vb_complete(request, 0);
+        }
+        return;
+    }
+    if (op->request) {
+        end_change(op);
+    } else {
+        end_late(op);
+    }
+}
+
+/* ---- flushes that write the dirty maps, too -------------------------------------------------------- */
+
+static void synced(struct vb_aio *aio)
+{
+    struct op *op = vb_container_of(aio, struct op, sync);
+
+    if (aio->result == -EINTR || aio->result == -EAGAIN) {
+        vb_aio_submit(op->thread, aio);
+        return;
+    }
+    if (aio->result < 0) {
+        atomic_store(&op->quorum->unsynced, true); /* the next flush tries again */
+        tell(op, VB_QUORUM_METADATA, aio->result);
+    }
+    op->syncing = false;
+    change_answered(op);
+}
+
+static void start_sync(struct op *op)
+{
+    struct quorum_node *quorum = op->quorum;
+
+    if (quorum->options.metadata_fd < 0 || !atomic_load(&quorum->unsynced) ||
+        !atomic_exchange(&quorum->unsynced, false)) {
+        return;
+    }
+    op->syncing = true;
+    op->sync = (struct vb_aio){
+        .opcode = VB_AIO_FDATASYNC,
+        .fd = quorum->options.metadata_fd,
+        .done = synced,
+    };
+    vb_aio_submit(op->thread, &op->sync);
+}
+
+/* ---- who is asked ------------------------------------------------------------------------------------- */
+
+static void choose_legs(struct op *op)
+{
+    struct quorum_node *quorum = op->quorum;
+
+    for (uint32_t leg = 0; leg < quorum->options.legs; leg++) {
+        switch (leg_state(quorum->legs[leg])) {
+        case VB_LEG_IN_SYNC:
+            op->voters |= bit(leg);
+            op->asked |= bit(leg);
+            break;
+        case VB_LEG_REBUILDING:
+            op->asked |= bit(leg);
+            break;
+        default:
+            op->missed |= bit(leg);
+        }
+    }
+}
+
+static void copy_from_guest(const struct vb_request *request, unsigned char *to)
+{
+    for (uint32_t i = 0; i < request->niov; i++) {
+        memcpy(to, request->iov[i].iov_base, request->iov[i].iov_len);
+        to += request->iov[i].iov_len;
+    }
+}
+
+static void start_change(struct quorum_node *quorum, struct vb_request *request)
+{
+    bool write = request->op == VB_OP_WRITE;
+    unsigned char *data;
+    struct op *op = new_op(quorum, request, write ? request->bytes : 0, &data);
+
+    if (!op) {
+        vb_complete(request, -ENOMEM);
+        return;
+    }
+    quorum_begin(op);
+    choose_legs(op);
+    if (count(op->voters) < quorum->options.threshold) {
+        fail(op, -EIO); /* before anybody has it */
+        return;
+    }
+    mark_missed(op, op->missed);
+    if (write) {
+        copy_from_guest(request, data);
+    }
+    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+        if (op->asked & bit(leg)) {
+            op->parts[leg].iov = (struct iovec){data, write ? op->bytes : 0};
+            new_part(op, leg, &op->parts[leg].iov, write);
+        }
+    }
+    if (op->op == VB_OP_FLUSH) {
+        start_sync(op);
+    }
+    submit_parts(op);
 }
 
 /* ---- votes on what was read ---------------------------------------------------------------- */
 
-static bool has_voted(const struct vote *vote, uint32_t leg)
+/* Walks the guest's buffers next to `memory`: compares, or copies to the guest. */
+static bool same_as_guest(const struct vb_request *request, const unsigned char *memory)
 {
-    return vote->parts[leg]->ret >= 0;
-}
-
-static bool same(const struct vote *vote, uint32_t one, uint32_t other)
-{
-    return memcmp(vote->versions[one].iov_base, vote->versions[other].iov_base,
-                  vote->request->bytes) == 0;
-}
-
-/* For each leg that voted the first one with the same version. */
-static void group(const struct vote *vote, uint32_t first[VB_MAX_CHILDREN])
-{
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        first[leg] = leg;
-        for (uint32_t other = 0; has_voted(vote, leg) && other < leg; other++) {
-            if (has_voted(vote, other) && first[other] == other && same(vote, other, leg)) {
-                first[leg] = other;
-                break;
-            }
+    for (uint32_t i = 0; i < request->niov; i++) {
+        if (memcmp(request->iov[i].iov_base, memory, request->iov[i].iov_len)) {
+            return false;
         }
+        memory += request->iov[i].iov_len;
     }
+    return true;
 }
 
-/* The version that most legs have, and how many they are. */
-static uint32_t winner(const struct vote *vote, const uint32_t *first, uint32_t *votes)
+static void give_to_guest(const struct op *op, uint32_t leg)
 {
-    uint32_t best = 0;
-
-    *votes = 0;
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        uint32_t count = 0;
-
-        for (uint32_t other = 0; has_voted(vote, leg) && other < legs_of(vote); other++) {
-            count += first[other] == leg;
-        }
-        if (count > *votes) {
-            *votes = count;
-            best = leg;
-        }
-    }
-    return best;
-}
-
-static void give_to_guest(const struct vote *vote, uint32_t leg)
-{
-    const struct vb_request *request = vote->request;
-    const unsigned char *from = vote->versions[leg].iov_base;
+    const struct vb_request *request = op->request;
+    const unsigned char *from = op->parts[leg].version;
 
     vb_guest_write_begin();
     for (uint32_t i = 0; i < request->niov; i++) {
@@ -262,172 +493,311 @@ static void give_to_guest(const struct vote *vote, uint32_t leg)
     vb_guest_write_end();
 }
 
-/* Whether a leg took it shows at the next read; the guest has its data. As QEMU. */
-static void rewritten(struct vb_request *part)
+static uint32_t lowest(uint32_t legs)
 {
-    struct vote *vote = part->owner;
-
-    if (--vote->pending == 0) {
-        end_vote(vote, 0);
-    }
+    return (uint32_t)__builtin_ctz(legs);
 }
 
-/* The winner's version for the legs that had another one. */
-static void rewrite(struct vote *vote, const bool *loser, uint32_t best)
+static bool same(const struct op *op, uint32_t one, uint32_t other)
 {
-    struct vb_node **legs = vote->quorum->node.children;
+    return memcmp(op->parts[one].version, op->parts[other].version, op->bytes) == 0;
+}
 
-    vote->pending = 1; /* ours, so that the vote cannot end before the last is under way */
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        struct vb_request *part = vote->parts[leg];
+/* Those of `legs` with the same version as the first of them. */
+static uint32_t like_first(const struct op *op, uint32_t legs)
+{
+    uint32_t first = lowest(legs), found = bit(first);
 
-        if (loser[leg]) {
-            vote->pending++;
-            part->op = VB_OP_WRITE;
-            part->iov = &vote->versions[best];
-            part->done = rewritten;
-            vb_submit(legs[leg], part);
+    for (uint32_t leg = first + 1; legs >> leg; leg++) {
+        if ((legs & bit(leg)) && same(op, first, leg)) {
+            found |= bit(leg);
         }
     }
-    rewritten(vote->parts[best]);
+    return found;
 }
 
-static void count_votes(struct vote *vote)
+static uint32_t largest_group(const struct op *op, uint32_t legs)
 {
-    const struct vb_quorum_options *options = &vote->quorum->options;
-    uint32_t first[VB_MAX_CHILDREN], best, votes;
-    bool loser[VB_MAX_CHILDREN] = {false}, any = false;
+    uint32_t best = 0;
 
-    if (count_successes(vote) < options->threshold) {
-        fail(vote, common_error(vote));
-        return;
+    while (legs) {
+        uint32_t group = like_first(op, legs);
+
+        best = count(group) > count(best) ? group : best;
+        legs &= ~group;
     }
-    group(vote, first);
-    best = winner(vote, first, &votes);
-    if (votes < options->threshold) {
-        fail(vote, -EIO);
-        return;
-    }
-    for (uint32_t leg = 0; leg < options->legs; leg++) {
-        loser[leg] = has_voted(vote, leg) && first[leg] != best;
-        if (loser[leg]) {
-            tell(vote, leg, 0);
-            any = true;
+    return best;
+}
+
+static void start_read(struct quorum_node *quorum, struct vb_request *request, bool direct);
+
+/* The first version is in guest memory, and the guest may have changed it. */
+static bool all_like_guest(const struct op *op, uint32_t legs)
+{
+    for (uint32_t leg = 0; legs >> leg; leg++) {
+        if ((legs & bit(leg)) && op->parts[leg].version &&
+            !same_as_guest(op->request, op->parts[leg].version)) {
+            return false;
         }
     }
-    give_to_guest(vote, best);
-    if (any && options->rewrite_corrupted) {
-        rewrite(vote, loser, best);
-    } else {
-        end_vote(vote, 0);
-    }
+    return true;
 }
 
-static void start_read(struct vote *vote)
+static void read_again(struct op *op)
 {
-    size_t stride = (vote->request->bytes + PAGE - 1) & ~(size_t)(PAGE - 1);
+    struct vb_request *request = op->request;
+    struct quorum_node *quorum = op->quorum;
 
-    if (!get_memory(vote, stride)) {
-        vb_complete(vote->request, -ENOMEM);
+    op->request = NULL;
+    let_go(op);
+    start_read(quorum, request, false);
+}
+
+static void count_votes(struct op *op)
+{
+    uint32_t legs = op->asked & ~op->failed, group;
+
+    if (op->direct && (count(legs) < count(op->asked) || !all_like_guest(op, legs))) {
+        read_again(op);
         return;
     }
-    for (uint32_t leg = 0; leg < legs_of(vote); leg++) {
-        vote->versions[leg] = (struct iovec){vote->memory + stride * leg, vote->request->bytes};
-        vote->parts[leg]->iov = &vote->versions[leg];
-        vote->parts[leg]->niov = 1;
+    report_failures(op);
+    if (count(legs) < op->quorum->options.threshold) {
+        fail(op, common_error(op));
+        return;
     }
-    submit_parts(vote);
+    if (op->direct) {
+        complete(op, 0);
+        return;
+    }
+    group = largest_group(op, legs);
+    if (count(group) < op->quorum->options.threshold) {
+        go_up(op); /* no majority: Python looks at it while nobody writes there */
+        return;
+    }
+    for (uint32_t leg = 0; legs >> leg; leg++) {
+        if (legs & ~group & bit(leg)) {
+            tell(op, leg, 0);
+        }
+    }
+    give_to_guest(op, lowest(group));
+    complete(op, 0);
 }
 
-static void start_change(struct vote *vote)
+static void start_read(struct quorum_node *quorum, struct vb_request *request, bool direct)
 {
-    if (get_memory(vote, 0)) {
-        submit_parts(vote);
-    } else {
-        vb_complete(vote->request, -ENOMEM);
+    size_t stride = in_pages(request->bytes);
+    uint32_t legs = quorum->options.legs;
+    unsigned char *memory;
+    struct op *op = new_op(quorum, request, stride * (direct ? legs - 1 : legs), &memory);
+
+    if (!op) {
+        vb_complete(request, -ENOMEM);
+        return;
     }
+    choose_legs(op);
+    op->voters &= ~quorum_late_legs(quorum, request->offset, request->bytes);
+    op->asked = op->voters;
+    op->missed = 0;
+    if (count(op->voters) < quorum->options.threshold) {
+        fail(op, -EIO);
+        return;
+    }
+    op->direct = direct;
+    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+        struct part *part = &op->parts[leg];
+
+        if (!(op->asked & bit(leg))) {
+            continue;
+        }
+        if (direct) {
+            direct = false;
+            new_part(op, leg, request->iov, request->niov);
+            continue;
+        }
+        part->version = memory;
+        memory += stride;
+        part->iov = (struct iovec){part->version, op->bytes};
+        new_part(op, leg, &part->iov, 1);
+    }
+    submit_parts(op);
 }
 
 /* ---- one leg after the other -------------------------------------------------------------------- */
 
-static void fifo_done(struct vb_request *part)
+/* The next of op->voters that has not been asked yet. */
+static void ask_next(struct op *op)
 {
-    struct vote *vote = part->owner;
-    int ret = part->ret;
+    uint32_t left = op->voters & ~op->asked, leg;
 
-    vb_request_free(part);
-    if (ret < 0) {
-        tell(vote, vote->leg, ret);
-        if (++vote->leg < vote->quorum->options.legs) {
-            part = new_part(vote);
-            part->done = fifo_done;
-            vb_submit(vote->quorum->node.children[vote->leg], part);
-            return;
-        }
-        tell(vote, VB_QUORUM_ALL, ret);
+    if (!left) {
+        fail(op, common_error(op));
+        return;
     }
-    vb_complete(vote->request, ret);
+    leg = lowest(left);
+    if (op->parts[leg].version) {
+        op->parts[leg].iov = (struct iovec){op->parts[leg].version, op->bytes};
+        new_part(op, leg, &op->parts[leg].iov, 1);
+    } else {
+        new_part(op, leg, op->request->iov, op->request->niov);
+    }
+    quorum_unwatch(op);
+    op->asked = bit(leg);
+    submit_parts(op);
 }
 
-static void start_fifo(struct vote *vote)
+static void fifo_answered(struct op *op)
 {
-    struct vb_request *part = new_part(vote);
+    uint32_t leg = lowest(op->asked);
 
-    part->done = fifo_done;
-    vb_submit(vote->quorum->node.children[0], part);
+    op->voters &= ~op->asked;
+    if (op->failed & bit(leg)) {
+        tell(op, leg, op->parts[leg].ret);
+        ask_next(op);
+        return;
+    }
+    if (op->parts[leg].version) {
+        give_to_guest(op, leg);
+    }
+    complete(op, 0);
+}
+
+static void start_fifo(struct quorum_node *quorum, struct vb_request *request)
+{
+    /* With a timeout each leg needs memory of its own: one that was given up still writes to it. */
+    size_t stride = quorum->options.timeout_ns ? in_pages(request->bytes) : 0;
+    unsigned char *memory;
+    struct op *op = new_op(quorum, request, stride * quorum->options.legs, &memory);
+
+    if (!op) {
+        vb_complete(request, -ENOMEM);
+        return;
+    }
+    choose_legs(op);
+    op->voters &= ~quorum_late_legs(quorum, request->offset, request->bytes);
+    op->asked = 0;
+    for (uint32_t leg = 0; stride && leg < quorum->options.legs; leg++) {
+        op->parts[leg].version = memory + stride * leg;
+    }
+    ask_next(op);
+}
+
+/* ---- what legs answer ------------------------------------------------------------------------------ */
+
+static void answered(struct op *op, uint32_t leg, int ret)
+{
+    op->waiting &= ~bit(leg);
+    op->parts[leg].ret = ret;
+    if (ret < 0) {
+        op->failed |= bit(leg);
+    }
+    if (is_change(op)) {
+        change_answered(op);
+    } else if (op->waiting) {
+        return;
+    } else if (op->quorum->options.fifo) {
+        fifo_answered(op);
+    } else {
+        count_votes(op);
+    }
+}
+
+/* A leg that was given up answers after all. The node may be gone. */
+static void stray_done(struct part *part)
+{
+    struct op *op = part->op;
+
+    leg_put(part->stray_leg);
+    if (op->under_way == 0 && !op->request && !op->listed) {
+        vb_buffer_put(op->thread, op, op->size);
+    }
+}
+
+static void part_done(struct vb_request *request)
+{
+    struct part *part = request->owner;
+    struct op *op = part->op;
+    int ret = request->ret;
+
+    part->request = NULL;
+    vb_request_free(request);
+    op->under_way--;
+    if (part->stray) {
+        stray_done(part);
+    } else {
+        answered(op, part->leg, ret);
+    }
+}
+
+/*
+ * Whatever it was: the leg is out, since this request may still get to it, and what comes later must
+ * not be overwritten by it. Nothing is copied to it before all strays have come back.
+ */
+void op_give_up(struct op *op, uint32_t leg)
+{
+    struct part *part = &op->parts[leg];
+
+    part->stray = true;
+    part->stray_leg = op->quorum->legs[leg];
+    leg_get(part->stray_leg);
+    part->ret = -ETIMEDOUT;
+    if (is_change(op)) {
+        mark_missed(op, bit(leg));
+    }
+    retire(op, leg, -ETIMEDOUT);
+    answered(op, leg, -ETIMEDOUT);
 }
 
 /* ---- the node ------------------------------------------------------------------------------------- */
 
-static void part_done(struct vb_request *part)
+void quorum_submit(struct vb_node *node, struct vb_request *request)
 {
-    struct vote *vote = part->owner;
+    struct quorum_node *quorum = vb_container_of(node, struct quorum_node, node);
 
-    if (--vote->pending > 0) {
+    if (atomic_load_explicit(&quorum->obstacles, memory_order_acquire) > 0 &&
+        quorum_hold(quorum, request)) {
         return;
     }
-    if (vote->request->op == VB_OP_READ) {
-        count_votes(vote);
-    } else if (count_successes(vote) >= vote->quorum->options.threshold) {
-        end_vote(vote, 0);
+    if (request->op != VB_OP_READ) {
+        start_change(quorum, request);
+    } else if (quorum->options.fifo) {
+        start_fifo(quorum, request);
     } else {
-        fail(vote, common_error(vote));
+        start_read(quorum, request, quorum->options.timeout_ns == 0);
     }
 }
 
-static void quorum_submit(struct vb_node *node, struct vb_request *request)
+static void quorum_destroy(struct vb_node *node)
 {
-    struct quorum_node *quorum = vb_container_of(node, struct quorum_node, node);
-    struct vote *vote = (struct vote *)request->scratch;
-
-    *vote = (struct vote){.request = request, .quorum = quorum};
-    if (request->op != VB_OP_READ) {
-        start_change(vote);
-    } else if (quorum->options.fifo) {
-        start_fifo(vote);
-    } else {
-        start_read(vote);
-    }
+    quorum_threads_free(vb_container_of(node, struct quorum_node, node));
 }
 
 static const struct vb_node_ops quorum_ops = {
     .name = "quorum",
     .submit = quorum_submit,
+    .destroy = quorum_destroy,
 };
 
+void vb_node_quorum_set(struct vb_node *node, const struct vb_quorum_options *options,
+                        struct vb_quorum_leg *const *legs)
+{
+    struct quorum_node *quorum = vb_container_of(node, struct quorum_node, node);
+
+    quorum->options = *options;
+    for (uint32_t leg = 0; leg < options->legs; leg++) {
+        quorum->legs[leg] = legs[leg];
+    }
+}
+
 struct vb_node *vb_node_quorum_new(struct vb_engine *engine,
-                                   const struct vb_quorum_options *options, char *error)
+                                   const struct vb_quorum_options *options,
+                                   struct vb_quorum_leg *const *legs, char *error)
 {
     struct quorum_node *quorum = vb_node_alloc(engine, &quorum_ops, sizeof(*quorum), error);
 
     if (!quorum) {
         return NULL;
     }
-    quorum->options = *options;
+    vb_node_quorum_set(&quorum->node, options, legs);
     return &quorum->node;
-}
-
-void vb_node_quorum_set(struct vb_node *node, const struct vb_quorum_options *options)
-{
-    vb_container_of(node, struct quorum_node, node)->options = *options;
 }

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""quorum: legs are brought up to date, compared, added, taken away and replaced by spares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import MIB, Host, refused
+from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, until_states
+
+from vhostblk.jobs.quorum import start_rebuild, start_scrub
+
+
+async def rebuild(host: Host, node: Any, leg: str, **options: Any) -> Any:
+    async with host.backend.changing():
+        return start_rebuild(host.backend, node, node.leg(leg), **options)
+
+
+async def scrub(host: Host, node: Any, **options: Any) -> Any:
+    async with host.backend.changing():
+        job = start_scrub(host.backend, node, **{"repair": True, **options})
+    await host.until(lambda: job.id not in {other.id for other in host.backend.jobs})
+    return job
+
+
+async def misses(host: Host, leg: str, *writes: tuple[int, bytes]) -> None:
+    """The leg fails the first of these writes, and does not get the others."""
+    Faulty.faults[leg] = {"write": errno.EIO}
+    for offset, data in writes:
+        await host.write("q", offset, data)
+    Faulty.faults.clear()
+
+
+def all_equal(host: Host, legs: str = "abc") -> bool:
+    return len({content(host, leg) for leg in legs}) == 1
+
+
+def test_only_what_was_missed_is_copied() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, os.urandom(MIB))
+        await misses(host, "b", (BLOCK, b"x" * 512), (9 * BLOCK, os.urandom(2 * BLOCK)))
+        Faulty.seen.clear()
+        job = await rebuild(host, node, "b", id="j")
+        await until_states(host, node, "iii")
+        assert all_equal(host)
+        assert [entry for entry in Faulty.seen["b"] if entry[0] == "write"] == [
+            ("write", BLOCK, BLOCK),
+            ("write", 9 * BLOCK, 2 * BLOCK),
+        ]
+        assert job.copied == job.total_progress == 3 * BLOCK
+        assert node.describe_legs()[1]["missed-bytes"] == 0
+        # It counts again.
+        Path(host.path("a")).write_bytes(bytes(MIB))
+        assert await host.read("q", 0, MIB) == content(host, "b")
+        assert [event["state"] for event in host.named("VHOSTBLK_QUORUM_LEG")] == [
+            "failed",
+            "rebuilding",
+            "in-sync",
+        ]
+        await host.until(lambda: bool(host.named("BLOCK_JOB_COMPLETED")))
+        assert host.named("BLOCK_JOB_COMPLETED")[0]["type"] == "quorum-rebuild"
+
+    run(test)
+
+
+def test_what_is_equal_is_not_written() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, b"x" * MIB)
+        await misses(host, "b", (0, b"x" * MIB))
+        job = await rebuild(host, node, "b")
+        await until_states(host, node, "iii")
+        assert (job.copied, job.total_progress) == (0, MIB)
+
+    run(test)
+
+
+def test_the_guest_writes_meanwhile() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host, region_size=4096)
+        await host.export("q")
+        async with host.device() as guest:
+            await guest.write(0, os.urandom(MIB // 2))
+            Faulty.faults["c"] = {"write": errno.EIO}
+            await guest.write(0, os.urandom(MIB // 2))
+            await guest.write(MIB // 2, os.urandom(MIB // 2))
+            Faulty.faults.clear()
+            job = await rebuild(host, node, "c", speed=2 * MIB)
+            chance = random.Random(1)
+            expected = bytearray(content(host, "a"))
+            while job.status.value != "null":
+                offset = chance.randrange(MIB // 512) * 512
+                data = chance.randbytes(min(MIB - offset, 512 * chance.randrange(1, 33)))
+                await guest.write(offset, data)
+                expected[offset : offset + len(data)] = data
+                assert await guest.read(offset, len(data)) == data
+            assert states(node) == "iii"
+            assert await guest.read(0, MIB) == expected
+            assert all_equal(host) and content(host, "c") == expected
+
+    run(test)
+
+
+def test_a_rebuild_that_fails() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await misses(host, "c", (0, b"x" * MIB))
+        Faulty.faults["c"] = {"write": errno.ENOSPC}
+        await rebuild(host, node, "c")
+        await host.until(lambda: bool(host.named("BLOCK_JOB_COMPLETED")))
+        assert host.named("BLOCK_JOB_COMPLETED")[0]["error"] == os.strerror(errno.ENOSPC)
+        assert states(node) == "iif"
+        Faulty.faults["c"] = {"flush": errno.EIO}
+        await rebuild(host, node, "c")
+        await host.until(lambda: len(host.named("BLOCK_JOB_COMPLETED")) == 2)
+        assert states(node) == "iif"
+        Faulty.faults.clear()
+        await rebuild(host, node, "c")
+        await until_states(host, node, "iii")
+        assert all_equal(host)
+
+    run(test)
+
+
+def test_a_rebuild_that_is_cancelled_is_not_begun_again() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await misses(host, "c", (0, b"x" * MIB))
+        job = await rebuild(host, node, "c", speed=1)
+        await until_states(host, node, "iir")
+        await host.until(lambda: job.current_progress > 0)
+        with refused("is being rebuilt by job"):
+            await rebuild(host, node, "c")
+        job.cancel()
+        await until_states(host, node, "iis")
+        assert node.describe_legs()[2]["missed-bytes"] == MIB  # nothing was flushed yet
+        await asyncio.sleep(0.1)
+        assert states(node) == "iis"
+        await rebuild(host, node, "c")
+        await until_states(host, node, "iii")
+        with refused("in sync"):
+            await rebuild(host, node, "c")
+
+    run(test)
+
+
+def test_it_goes_on_after_a_restart() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await misses(host, "c", (0, os.urandom(MIB)))
+        job = await rebuild(host, node, "c", speed=1)
+        await host.until(lambda: job.current_progress > 0)
+        await restart(host)
+        node = await quorum(host)  # by itself
+        await until_states(host, node, "iii")
+        assert all_equal(host)
+
+    run(test)
+
+
+def test_a_new_leg_is_filled_before_it_votes() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, os.urandom(MIB))
+        await host.add("file", "d", filename=host.file("d"))
+        async with host.backend.changing(), host.backend.graph.change() as change:
+            change.set_child(node, "children.3", host.backend.graph.node("d"))
+        assert states(node) == "iiis"
+        assert node.sound_children() == ["children.0", "children.1", "children.2"]
+        await until_states(host, node, "iiii")
+        assert all_equal(host, "abcd")
+
+    run(test)
+
+
+def test_a_leg_that_was_away_is_not_believed() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host, auto_rebuild=False)
+        graph = host.backend.graph
+        await host.write("q", 0, b"1" * 4096)
+        async with host.backend.changing(), graph.change() as change:
+            change.set_child(node, "children.2", None)
+        await host.write("q", 0, b"2" * 4096)
+        async with host.backend.changing(), graph.change() as change:
+            change.set_child(node, "children.2", graph.node("c"))
+        assert states(node) == "iis"
+
+    run(test)
+
+
+def test_a_change_that_fails_leaves_all_as_it_was() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await misses(host, "c", (BLOCK, b"x" * 512))
+        await host.export("q")
+        graph = host.backend.graph
+
+        async def fail() -> None:
+            raise OSError(errno.EIO, "no")
+
+        graph.on_switched = fail
+        await host.add("file", "d", filename=host.file("d"))
+        for leg, new in (("children.2", None), ("children.2", "d"), ("children.3", "d")):
+            with contextlib.suppress(OSError):
+                async with graph.lock, graph.change() as change:
+                    change.set_child(node, leg, graph.node(new) if new else None)
+            assert states(node) == "iif"
+            assert node.describe_legs()[2]["missed-bytes"] == BLOCK
+        graph.on_switched = None
+        with refused("would have 1 legs that are in sync, and needs 2"):
+            async with graph.lock, graph.change() as change:
+                change.set_child(node, "children.1", None)
+        assert states(node) == "iif"
+
+    run(test)
+
+
+def test_a_filter_above_a_leg_changes_nothing() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        graph = host.backend.graph
+        await misses(host, "c", (0, b"x" * 512))
+        for leg, role in (("a", "children.0"), ("c", "children.2")):
+            await host.add("delay", f"d{leg}", file=leg)
+            async with host.backend.changing(), graph.change() as change:
+                change.insert_filter(graph.node(f"d{leg}"), node, role)
+        assert states(node) == "iif"
+        async with host.backend.changing(), graph.change() as change:
+            change.remove_filter(graph.node("da"))
+            change.remove_filter(graph.node("dc"))
+        assert states(node) == "iif"
+        assert node.describe_legs()[2]["missed-bytes"] == BLOCK
+
+    run(test)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_spare_takes_the_place(hangs: bool) -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "small", filename=host.file("small", MIB // 2))
+        await host.add("file", "s", filename=host.file("s"))
+        node = await quorum(host, spares=["nobody", "small", "s"], leg_timeout=200)
+        await host.export("q")
+        async with host.device() as guest:
+            await guest.write(0, os.urandom(MIB))
+            if hangs:
+                Faulty.hangs["b"] = asyncio.Event()
+            else:
+                Faulty.faults["b"] = {"write": errno.EIO}
+            await guest.write(BLOCK, os.urandom(BLOCK))
+            if hangs:
+                await host.until(lambda: "f" in states(node))
+                Faulty.hangs.pop("b").set()
+            await host.until(lambda: node.legs[1].node.name == "s", 20)
+            await until_states(host, node, "iii")
+            assert all_equal(host, "asc")
+            assert all_equal(host, "ab") is hangs  # what was given up has been done after all
+
+    run(test)
+
+
+def test_scrub() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, os.urandom(MIB))
+        truth = content(host, "a")
+        # Different legs in the same MiB: QEMU would find no majority if a guest read it at once.
+        for leg, offset in (("a", 4096), ("b", 12 * 4096), ("c", 33 * 4096 + 512)):
+            with open(host.path(leg), "r+b") as file:
+                file.seek(offset)
+                file.write(b"rotten")
+        job = await scrub(host, node, repair=False)
+        assert (job.found, job.repaired, job.lost) == (3, 0, 0)
+        assert await host.read("q", 0, MIB) == truth
+        assert not all_equal(host)
+        job = await scrub(host, node)
+        assert (job.found, job.repaired) == (3, 3 * 4096)
+        assert all_equal(host) and content(host, "a") == truth
+        assert {event["node-name"] for event in host.named("QUORUM_REPORT_BAD")} == set("abc")
+        assert (await scrub(host, node)).found == 0
+
+    run(test)
+
+
+def test_scrub_where_nobody_is_right() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        for number, leg in enumerate("abc"):
+            with open(host.path(leg), "r+b") as file:
+                file.write(b"%d" % number)
+        job = await scrub(host, node)
+        assert (job.lost, job.repaired) == (4096, 0)
+        assert host.named("BLOCK_JOB_COMPLETED")[0]["error"] == "4096 bytes have no majority"
+        assert host.named("QUORUM_FAILURE")
+
+    run(test)
+
+
+def test_scrub_cures_what_cannot_be_read() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, b"1" * MIB)
+        Faulty.faults["b"] = {"read": errno.EIO}
+        Path(host.path("b")).write_bytes(bytes(MIB))
+        job = await scrub(host, node)
+        assert job.repaired == MIB
+        assert content(host, "b") == content(host, "a")
+        assert states(node) == "iii"
+
+    run(test)
+
+
+def test_a_write_on_its_way_is_no_corruption() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.export("q")
+        async with host.device() as guest:
+
+            async def write() -> None:
+                for _ in range(200):
+                    await guest.write(0, os.urandom(16 * 1024))
+
+            writing = asyncio.create_task(write())
+            while not writing.done():
+                job = await scrub(host, node)
+                assert (job.found, job.lost) == (0, 0)
+                await host.read("q", 0, 16 * 1024)
+        assert host.named("QUORUM_REPORT_BAD") == host.named("QUORUM_FAILURE") == []
+
+    run(test)

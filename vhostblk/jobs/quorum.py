@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Background work on a quorum: rebuilding a leg, looking for silent corruption, hot spares.
+
+    quorum-rebuild   brings a leg that has missed something up to date
+    quorum-scrub     compares all legs, and makes those that are wrong right
+
+Both go on after a restart: a rebuild where the leg's dirty map says, a scrub from the beginning of
+the part that it was in. What begins without being asked for begins here, too (`attend()`).
+What is read and written is in vhostblk/nodes/quorum/repair.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import re
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.events import Event
+from vhostblk.jobs.block_job import BlockJob
+from vhostblk.jobs.job import JobStatus
+from vhostblk.jobs.restart import restartable
+from vhostblk.schema import VhostblkError
+
+if TYPE_CHECKING:
+    from vhostblk.backend import Backend
+    from vhostblk.nodes.driver import NodeDriver
+    from vhostblk.nodes.quorum import Quorum
+    from vhostblk.nodes.quorum.legs import Leg
+
+logger = logging.getLogger(__name__)
+
+_OVER = (JobStatus.ABORTING, JobStatus.CONCLUDED, JobStatus.NULL)
+_SPARE_PATIENCE = 5.0  # seconds before a spare is tried once more, while a leg hangs
+
+
+def find_quorum(backend: Backend, name: str) -> Quorum:
+    """The quorum called `name`."""
+    from vhostblk.nodes.quorum import Quorum
+
+    node = backend.graph.node(name)
+    if not isinstance(node, Quorum):
+        raise VhostblkError(
+            f"Node '{name}' is a '{node.driver}' and no quorum",
+            data={"code": "no-quorum", "node": name},
+        )
+    return node
+
+
+class QuorumJob(BlockJob):
+    """A job on one quorum, which it keeps from being removed."""
+
+    def __init__(self, id: str, backend: Backend, quorum: Quorum, **options: Any) -> None:
+        super().__init__(id, **options)
+        self._backend = backend
+        self.quorum = quorum
+
+    @contextlib.asynccontextmanager
+    async def attached(self) -> AsyncIterator[None]:
+        """Inside, the legs are open for writing, exports or not."""
+        from vhostblk.graph import BlockBackend
+        from vhostblk.nodes.driver import Perm
+
+        graph = self._backend.graph
+        drive = BlockBackend(
+            graph,
+            self.id,
+            self.quorum,
+            perm=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
+            shared=Perm.ALL,
+            what="job",
+        )
+        async with graph.lock:
+            graph.attach(drive)
+        try:
+            yield
+        finally:
+            async with graph.lock:
+                graph.detach(drive)
+
+
+class RebuildJob(QuorumJob):
+    """Copies to a leg what it has missed, if it differs there."""
+
+    job_type = "quorum-rebuild"
+
+    def __init__(self, id: str, backend: Backend, quorum: Quorum, leg: Leg, **options: Any) -> None:
+        super().__init__(id, backend, quorum, **options)
+        self.leg = leg
+        self.copied = 0
+        """Bytes that were written; the rest was there already."""
+        self._skipped = 0
+
+    def state_options(self) -> dict[str, Any]:
+        return {
+            "node-name": self.quorum.name,
+            "leg": self.leg.node.name,
+            **self.block_options(),
+        }
+
+    async def run(self) -> None:
+        from vhostblk.nodes.quorum.legs import LegState
+
+        repair, leg = self.quorum.repair, self.leg
+        self.busy = True
+        while leg.handle.strays:  # what was given up must not overwrite what is copied
+            await self.pace()
+            await asyncio.sleep(0.05)
+        async with self.attached():
+            try:
+                async with repair.step():
+                    self._check_leg()
+                    await repair.begin(leg)
+                self.total_progress = leg.dirty_bytes
+                while True:
+                    await self._pass()
+                    async with repair.step():
+                        self._check_leg()
+                        if self._skipped:
+                            raise OSError(
+                                errno.EIO, f"{self._skipped} bytes could not be read or written"
+                            )
+                        if await repair.end(leg):
+                            break
+                    if leg.state is not LegState.REBUILDING:
+                        raise OSError(errno.EIO, leg.reason or "the leg has failed")
+            finally:
+                # Whoever comes after us finds it where we have left it.
+                if leg in self.quorum.legs and not self.stopping:
+                    leg.left_alone = leg.state is LegState.REBUILDING
+                    repair.give_up(leg)
+        logger.info(
+            "quorum '%s': leg '%s' is in sync again; %d bytes of it were written",
+            self.quorum.name,
+            leg.node.name,
+            self.copied,
+        )
+
+    def _check_leg(self) -> None:
+        if self.leg not in self.quorum.legs:
+            raise VhostblkError(
+                f"Node '{self.leg.node.name}' is no leg of quorum '{self.quorum.name}' any more",
+                data={"code": "no-such-child"},
+            )
+
+    async def _pass(self) -> None:
+        """Copy all that is dirty, once."""
+        from vhostblk.nodes.quorum import repair as parts
+        from vhostblk.nodes.quorum.legs import LegState
+
+        repair, leg = self.quorum.repair, self.leg
+        copied: list[tuple[int, int]] = []
+        region = 0
+        while True:
+            moved = 0
+            try:
+                async with repair.step():
+                    self._check_leg()
+                    most = max(1, self.portion(parts.PORTION) >> leg.region_bits)
+                    run = leg.next_run(region, most)
+                    if run is None or len(copied) >= parts.BATCH:
+                        await repair.confirm(leg, copied)
+                        copied = []
+                    if run is None:
+                        return
+                    self.copied += await repair.copy(leg, *run)
+                    copied.append(run)
+                    region = sum(run)
+                    moved = run[1] << leg.region_bits
+                    self.current_progress = min(self.total_progress, self.current_progress + moved)
+            except OSError as error:
+                if leg.state is not LegState.REBUILDING or not self.failed(error, "write"):
+                    raise
+                if self.on_error == "ignore" and run is not None:
+                    region = sum(run)
+                    self._skipped += run[1] << leg.region_bits
+            await self.pace(moved)
+
+
+class ScrubJob(QuorumJob):
+    """Compares all legs with one another."""
+
+    job_type = "quorum-scrub"
+
+    def __init__(
+        self, id: str, backend: Backend, quorum: Quorum, *, repair: bool, **options: Any
+    ) -> None:
+        super().__init__(id, backend, quorum, **options)
+        self.repair = repair
+        self.found = 0
+        """Portions in which a leg was wrong, counted for each leg."""
+        self.repaired = 0
+        """Bytes."""
+        self.lost = 0
+        """Bytes without a majority."""
+
+    def state_options(self) -> dict[str, Any]:
+        return {"node-name": self.quorum.name, "repair": self.repair, **self.block_options()}
+
+    async def run(self) -> None:
+        from vhostblk.nodes.quorum import repair as parts
+
+        repair, quorum = self.quorum.repair, self.quorum
+        self.busy = True
+        async with self.attached():
+            while self.current_progress < quorum.size:
+                self.total_progress = quorum.size
+                length = 0
+                try:
+                    async with repair.step():
+                        offset = self.current_progress
+                        # Whole sectors: a slow job has small portions, which may be any number.
+                        length = max(1 << 12, self.portion(parts.PORTION) & ~0xFFF)
+                        length = min(length, quorum.size - offset)
+                        result = await repair.compare(
+                            offset, length, rewrite=self.repair and not quorum.read_only
+                        )
+                        self.found += result.bad
+                        self.repaired += result.repaired
+                        self.lost += result.lost
+                        self.current_progress += length
+                except OSError as error:
+                    if not self.failed(error, "read"):
+                        raise
+                    if self.on_error == "ignore":
+                        self.current_progress += length
+                await self.pace(length)
+        logger.info(
+            "quorum '%s' has been compared: %d differences, %d bytes written, %d bytes without a "
+            "majority",
+            quorum.name,
+            self.found,
+            self.repaired,
+            self.lost,
+        )
+        if self.lost:
+            raise OSError(errno.EIO, f"{self.lost} bytes have no majority")
+
+    def describe_block(self) -> dict[str, Any]:
+        found = {"found": self.found, "repaired": self.repaired, "lost": self.lost}
+        return {**super().describe_block(), **found}
+
+
+# ---- beginning
+
+
+def _job_of(backend: Backend, leg: Leg) -> RebuildJob | None:
+    for job in backend.jobs:
+        if isinstance(job, RebuildJob) and job.leg is leg and job.status not in _OVER:
+            return job
+    return None
+
+
+def _default_id(backend: Backend, what: str, *names: str) -> str:
+    """Names of nodes may have characters in them that ids may not."""
+    id = re.sub("[^A-Za-z0-9._-]", "", "-".join((what, *names)))
+    taken = {job.id for job in backend.jobs}
+    return next(i for n in range(len(taken) + 1) if (i := f"{id}-{n}" if n else id) not in taken)
+
+
+def start_rebuild(
+    backend: Backend, quorum: Quorum, leg: Leg, id: str | None = None, **options: Any
+) -> RebuildJob:
+    """Begin to rebuild a leg; the caller records it (`backend.changing()`)."""
+    from vhostblk.nodes.quorum.legs import LegState
+
+    if quorum.read_only:
+        raise VhostblkError(
+            f"Quorum '{quorum.name}' is read-only", data={"code": "read-only", "node": quorum.name}
+        )
+    if (job := _job_of(backend, leg)) is not None:
+        raise VhostblkError(
+            f"Leg '{leg.node.name}' is being rebuilt by job '{job.id}'",
+            data={"code": "leg-busy", "job": job.id},
+        )
+    if leg.state is LegState.IN_SYNC:
+        raise VhostblkError(
+            f"Leg '{leg.node.name}' of quorum '{quorum.name}' is in sync; a scrub finds out "
+            "whether it is right",
+            data={"code": "leg-in-sync", "node": leg.node.name},
+        )
+    id = id or _default_id(backend, "rebuild", quorum.name, leg.node.name)
+    job = RebuildJob(id, backend, quorum, leg, **options)
+    backend.jobs.start(job)
+    return job
+
+
+def start_scrub(
+    backend: Backend, quorum: Quorum, id: str | None = None, *, repair: bool, **options: Any
+) -> ScrubJob:
+    """Begin to compare the legs; the caller records it (`backend.changing()`)."""
+    id = id or _default_id(backend, "scrub", quorum.name)
+    job = ScrubJob(id, backend, quorum, repair=repair, **options)
+    backend.jobs.start(job)
+    return job
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What a state file says of all such jobs, as arguments."""
+    names = ("speed", "on-error", "auto-finalize", "auto-dismiss")
+    given = {name.replace("-", "_"): options[name] for name in names if name in options}
+    return given, bool(options.get("paused"))
+
+
+@restartable("quorum-rebuild")
+async def _restart_rebuild(backend: Backend, id: str, options: dict[str, Any]) -> None:
+    given, paused = _split(options)
+    quorum = find_quorum(backend, options["node-name"])
+    leg = quorum.leg(options["leg"])
+    if (job := _job_of(backend, leg)) is not None:  # has begun by itself
+        if job.id == id:
+            job.set_speed(given.get("speed", 0))
+            return
+        await job.stop()
+    from vhostblk.nodes.quorum.legs import LegState
+
+    if leg.state is LegState.IN_SYNC:
+        return  # it was about to end
+    async with backend.changing():
+        job = start_rebuild(backend, quorum, leg, id, **given)
+    if paused:
+        job.pause()
+
+
+@restartable("quorum-scrub")
+async def _restart_scrub(backend: Backend, id: str, options: dict[str, Any]) -> None:
+    given, paused = _split(options)
+    quorum = find_quorum(backend, options["node-name"])
+    async with backend.changing():
+        job = start_scrub(backend, quorum, id, repair=bool(options["repair"]), **given)
+    if paused:
+        job.pause()
+
+
+# ---- what happens by itself
+
+
+def attend(backend: Backend) -> None:
+    """See to it that legs are rebuilt, and spares used, without anybody's asking."""
+    _Attendant(backend)
+
+
+class _Attendant:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._tasks: set[asyncio.Task[None]] = set()
+        backend.events.listen(self._event)
+
+    def _event(self, event: Event) -> None:
+        if event.name != "VHOSTBLK_QUORUM_LEG":
+            return
+        work = {"stale": self._rebuild, "failed": self._replace}.get(event.data["state"])
+        if work is not None:
+            names = event.data["node-name"], event.data["leg"]
+            task = asyncio.get_running_loop().create_task(self._quietly(work(*names)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _quietly(self, work: Any) -> None:
+        try:
+            await work
+        except VhostblkError as error:
+            if (error.data or {}).get("code") != "closing":
+                logger.warning("%s", error.desc)
+
+    def _find(self, quorum: str, leg: str) -> tuple[Quorum, Leg] | None:
+        with contextlib.suppress(VhostblkError):
+            node = find_quorum(self._backend, quorum)
+            return node, node.leg(leg)
+        return None
+
+    async def _rebuild(self, quorum_name: str, leg_name: str) -> None:
+        from vhostblk.nodes.quorum.legs import LegState
+
+        async with self._backend.changing():
+            found = self._find(quorum_name, leg_name)
+            if found is None or not found[0].options.auto_rebuild or found[0].read_only:
+                return
+            quorum, leg = found
+            stale = leg.state is LegState.STALE and not leg.left_alone
+            if stale and _job_of(self._backend, leg) is None:
+                start_rebuild(self._backend, quorum, leg)
+
+    async def _replace(self, quorum: str, leg: str) -> None:
+        """Put a spare in the place of a leg that has failed."""
+        while (found := self._find(quorum, leg)) is not None and found[0].options.spares:
+            try:
+                async with self._backend.changing():
+                    found = self._find(quorum, leg)
+                    if found is not None:
+                        await self._use_spare(*found)
+                return
+            except VhostblkError as error:
+                if (error.data or {}).get("code") not in ("leg-busy", "pause-timeout"):
+                    raise
+            await asyncio.sleep(_SPARE_PATIENCE)
+
+    async def _use_spare(self, quorum: Quorum, leg: Leg) -> None:
+        from vhostblk.nodes.quorum.legs import LegState
+
+        if leg.state is not LegState.FAILED:
+            return
+        role = list(quorum.children)[leg.index]
+        spare = self._free_spare(quorum)
+        if spare is None:
+            logger.warning("quorum '%s': no spare is left for leg '%s'", quorum.name, leg.node.name)
+            return
+        old = leg.node.name
+        async with self._backend.graph.change() as change:
+            change.set_child(quorum, role, spare)
+        logger.warning(
+            "quorum '%s': spare '%s' takes the place of leg '%s'", quorum.name, spare.name, old
+        )
+        new = quorum.leg(spare.name)
+        if _job_of(self._backend, new) is None:
+            start_rebuild(self._backend, quorum, new)
+
+    def _free_spare(self, quorum: Quorum) -> NodeDriver | None:
+        graph = self._backend.graph
+        for name in quorum.options.spares or ():
+            node = graph.nodes.get(name)
+            if node is None or graph.parents_of(node):
+                continue
+            if node.size == quorum.size and not node.read_only:
+                return node
+            logger.warning(
+                "quorum '%s': spare '%s' has %d bytes and should have %d, or is read-only",
+                quorum.name,
+                name,
+                node.size,
+                quorum.size,
+            )
+        return None

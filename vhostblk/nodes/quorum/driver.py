@@ -1,0 +1,690 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""quorum: the same data on several legs, read by vote.
+
+Writes, flushes, discards and zero writes go to all legs at the same time and succeed
+if `vote-threshold` of them do. A read asks all legs and returns the version that at least
+`vote-threshold` of them agree on; with `read-pattern=fifo` the first leg that can answers alone.
+A leg that misses a change is out, and says so for ever after (legs.py, metadata.py), until
+it has been rebuilt (repair.py, vhostblk/jobs/quorum.py). docs/quorum.md tells operators about it.
+Engine half: cffi_build/engine/nodes/quorum.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from vhostblk.engine import MAX_CHILDREN, OP_NAMES, OP_READ, guest_buffers
+from vhostblk.engine.quorum import (
+    LEG_WHOLE,
+    QUORUM_ALL,
+    QUORUM_METADATA,
+    QUORUM_RETIRED,
+    QuorumHandle,
+    QuorumSettings,
+    new_quorum,
+)
+from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
+from vhostblk.nodes.quorum.legs import Leg, LegState, identity, is_same_leg, recognise
+from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, Recorded, read
+from vhostblk.nodes.quorum.repair import Repair
+from vhostblk.ratelimit import RateLimitedLog
+from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
+
+logger = logging.getLogger(__name__)
+
+SECTOR = 512
+MAX_SUSPECTS = 256  # ranges that wait to be looked at; more than these are found the next time
+# QAPI's QuorumOpType knows three.
+_REPORT_TYPES = ("read", "write", "flush", "write", "write")
+_OUT = (LegState.STALE, LegState.FAILED)
+
+
+class QuorumOptions(NodeOptions):
+    """Options of quorum."""
+
+    children: list[BlockdevRef]
+    """The legs, 1 to 32, all of the same size."""
+    vote_threshold: UInt32
+    """How many legs must agree on a read, or succeed; from 1 to the number of legs."""
+    read_pattern: Literal["quorum", "fifo"] = "quorum"
+    """Ask all legs and vote, or ask one after the other until one answers."""
+    rewrite_corrupted: OnOff = False
+    """Write the winner's data to legs that were outvoted."""
+    blkverify: OnOff = False
+    """Two legs that must be equal: reads fail where they are not."""
+    write_threshold: UInt32 = 0
+    """How many legs must have a write before the guest is told; 0 means all of them."""
+    leg_timeout: UInt32 = 30000
+    """Milliseconds after which a leg that does not answer has failed; 0 means never."""
+    metadata_file: str | None = None
+    """Where it is kept which leg has missed what; see docs/quorum.md for the default."""
+    region_size: Size = 65536
+    """How finely that is noted; a power of two from 4096 on."""
+    spares: list[str] | None = None
+    """Nodes that take the place of failed legs by themselves."""
+    auto_rebuild: OnOff = True
+    """Rebuild legs that are new, or have come back, without being asked."""
+
+
+class Quorum(NodeDriver):
+    """Several legs with the same data."""
+
+    driver = "quorum"
+    Options = QuorumOptions
+    is_filter = True
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {"children": ChildRole(many=True)}
+    reopenable = frozenset(INHERITED) | {
+        "vote-threshold",
+        "read-pattern",
+        "rewrite-corrupted",
+        "blkverify",
+        "write-threshold",
+        "leg-timeout",
+        "spares",
+        "auto-rebuild",
+    }
+    options: QuorumOptions
+    handle: QuorumHandle | None
+
+    # ---- life
+
+    async def open(self) -> None:
+        self._log = RateLimitedLog(logger)
+        self._recording: asyncio.Task[None] | None = None
+        self._waiting: list[int] = []  # changes that complete when it is recorded who misses them
+        self._suspects: dict[tuple[int, int], None] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._votes: set[asyncio.Task[None]] = set()
+        self._former: list[Leg] = []
+        self.metadata: Metadata | None = None
+        self.legs: list[Leg] = []
+        self._check(self.options)
+        path = self._metadata_path()
+        self._begin(await asyncio.to_thread(read, path) if path is not None else None)
+        try:
+            self.handle = new_quorum(
+                self.engine,
+                self._settings(self.options),
+                [leg.handle for leg in self.legs],
+                told=self._told,
+                upcalls=self._asked,
+            )
+        except BaseException:
+            self._give_up_legs()
+            raise
+        self.repair = Repair(self)
+        self._tell_states()
+
+    async def close(self) -> None:
+        for task in (self._looking, *self._votes):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        while self._recording is not None:
+            await asyncio.wait([self._recording])
+        for leg in self.legs:
+            await self._until_back(leg)
+        await super().close()
+        self._give_up_legs()
+
+    def _give_up_legs(self) -> None:
+        for leg in (*self.legs, *self._former):
+            leg.handle.free()
+        if self.metadata is not None:
+            self.metadata.close()
+        self.legs, self._former, self.metadata = [], [], None
+
+    async def _until_back(self, leg: Leg) -> None:
+        """A request that was given up uses memory, and a node below, until it comes back."""
+        told = False
+        while leg.handle.strays:
+            if not told:
+                told = True
+                logger.warning(
+                    "quorum '%s': waiting for %d requests that leg '%s' still has",
+                    self.name,
+                    leg.handle.strays,
+                    leg.node.name,
+                )
+            await asyncio.sleep(0.05)
+
+    # ---- legs
+
+    def _metadata_path(self) -> str | None:
+        if self.options.metadata_file is not None:
+            return os.path.abspath(self.options.metadata_file)
+        return self.host.side_file(self, "quorum")
+
+    @property
+    def _region_bits(self) -> int:
+        return self.options.region_size.bit_length() - 1
+
+    def _begin(self, recorded: Recorded | None) -> None:
+        """The legs as they were left, or, if nobody knows anything, all in sync."""
+        nodes = self._leg_nodes()
+        records: list[LegRecord | None] = [None] * len(nodes)
+        if recorded is not None:
+            records = recognise(nodes, recorded.legs)
+        if recorded is None or not any(records):
+            if recorded is not None:
+                logger.warning(
+                    "quorum '%s': '%s' is about other legs; these are taken to be equal",
+                    self.name,
+                    self._metadata_path(),
+                )
+            self._make_legs([(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes], 1)
+            return
+        made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]] = []
+        for node, record in zip(nodes, records, strict=True):
+            if record is None:
+                made.append((node, LegState.STALE.value | LEG_WHOLE, 0.0, None))
+                continue
+            word, state = record.word, LegState(record.word & 0xFF)
+            if state is not LegState.IN_SYNC:
+                word = LegState.STALE.value | (word & LEG_WHOLE)
+            made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
+        self._make_legs(made, recorded.generation + 1)
+        for start, end, legs in recorded.late:
+            for index, record in enumerate(recorded.legs):
+                if legs >> index & 1 and record in records:
+                    leg = self.legs[records.index(record)]
+                    leg.mark(start, min(end, self.size) - start)
+                    leg.change(LegState.IN_SYNC, LegState.STALE)
+
+    def _make_legs(
+        self,
+        wanted: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]],
+        generation: int,
+    ) -> None:
+        """Legs and new metadata: node, state word, since when, and a map with its region bits."""
+        metadata = self._new_metadata([node for node, *_ in wanted], generation)
+        try:
+            for index, (_, word, since, dirty) in enumerate(wanted):
+                metadata.describe_leg(index, word, generation, since)
+                if dirty is not None and dirty[1] == self._region_bits:
+                    metadata.set_dirty(index, dirty[0])
+                elif dirty is not None and any(dirty[0]):
+                    metadata.describe_leg(index, word | LEG_WHOLE, generation, since)
+            metadata.publish()
+        except BaseException:
+            metadata.close(remove=True)
+            raise
+        self.metadata = metadata
+        self.legs = [
+            Leg(node, metadata, index, self.size, self._region_bits)
+            for index, (node, *_) in enumerate(wanted)
+        ]
+        for leg in self.legs:
+            leg.settle_flags()
+
+    def _new_metadata(self, nodes: list[NodeDriver], generation: int) -> Metadata:
+        legs = [(node.name, identity(node)) for node in nodes]
+        path = self._metadata_path()
+        return Metadata(path, self.size, self._region_bits, legs, generation)
+
+    def _leg_nodes(self) -> list[NodeDriver]:
+        return [child.node for child in self.children.values()]
+
+    def _adopt(self) -> None:
+        """The children are others, or have another size: each keeps the state that it has."""
+        nodes = self._leg_nodes()
+        assert self.metadata is not None
+        if [leg.node for leg in self.legs] == nodes and all(
+            leg.size == self.size and leg.files == identity(leg.node) for leg in self.legs
+        ):
+            return
+        changes = self._changes()
+        known = [*self.legs, *(leg for leg in self._former if leg.apart_at == changes)]
+        found = _match(nodes, known)
+        for leg in self.legs:
+            if leg not in found and leg.handle.strays:
+                raise VhostblkError(
+                    f"Leg '{leg.node.name}' of quorum '{self.name}' still has "
+                    f"{leg.handle.strays} requests that were given up; it cannot be taken away "
+                    "before they come back",
+                    data={"code": "leg-busy", "node": leg.node.name},
+                )
+        self._check_votes(found)
+        metadata = self._new_metadata(nodes, self.metadata.generation + 1)
+        try:
+            for index, known_leg in enumerate(found):
+                if known_leg is None:
+                    word = LegState.STALE.value | LEG_WHOLE
+                    metadata.describe_leg(index, word, metadata.generation, 0.0)
+                else:
+                    known_leg.copy_to(metadata, index)
+            metadata.publish()
+        except BaseException:
+            metadata.close(remove=True)
+            raise
+        self._take_over(metadata, nodes, found)
+
+    def _take_over(
+        self, metadata: Metadata, nodes: list[NodeDriver], found: list[Leg | None]
+    ) -> None:
+        old = self.metadata
+        assert old is not None
+        # A change that fails puts them back.
+        for leg in (*self.legs, *self._former):
+            if leg not in found and leg not in self._former:
+                leg.keep_apart(self._changes())
+                self._former.append(leg)
+        self._former = [leg for leg in self._former if leg not in found]
+        grown = self.size
+        self.legs = []
+        for index, (node, known) in enumerate(zip(nodes, found, strict=True)):
+            if known is None:
+                leg = Leg(node, metadata, index, self.size, self._region_bits)
+                leg.reason = "it is new"
+            else:
+                leg, before = known, known.size
+                leg.node, leg.files = node, identity(node)
+                leg.moved(metadata, index, grown)
+                if leg.state is not LegState.IN_SYNC and grown > before:
+                    leg.mark(before, grown - before)
+            self.legs.append(leg)
+            leg.handle.recorded = False
+            leg.settle_flags()
+        self.metadata = metadata
+        old.close()
+        self.engine.loop.call_soon(self._tell_states)
+
+    def _changes(self) -> int:
+        """How often data may have been changed so far."""
+        stats = self.stats()
+        return stats.write.ops + stats.discard.ops + stats.write_zeroes.ops
+
+    def _check_votes(self, found: list[Leg | None]) -> None:
+        """Whatever leaves, enough legs that know everything must stay."""
+        before = sum(leg.state is LegState.IN_SYNC for leg in self.legs)
+        after = sum(leg is not None and leg.state is LegState.IN_SYNC for leg in found)
+        needed = self.options.vote_threshold
+        if after < needed and after < before:
+            raise self._error(
+                f"quorum '{self.name}' would have {after} legs that are in sync, and needs "
+                f"{needed} (vote-threshold)",
+                "children",
+            )
+
+    def drain_end(self) -> None:
+        # Whatever change there was has succeeded, or is undone.
+        gone = [leg for leg in self._former if leg.handle.strays == 0]
+        self._former = [leg for leg in self._former if leg not in gone]
+        for leg in gone:
+            leg.handle.free()
+
+    # ---- what it is
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self.options.read_only)
+
+    def describe(self) -> dict[str, Any]:
+        return {"legs": self.describe_legs()}
+
+    def describe_legs(self) -> list[dict[str, Any]]:
+        """Each leg as operators see it."""
+        found = []
+        for leg, role in zip(self.legs, self.children, strict=False):
+            entry: dict[str, Any] = {
+                "child": role,
+                "node-name": leg.node.name,
+                "state": leg.state.text,
+                "missed-bytes": leg.dirty_bytes,
+            }
+            if leg.reason is not None and leg.state is not LegState.IN_SYNC:
+                entry["reason"] = leg.reason
+            found.append(entry)
+        return found
+
+    def sound_children(self) -> list[str]:
+        """Roles of the legs that get what is written."""
+        good = (LegState.IN_SYNC, LegState.REBUILDING)
+        pairs = zip(self.legs, self.children, strict=False)
+        return [role for leg, role in pairs if leg.state in good]
+
+    def state_options(self) -> dict[str, Any]:
+        options = super().state_options()
+        if self.options.metadata_file is not None:
+            options["metadata-file"] = os.path.abspath(self.options.metadata_file)
+        return options
+
+    def leg(self, name: str) -> Leg:
+        """The leg with this node, or in this role."""
+        for leg, role in zip(self.legs, self.children, strict=False):
+            if name in (leg.node.name, role):
+                return leg
+        names = ", ".join(leg.node.name for leg in self.legs)
+        raise VhostblkError(
+            f"Quorum '{self.name}' has no leg '{name}'; its legs: {names}",
+            data={"code": "no-such-child", "node": self.name, "child": name},
+        )
+
+    def child_of(self, leg: Leg) -> Child:
+        """For I/O on one leg alone."""
+        return list(self.children.values())[leg.index]
+
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        perm, shared = super().child_permissions(role, perm, shared)
+        if perm and self.options.rewrite_corrupted and not self.read_only:
+            perm |= Perm.WRITE_UNCHANGED
+        return perm, shared
+
+    # ---- options, now and later
+
+    def _check(self, options: QuorumOptions) -> None:
+        legs = list(self.children.values())
+        if not 1 <= len(legs) <= MAX_CHILDREN:
+            raise self._error(
+                f"Number of provided children must be from 1 to {MAX_CHILDREN}", "children"
+            )
+        self._check_thresholds(options, len(legs))
+        if options.blkverify and (len(legs), options.vote_threshold) != (2, 2):
+            raise self._error(
+                "blkverify=on can only be set if there are exactly two files and vote-threshold "
+                "is 2",
+                "blkverify",
+            )
+        if options.blkverify and options.rewrite_corrupted:
+            raise self._error(
+                "rewrite-corrupted=on cannot be used with blkverify=on", "rewrite-corrupted"
+            )
+        size = options.region_size
+        if size & (size - 1) or not 4096 <= size <= 1 << 30:
+            raise self._error(
+                f"'region-size' must be a power of two from 4096 to 1 GiB, and not {size}",
+                "region-size",
+            )
+        for leg in legs:
+            if leg.size != legs[0].size:
+                raise self._error(
+                    f"the legs of quorum '{self.name}' differ in size: '{legs[0].node.name}' has "
+                    f"{legs[0].size} bytes, '{leg.node.name}' has {leg.size}",
+                    "children",
+                )
+
+    def _check_thresholds(self, options: QuorumOptions, legs: int) -> None:
+        if options.vote_threshold < 1:
+            raise self._error("Parameter 'vote-threshold' expects a value >= 1", "vote-threshold")
+        if options.vote_threshold > legs:
+            raise self._error(
+                f"threshold may not exceed children count: quorum '{self.name}' has {legs} "
+                f"children and vote-threshold is {options.vote_threshold}",
+                "vote-threshold",
+            )
+        early = options.write_threshold
+        if early and not options.vote_threshold <= early <= legs:
+            raise self._error(
+                f"'write-threshold' must be 0, or from vote-threshold ({options.vote_threshold}) "
+                f"to the number of legs ({legs}), and not {early}",
+                "write-threshold",
+            )
+
+    def _settings(self, options: QuorumOptions) -> QuorumSettings:
+        assert self.metadata is not None
+        return QuorumSettings(
+            threshold=options.vote_threshold,
+            write_threshold=options.write_threshold,
+            timeout_ns=options.leg_timeout * 1_000_000,
+            fifo=options.read_pattern == "fifo",
+            metadata_fd=self.metadata.fd,
+            lates=self.metadata.lates,
+        )
+
+    def children_changed(self) -> None:
+        self._check(self.options)
+        if self.handle is not None:
+            self._adopt()
+            self._set()
+
+    def resized(self) -> None:
+        self.children_changed()
+
+    def _set(self) -> None:
+        assert self.handle is not None
+        self.handle.set(self._settings(self.options), [leg.handle for leg in self.legs])
+
+    async def reopen_commit(self) -> None:
+        await super().reopen_commit()
+        self.children_changed()
+
+    async def reopen_abort(self) -> None:
+        await super().reopen_abort()
+        if self.handle is not None:
+            self._set()
+
+    async def truncate(self, size: int) -> None:
+        for child in self.children.values():
+            await child.node.truncate(size)
+
+    # ---- what the engine tells
+
+    def _told(self, what: int, ret: int, op: int, offset: int, length: int) -> None:
+        if what == QUORUM_ALL:
+            self.report_failure(op, ret, offset, length)
+        elif what == QUORUM_METADATA:
+            self._log_metadata(OSError(-ret, os.strerror(-ret)))
+        elif what & QUORUM_RETIRED:
+            self._retired(what & ~QUORUM_RETIRED, f"{OP_NAMES[op]}: {os.strerror(-ret)}")
+        elif what >= len(self.legs):
+            return  # taken away meanwhile
+        elif ret < 0:
+            self.report_bad(self.legs[what], op, ret, offset, length)
+        else:
+            self._suspect(offset, length)
+
+    def _asked(
+        self, handle: int, op: int, flags: int, offset: int, length: int, iov: int, niov: int
+    ) -> None:
+        """A read without a majority, or a change that a leg has missed."""
+        if op != OP_READ:
+            self._waiting.append(handle)
+            self._note()
+            return
+        task = self.engine.loop.create_task(self._vote(handle, offset, length, iov, niov))
+        self._votes.add(task)
+        task.add_done_callback(self._votes.discard)
+
+    async def _vote(self, handle: int, offset: int, length: int, iov: int, niov: int) -> None:
+        """Ask once more, while nobody writes there."""
+        ret = -errno.EIO
+        try:
+            vote = await self.repair.vote(offset, length)
+            if vote.winner is not None:
+                _fill(iov, niov, vote.winner)
+                ret = 0
+                if vote.differ:
+                    self._suspect(offset, length)
+            else:
+                self.report_failure(OP_READ, ret, offset, length)
+        except Exception as error:
+            logger.error("quorum '%s': %s: %s", self.name, type(error).__name__, error)
+        finally:
+            self.engine.complete(handle, ret)
+        async with self.repair.step():
+            pass  # no change of the graph while a leg still has our request
+
+    # ---- legs that are out
+
+    def _retired(self, index: int, reason: str) -> None:
+        if index < len(self.legs):
+            leg = self.legs[index]
+            leg.reason = reason
+            logger.error(
+                "quorum '%s': leg '%s' has failed and is out until it is rebuilt: %s",
+                self.name,
+                leg.node.name,
+                reason,
+            )
+            self._tell_state(leg)
+        self._note()
+
+    def fail_leg(self, leg: Leg, reason: str) -> None:
+        """It did not take something, which has been marked."""
+        leg.handle.recorded = False
+        for state in (LegState.IN_SYNC, LegState.REBUILDING, LegState.STALE):
+            if leg.change(state, LegState.FAILED):
+                self._retired(leg.index, reason)
+                return
+        self._note()
+
+    def set_state(self, leg: Leg, old: LegState, new: LegState) -> bool:
+        """What a job decides; False if the engine was faster."""
+        if not leg.change(old, new):
+            return False
+        self._tell_state(leg)
+        if new is LegState.IN_SYNC:
+            leg.reason = None
+        leg.metadata.changed(leg.index, leg.metadata.generation)
+        return True
+
+    def _tell_states(self) -> None:
+        self._note()
+        for leg in self.legs:
+            self._tell_state(leg)
+
+    def _tell_state(self, leg: Leg) -> None:
+        state = leg.state
+        if state is leg.told:
+            return
+        leg.told = state
+        data = {"node-name": self.name, "leg": leg.node.name, "state": state.text}
+        if leg.reason is not None and state is not LegState.IN_SYNC:
+            data["reason"] = leg.reason
+        self.host.emit("VHOSTBLK_QUORUM_LEG", data)
+
+    def _note(self) -> None:
+        """Bring to the disk who is out; what waits for that then completes."""
+        if self._recording is None and (self._waiting or self._unrecorded()):
+            self._recording = self.engine.loop.create_task(self._record())
+
+    def _unrecorded(self) -> list[Leg]:
+        return [leg for leg in self.legs if leg.state in _OUT and not leg.handle.recorded]
+
+    async def _record(self) -> None:
+        try:
+            while self._waiting or self._unrecorded():
+                legs, waiting = self._unrecorded(), self._waiting
+                self._waiting = []
+                ret = 0
+                if legs and self.metadata is not None:
+                    try:
+                        await self.metadata.sync()
+                    except OSError as error:
+                        # Whoever is told that its data are safe must be able to rely on it.
+                        self._log_metadata(error)
+                        ret = -errno.EIO
+                if ret == 0:
+                    for leg in legs:
+                        leg.handle.recorded = True
+                for handle in waiting:
+                    self.engine.complete(handle, ret)
+                if ret:
+                    await asyncio.sleep(0.2)
+        finally:
+            self._recording = None
+
+    def _log_metadata(self, error: OSError) -> None:
+        self._log.log(
+            logging.ERROR,
+            "quorum '%s': '%s' cannot be written: %s; changes fail as long as a leg is out",
+            self.name,
+            self._metadata_path(),
+            error.strerror or error,
+        )
+
+    # ---- what the legs do wrong
+
+    def _suspect(self, offset: int, length: int) -> None:
+        """A leg was outvoted, perhaps only because a write was on its way. Look again, in peace."""
+        if len(self._suspects) >= MAX_SUSPECTS:
+            return
+        self._suspects[offset, length] = None
+        if self._looking is None or self._looking.done():
+            self._looking = self.engine.loop.create_task(self._look())
+
+    async def _look(self) -> None:
+        while self._suspects:
+            offset, length = next(iter(self._suspects))
+            try:
+                async with self.repair.step():
+                    if offset + length <= self.size:
+                        rewrite = self.options.rewrite_corrupted and not self.read_only
+                        await self.repair.compare(offset, length, rewrite=rewrite)
+            except (OSError, VhostblkError) as error:
+                logger.warning(
+                    "quorum '%s': %d bytes at %d were not compared: %s",
+                    self.name,
+                    length,
+                    offset,
+                    error,
+                )
+            self._suspects.pop((offset, length), None)
+
+    def report_bad(self, leg: Leg, op: int, ret: int, offset: int, length: int) -> None:
+        """A leg gave an error, or (ret 0) was outvoted."""
+        reason = os.strerror(-ret) if ret < 0 else "it was outvoted"
+        self._log.log(
+            logging.WARNING,
+            "quorum '%s': bad leg '%s', %s of %d bytes at %d: %s",
+            self.name,
+            leg.node.name,
+            OP_NAMES[op],
+            length,
+            offset,
+            reason,
+        )
+        error = {"error": reason} if ret < 0 else {}
+        report = {"type": _REPORT_TYPES[op], **error, "node-name": leg.node.name}
+        self.host.emit("QUORUM_REPORT_BAD", {**report, **_sectors(offset, length)})
+
+    def report_failure(self, op: int, ret: int, offset: int, length: int) -> None:
+        """A request has failed as a whole."""
+        self._log.log(
+            logging.ERROR,
+            "quorum '%s': %s of %d bytes at %d failed: %s",
+            self.name,
+            OP_NAMES[op],
+            length,
+            offset,
+            os.strerror(-ret),
+        )
+        self.host.emit("QUORUM_FAILURE", {"reference": self.name, **_sectors(offset, length)})
+
+    def _error(self, text: str, parameter: str) -> VhostblkError:
+        return VhostblkError(text, data={"code": "bad-quorum", "parameter": parameter})
+
+
+def _sectors(offset: int, length: int) -> dict[str, int]:
+    return {
+        "sector-num": offset // SECTOR,
+        "sectors-count": -(-(offset % SECTOR + length) // SECTOR),
+    }
+
+
+def _match(nodes: list[NodeDriver], known: list[Leg]) -> list[Leg | None]:
+    """Which leg each node is: itself first, then what an overlay or a filter was put on."""
+    found: list[Leg | None] = [None] * len(nodes)
+    left = list(known)
+    for same in (lambda leg, node: leg.node is node, is_same_leg):
+        for index, node in enumerate(nodes):
+            for leg in left if found[index] is None else ():
+                if same(leg, node):
+                    found[index] = leg
+                    left.remove(leg)
+                    break
+    return found
+
+
+def _fill(iov: int, niov: int, data: bytes) -> None:
+    """Give a guest what it has read."""
+    at = 0
+    for part in guest_buffers(iov, niov):
+        with memoryview(part) as view:
+            view[:] = data[at : at + len(view)]
+            at += len(view)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A leg of a quorum: its state, and how to recognise it after a restart.
+
+    in-sync     has everything; votes
+    stale       has missed writes, which its dirty map says; gets nothing
+    failed      the same, and it did something wrong: an error, or it took too long
+    rebuilding  gets all writes, and what it has missed from the others; does not vote
+
+    in-sync, rebuilding ──error, timeout──► failed ──restart, operator──► stale
+    stale ──job──► rebuilding ──has everything──► in-sync
+
+The engine does what concerns requests, errors and timeouts among them; the rest is decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+
+from vhostblk.engine.quorum import (
+    LEG_FAILED,
+    LEG_IN_SYNC,
+    LEG_REBUILDING,
+    LEG_STALE,
+    LEG_STATE,
+    LEG_WHOLE,
+    LegHandle,
+)
+from vhostblk.nodes.driver import NodeDriver
+from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, regions_of
+
+
+class LegState(Enum):
+    """What a leg is good for; the values are those of the engine."""
+
+    IN_SYNC = LEG_IN_SYNC
+    STALE = LEG_STALE
+    FAILED = LEG_FAILED
+    REBUILDING = LEG_REBUILDING
+
+    @property
+    def text(self) -> str:
+        """As operators see it."""
+        return self.name.lower().replace("_", "-")
+
+
+class Leg:
+    """One leg. The engine may take it out at any time; everything else happens here."""
+
+    def __init__(
+        self, node: NodeDriver, metadata: Metadata, index: int, size: int, region_bits: int
+    ) -> None:
+        self.node = node
+        self.index = index
+        self.metadata = metadata
+        self.size = size
+        self.region_bits = region_bits
+        self.told = LegState.IN_SYNC
+        """The state that operators know."""
+        self.reason: str | None = None
+        """Why it is not in sync."""
+        self.handle = LegHandle(
+            metadata.state_address(index), metadata.dirty_address(index), region_bits
+        )
+        self.left_alone = False
+        """Somebody has stopped rebuilding it: nobody begins without being asked."""
+        self.files = identity(node)
+        self.apart_at = -1
+        """How often data had been changed when it ceased to be a leg."""
+
+    def keep_apart(self, changes: int) -> None:
+        """It is no leg any more, but may be again, if the change that took it away fails."""
+        alone = Metadata(None, self.size, self.region_bits, [(self.node.name, self.files)], 0)
+        self.copy_to(alone, 0)
+        self.apart_at = changes
+        self.moved(alone, 0, self.size)
+
+    def copy_to(self, metadata: Metadata, index: int) -> None:
+        """Say the same in another place."""
+        since = self.metadata.since(self.index)
+        metadata.describe_leg(index, self.handle.word, metadata.generation, since)
+        metadata.set_dirty(index, self.metadata.dirty(self.index))
+
+    def moved(self, metadata: Metadata, index: int, size: int) -> None:
+        """It has another place, which says the same. Nothing is in flight."""
+        self.metadata, self.index, self.size = metadata, index, size
+        self.handle.move(metadata.state_address(index), metadata.dirty_address(index))
+
+    @property
+    def state(self) -> LegState:
+        """Now."""
+        return LegState(self.handle.word & LEG_STATE)
+
+    def change(self, old: LegState, new: LegState) -> bool:
+        """Another state; False if the engine was faster."""
+        return self.handle.change(old.value, new.value)
+
+    # ---- what it has missed
+
+    @property
+    def regions(self) -> int:
+        """How many there are."""
+        return regions_of(self.size, self.region_bits)
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How much it has missed at most."""
+        return min(self.size, self.handle.count_dirty(self.regions) << self.region_bits)
+
+    def mark(self, offset: int, length: int) -> None:
+        """It does not have what was written to this range."""
+        if length:
+            first = offset >> self.region_bits
+            last = (offset + length - 1) >> self.region_bits
+            self.handle.mark(first, last - first + 1, True)
+
+    def mark_whole(self) -> None:
+        """It may have missed anything."""
+        self.handle.mark(0, self.regions, True)
+        word = self.handle.word
+        if word & LEG_WHOLE:
+            self.handle.change(word, word & ~LEG_WHOLE)
+
+    def settle_flags(self) -> None:
+        """What the engine has said in short is said in full."""
+        if self.handle.word & LEG_WHOLE:
+            self.mark_whole()
+
+    def clear(self, region: int, count: int) -> None:
+        """It has these regions now."""
+        self.handle.mark(region, count, False)
+
+    def next_run(self, region: int, most: int) -> tuple[int, int] | None:
+        """What it has missed from `region` on: the first of some regions in a row, and how many."""
+        first, end = self.handle.next_dirty(region, self.regions), self.regions
+        if first >= end:
+            return None
+        count = 1
+        while count < most and first + count < end:
+            if self.handle.next_dirty(first + count, first + count + 1) != first + count:
+                break
+            count += 1
+        return first, count
+
+
+# ---- recognising
+
+
+def identity(node: NodeDriver) -> list[str]:
+    """The files that a leg's data are in, the top one first, and what is below it behind.
+
+    An overlay that a snapshot has put on top of a leg has the leg's own file behind it, so
+    that whoever knows the one recognises the other.
+    """
+    found: dict[str, None] = {}
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        children = [child.node for child in current.children.values()]
+        if children:
+            waiting += reversed(children)
+        else:
+            name = current.filename()
+            found[os.path.realpath(name) if name else f"node:{current.name}"] = None
+    return list(found)
+
+
+def is_same_leg(leg: Leg, node: NodeDriver) -> bool:
+    """Whether a node that takes a leg's place has the same data: an overlay or a filter has been
+    put on top of it, or a filter taken off. What is below an overlay is older, and not the same.
+    """
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current is leg.node:
+            return True
+        below = {child.node for child in current.children.values()} - seen
+        seen |= below
+        waiting += below
+    below_leg = leg.node
+    while below_leg.is_filter and len(below_leg.children) == 1:
+        below_leg = next(iter(below_leg.children.values())).node
+        if below_leg is node:
+            return True
+    return leg.files[:1] == identity(node)[:1]
+
+
+def recognise(nodes: list[NodeDriver], records: list[LegRecord]) -> list[LegRecord | None]:
+    """Which of the recorded legs each node is; None for one that is not known."""
+    left = list(records)
+    found: list[LegRecord | None] = [None] * len(nodes)
+    files = [identity(node) for node in nodes]
+
+    def take(fits: int) -> None:
+        for index in range(len(nodes)):
+            candidates = [r for r in left if found[index] is None and _fits(files[index], r, fits)]
+            # The one that was in the same place, if several legs have a file in common.
+            candidates.sort(key=lambda r: records.index(r) != index)
+            if candidates:
+                found[index] = candidates[0]
+                left.remove(candidates[0])
+
+    take(2)
+    take(1)
+    return found
+
+
+def _fits(files: list[str], record: LegRecord, how: int) -> bool:
+    if how == 2:
+        return files[:1] == list(record.identity[:1])
+    return bool(set(files) & set(record.identity[:1]))

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a quorum knows about its legs, in a file that the engine writes to through a mapping.
+
+The legs themselves hold nothing but guest data, byte by byte the same, so that QEMU or anybody
+else can use them. So the file is beside them; it may be removed, and then all legs are believed
+to be equal. All numbers are little-endian:
+
+    0       magic, version (u32), size of the header (u32), length of the text (u32), flags (u32),
+            generation (u64); the text from byte 64 on: JSON with the size of the disk, of a region,
+            and for each leg how to recognise it
+    header  for each leg 64 bytes: state and flags (u32, see quorum.api.h), reserved (u32),
+            generation at which it was last in sync (u64), since when it is in its state (f64)
+    + 4096  writes that have been acknowledged and had not reached all legs (struct vb_quorum_late)
+    behind  for each leg its dirty map, a bit for each region, in whole pages
+
+The text never changes: with other legs or another size a new file takes the place of the old
+one, in one step (rename). All else changes in place. A process that is killed leaves what it has
+last stored, since stores to a mapping are the kernel's at once; against a power cut there is
+`sync()`, or the engine's fdatasync at a guest's flush.
+
+Without a path the same lives in plain memory, and ends with the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import stat
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vhostblk.engine.quorum import LATE_ENTRY, LATE_SIZE
+from vhostblk.schema import VhostblkError
+
+MAGIC = b"VBQUORUM"
+VERSION = 1
+PAGE = 4096
+TEXT_AT = 64
+SLOT = 64
+LEGS_MAX = PAGE // SLOT
+_HEADER = struct.Struct("<8sIIIIQ")
+_SLOT = struct.Struct("<IIQd")
+_LATE = struct.Struct("<QQQQ")
+_GENERATION_AT = 24
+
+if sys.byteorder != "little":
+    raise ImportError("the metadata of a quorum are little-endian, and mapped")
+
+
+@dataclass(frozen=True)
+class LegRecord:
+    """A leg as a file describes it."""
+
+    node_name: str
+    identity: tuple[str, ...]
+    """Files with its data, the top one first; see legs.identity()."""
+    word: int
+    generation: int
+    since: float
+    dirty: bytes
+    """The map, whole pages."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a file says."""
+
+    size: int
+    region_bits: int
+    generation: int
+    legs: list[LegRecord]
+    late: list[tuple[int, int, int]]
+    """Start, end, legs (bits) of writes that were on their way."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are."""
+
+    header: int
+    map_size: int
+    legs: int
+
+    @property
+    def slots(self) -> int:
+        return self.header
+
+    @property
+    def lates(self) -> int:
+        return self.header + PAGE
+
+    def dirty(self, leg: int) -> int:
+        return self.lates + LATE_SIZE + leg * self.map_size
+
+    @property
+    def total(self) -> int:
+        return self.dirty(self.legs)
+
+
+def regions_of(size: int, region_bits: int) -> int:
+    """How many regions a disk has."""
+    return (size + (1 << region_bits) - 1) >> region_bits
+
+
+def map_size(size: int, region_bits: int) -> int:
+    """Bytes of a dirty map: whole pages, and whole words for the engine."""
+    return max(PAGE, -(-regions_of(size, region_bits) // (8 * PAGE)) * PAGE)
+
+
+class Metadata:
+    """One version of it, mapped."""
+
+    def __init__(
+        self,
+        path: str | None,
+        size: int,
+        region_bits: int,
+        legs: Sequence[tuple[str, Sequence[str]]],
+        generation: int,
+    ) -> None:
+        """New, in memory or in a file beside `path` that `publish()` puts in its place.
+
+        `legs`: node name and identity of each.
+        """
+        text = json.dumps(
+            {
+                "size": size,
+                "region-size": 1 << region_bits,
+                "legs": [{"node-name": name, "identity": list(files)} for name, files in legs],
+            }
+        ).encode()
+        header = -(-(TEXT_AT + len(text)) // PAGE) * PAGE
+        self.path = path
+        self.layout = Layout(header, map_size(size, region_bits), len(legs))
+        self.fd = -1
+        self._unsynced_name = False
+        self._memory = self._map(path)
+        self._memory[TEXT_AT : TEXT_AT + len(text)] = text
+        _HEADER.pack_into(self._memory, 0, MAGIC, VERSION, header, len(text), 0, generation)
+        self._anchor = ctypes.c_char.from_buffer(self._memory)
+        self.address = ctypes.addressof(self._anchor)
+
+    def _map(self, path: str | None) -> mmap.mmap:
+        if path is None:
+            return mmap.mmap(-1, self.layout.total)
+        temporary = f"{path}.tmp"
+        try:
+            # Left over from a process that was killed, or somebody's trap: never written through.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            self.fd = os.open(temporary, flags, 0o600)
+            # All of it now: a full file system must not be SIGBUS in the middle of a guest's write.
+            os.posix_fallocate(self.fd, 0, self.layout.total)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return mmap.mmap(self.fd, self.layout.total)
+        except OSError as error:
+            if self.fd >= 0:
+                os.close(self.fd)
+                os.unlink(temporary)
+            raise metadata_error(path, f"cannot be written: {error.strerror}") from None
+
+    def publish(self) -> None:
+        """Take the place of what was there before, if it is a file."""
+        if self.path is not None:
+            try:
+                os.rename(f"{self.path}.tmp", self.path)
+            except OSError as error:
+                raise metadata_error(self.path, f"cannot be written: {error.strerror}") from None
+            self._unsynced_name = True
+
+    async def sync(self) -> None:
+        """All of it is on disk afterwards."""
+        if self.fd < 0:
+            return
+        name = self.path if self._unsynced_name else None
+        fd = os.dup(self.fd)  # it may be closed meanwhile
+        await asyncio.to_thread(_sync, fd, name)
+        if name is not None:
+            self._unsynced_name = False
+
+    def close(self, *, remove: bool = False) -> None:
+        """The engine uses it no more; `remove` a file that was never published."""
+        del self._anchor
+        self._memory.close()
+        if self.fd >= 0:
+            if remove:
+                os.unlink(f"{self.path}.tmp")
+            os.close(self.fd)
+            self.fd = -1
+
+    # ---- its parts
+
+    @property
+    def lates(self) -> int:
+        """Address of the table of late writes."""
+        return self.address + self.layout.lates
+
+    def state_address(self, leg: int) -> int:
+        """Address of a leg's state word."""
+        return self.address + self.layout.slots + leg * SLOT
+
+    def dirty_address(self, leg: int) -> int:
+        """Address of a leg's map."""
+        return self.address + self.layout.dirty(leg)
+
+    def describe_leg(self, leg: int, word: int, generation: int, since: float) -> None:
+        """Before the engine knows the leg."""
+        at = self.layout.slots + leg * SLOT
+        _SLOT.pack_into(self._memory, at, word, 0, generation, since)
+
+    def changed(self, leg: int, generation: int) -> None:
+        """The leg has another state since now, and was last in sync at `generation`."""
+        at = self.layout.slots + leg * SLOT
+        struct.pack_into("<Qd", self._memory, at + 8, generation, time.time())
+
+    def since(self, leg: int) -> float:
+        """Since when it is in its state."""
+        at = self.layout.slots + leg * SLOT
+        return float(struct.unpack_from("<d", self._memory, at + 16)[0])
+
+    @property
+    def generation(self) -> int:
+        """Grows with every leg that leaves, or comes back."""
+        return int(struct.unpack_from("<Q", self._memory, _GENERATION_AT)[0])
+
+    @generation.setter
+    def generation(self, generation: int) -> None:
+        struct.pack_into("<Q", self._memory, _GENERATION_AT, generation)
+
+    def set_dirty(self, leg: int, dirty: bytes) -> None:
+        """The whole map, or its first part. Before the engine knows the leg."""
+        at = self.layout.dirty(leg)
+        length = min(len(dirty), self.layout.map_size)
+        self._memory[at : at + length] = dirty[:length]
+
+    def dirty(self, leg: int) -> bytes:
+        """The whole map."""
+        at = self.layout.dirty(leg)
+        return self._memory[at : at + self.layout.map_size]
+
+
+def _sync(fd: int, name: str | None) -> None:
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if name is not None:
+        directory = os.open(os.path.dirname(name) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+# ---- what is there already
+
+
+def read(path: str) -> Recorded | None:
+    """What a file says; None if there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise metadata_error(path, f"cannot be opened: {error.strerror}") from None
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise metadata_error(path, "is not a regular file")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise metadata_error(path, "is in use by another quorum", "image-locked") from None
+        data = file.read()
+    try:
+        return _parse(data)
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise metadata_error(path, f"is damaged: {error}") from None
+
+
+def _parse(data: bytes) -> Recorded:
+    magic, version, header, length, _, generation = _HEADER.unpack_from(data, 0)
+    if magic != MAGIC:
+        raise ValueError("it has no metadata of a quorum in it")
+    if version != VERSION:
+        raise ValueError(f"it has version {version}, and only {VERSION} is known")
+    text: dict[str, Any] = json.loads(data[TEXT_AT : TEXT_AT + length])
+    size, region = int(text["size"]), int(text["region-size"])
+    region_bits = region.bit_length() - 1
+    if size < 0 or region != 1 << region_bits or not 9 <= region_bits <= 40:
+        raise ValueError(f"a disk of {size} bytes in regions of {region}")
+    if len(text["legs"]) > LEGS_MAX:
+        raise ValueError(f"{len(text['legs'])} legs")
+    layout = Layout(header, map_size(size, region_bits), len(text["legs"]))
+    if len(data) < layout.total:
+        raise ValueError(f"it has {len(data)} bytes, and should have {layout.total}")
+    legs = []
+    for index, leg in enumerate(text["legs"]):
+        word, _, last, since = _SLOT.unpack_from(data, layout.slots + index * SLOT)
+        at = layout.dirty(index)
+        dirty = data[at : at + layout.map_size]
+        files = tuple(str(file) for file in leg["identity"])
+        legs.append(LegRecord(str(leg["node-name"]), files, word, last, since, dirty))
+    late = []
+    for at in range(layout.lates, layout.lates + LATE_SIZE, LATE_ENTRY):
+        start, end, bits, _ = _LATE.unpack_from(data, at)
+        if bits:
+            late.append((start, end, bits))
+    return Recorded(size, region_bits, generation, legs, late)
+
+
+def metadata_error(path: str, text: str, code: str = "quorum-metadata") -> VhostblkError:
+    """About the file."""
+    return VhostblkError(f"Quorum metadata '{path}' {text}", data={"code": code, "path": path})
