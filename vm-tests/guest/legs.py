@@ -70,20 +70,34 @@ class Legs:
     Their first `blocks` blocks are what programs/stamp.c writes to.
     """
 
-    def __init__(self, workspace: Workspace, count: int, blocks: int = 0) -> None:
+    def __init__(
+        self, workspace: Workspace, count: int, blocks: int = 0, content: Path | None = None
+    ) -> None:
+        """Empty images, or all with the same `content`, a raw image."""
         self._blocks = blocks
         self._numbers = itertools.count(1)
         self._name = ""
         self.chains = [[workspace.path / f"base{number}.qcow2"] for number in range(count)]
         for (image,) in self.chains:
-            qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
+            if content is None:
+                qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
+            else:
+                qemu_img("convert", "-f", "raw", "-O", "qcow2", content, image)
         self.pauses: list[int] = []
 
     def serve(
-        self, disks: DiskServer, *, filters: tuple[str, ...] = (), state: Path | None = None
+        self,
+        disks: DiskServer,
+        *,
+        objects: tuple[str, ...] = (),
+        quorum: str = "vote-threshold=2",
+        filters: tuple[str, ...] = (),
+        state: Path | None = None,
     ) -> ServedDisk:
-        """All of them under filters."""
+        """All of them under a quorum, if they are several, and filters, the lowest first."""
         arguments: list[str] = []
+        for text in objects:
+            arguments += ["--object", text]
         top = "leg0"
         for number, (image,) in enumerate(self.chains):
             file = f"driver=file,node-name=storage{number},filename={image}"
@@ -92,7 +106,7 @@ class Legs:
             arguments += ["--blockdev", format]
         if len(self.chains) > 1:
             legs = "".join(f",children.{n}=leg{n}" for n in range(len(self.chains)))
-            arguments += ["--blockdev", f"driver=quorum,node-name=quorum,vote-threshold=2{legs}"]
+            arguments += ["--blockdev", f"driver=quorum,node-name=quorum,{quorum}{legs}"]
             top = "quorum"
         for number, text in enumerate(filters):
             arguments += ["--blockdev", f"{text},node-name=filter{number},file={top}"]
