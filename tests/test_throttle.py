@@ -320,6 +320,55 @@ def test_a_node_moves_to_another_group() -> None:
     with_host(test)
 
 
+def test_each_group_counts_what_was_done_in_it() -> None:
+    async def test(host: Host) -> None:
+        groups = [await group(host, "one"), await group(host, "two")]
+
+        def counted() -> list[tuple[int, int]]:
+            all_of = [made.statistics()["write"] for made in groups]
+            return [(entry["requests"], entry["bytes"]) for entry in all_of]
+
+        async def move(to: str) -> None:
+            options = {"driver": "throttle", "node-name": "b", "file": "null-b"}
+            await host.backend.blockdev_reopen([{**options, "throttle-group": to}])
+
+        await disk(host, "a", "one")
+        await disk(host, "b", "one")
+        async with host.device("a") as first, host.device("b") as second:
+            await first.wait(*writes(first, 10))
+            await second.wait(*writes(second, 10))
+            assert counted() == [(20, 20 * 512), (0, 0)]
+            await move("two")
+            assert counted() == [(20, 20 * 512), (0, 0)]
+            await first.wait(*writes(first, 3))
+            await second.wait(*writes(second, 5))
+            assert counted() == [(23, 23 * 512), (5, 5 * 512)]
+            await move("one")
+            await second.wait(*writes(second, 2))
+            assert counted() == [(25, 25 * 512), (5, 5 * 512)]
+        await host.backend.block_export_del("b")
+        await host.backend.blockdev_del("b")
+        assert counted() == [(25, 25 * 512), (5, 5 * 512)]
+
+    with_host(test)
+
+
+def test_a_lower_limit_after_a_burst_does_not_stop_the_guest() -> None:
+    """What was permitted is not paid for at the new rate: that would take half an hour."""
+
+    async def test(host: Host) -> None:
+        made = await group(host, iops_total=SLOW, iops_total_max=20_000)
+        await disk(host)
+        async with host.device("t") as guest:
+            for _ in range(50):
+                await guest.wait(*writes(guest, 40))
+            assert made.statistics()["write"]["waited"] == 0
+            await limit(host, iops_total=10, iops_total_max=0)
+            await guest.wait(*writes(guest, 3))  # within the 20 s that a device waits
+
+    with_host(test)
+
+
 def test_it_comes_and_goes_above_a_disk_in_use() -> None:
     async def test(host: Host) -> None:
         made = await group(host, iops_total=SLOW)

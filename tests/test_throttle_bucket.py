@@ -27,6 +27,17 @@ class Model:
         self.limit = (0, 0, 1)
         self.level = self.burst = 0.0
 
+    def set(self, limit: tuple[int, int, int]) -> None:
+        """Not QEMU's, which forgets its levels: they stay, but what was permitted is no debt."""
+        old, new = _sizes(self.limit), _sizes(limit)
+        self.level, self.burst = (
+            min(level, before, after) + max(0.0, level - before)
+            for level, before, after in zip((self.level, self.burst), old, new, strict=True)
+        )
+        if self.limit[2] == 1 or limit[2] == 1:
+            self.burst = 0.0
+        self.limit = limit
+
     def leak(self, seconds: float) -> None:
         avg, most, _ = self.limit
         self.level = max(0.0, self.level - avg * seconds)
@@ -48,6 +59,11 @@ class Model:
         if avg:
             self.level += units
             self.burst += units if length > 1 else 0
+
+
+def _sizes(limit: tuple[int, int, int]) -> tuple[float, float]:
+    avg, most, length = limit
+    return (most * length if most else avg / 10), most / 10
 
 
 class Bucket:
@@ -114,9 +130,7 @@ def test_against_a_model(
     for number, (pause, percent) in enumerate(steps):
         if number == len(steps) // 2 and not keep:
             bucket.set(second)
-            if model.limit[2] == 1:
-                model.burst = 0.0
-            model.limit = second
+            model.set(second)
         ticks = int(pause * TICKS)
         bucket.now += ticks
         model.leak(ticks / TICKS)
@@ -130,6 +144,25 @@ def test_against_a_model(
         units = model.limit[0] * percent / 100
         bucket.account(units)
         model.account(units)
+
+
+def test_a_lower_limit_does_not_punish_what_was_permitted(library: ctypes.CDLL) -> None:
+    bucket = Bucket(library)
+    bucket.set((1000, 20_000, 1))
+    bucket.account(20_000)  # its burst
+    bucket.set((10, 0, 1))
+    assert bucket.wait() == 0
+    bucket.account(1)  # and no second burst: the bucket is full
+    assert bucket.wait() == pytest.approx(0.1)
+
+
+def test_a_debt_survives_a_change(library: ctypes.CDLL) -> None:
+    bucket = Bucket(library)
+    bucket.set((1000, 0, 1))
+    bucket.account(150)  # 50 too much
+    for limit, wait in (((10, 0, 1), 5), ((10, 0, 1), 5), ((100, 0, 1), 0.41), ((10, 20, 60), 0)):
+        bucket.set(limit)
+        assert bucket.wait() == pytest.approx(wait)  # a larger bucket has more room
 
 
 def test_no_limit(library: ctypes.CDLL) -> None:

@@ -36,6 +36,28 @@ _DIRECTION_OF = {
 }
 
 
+_Counts = dict[str, tuple[int, int]]
+"""Requests and bytes by direction."""
+
+
+def _counts(member: ThrottleHandle) -> _Counts:
+    """All that has passed through a node."""
+    counts = dict.fromkeys(DIRECTIONS, (0, 0))
+    stats = member.stats()
+    for name, direction in _DIRECTION_OF.items():
+        done, (requests, length) = getattr(stats, name), counts[direction]
+        counts[direction] = (requests + done.ops, length + done.bytes)
+    return counts
+
+
+def _sum(one: _Counts, other: _Counts) -> _Counts:
+    return {name: (one[name][0] + other[name][0], one[name][1] + other[name][1]) for name in one}
+
+
+def _difference(one: _Counts, other: _Counts) -> _Counts:
+    return {name: (one[name][0] - other[name][0], one[name][1] - other[name][1]) for name in one}
+
+
 class ThrottleLimits(Model):
     """Limits of a group; 0 is none."""
 
@@ -159,8 +181,8 @@ class ThrottleGroup(BackendObject):
 
     async def open(self) -> None:
         self.handle = ThrottleGroupHandle(self.engine)
-        self._members: list[ThrottleHandle] = []
-        self._before = dict.fromkeys(DIRECTIONS, (0, 0))
+        self._members: dict[ThrottleHandle, _Counts] = {}  # with what they had done before
+        self._gone = dict.fromkeys(DIRECTIONS, (0, 0))
         self._set(self.options.limits)
 
     async def close(self) -> None:
@@ -172,22 +194,17 @@ class ThrottleGroup(BackendObject):
     # ---- members
 
     def join(self, member: ThrottleHandle) -> None:
-        """A node of this group."""
-        self._members.append(member)
+        """A node of this group. What it has done elsewhere does not count here."""
+        self._members[member] = _counts(member)
 
     def leave(self, member: ThrottleHandle) -> None:
-        """It is not any more; what it has done still counts."""
-        self._before = self._passed()
-        self._members.remove(member)
+        """It is not any more; what it has done here still counts."""
+        self._gone = _sum(self._gone, _difference(_counts(member), self._members.pop(member)))
 
-    def _passed(self) -> dict[str, tuple[int, int]]:
-        """Requests and bytes by direction."""
-        passed = dict(self._before)
-        for member in self._members:
-            stats = member.stats()
-            for name, direction in _DIRECTION_OF.items():
-                done, (requests, length) = getattr(stats, name), passed[direction]
-                passed[direction] = (requests + done.ops, length + done.bytes)
+    def _passed(self) -> _Counts:
+        passed = self._gone
+        for member, before in self._members.items():
+            passed = _sum(passed, _difference(_counts(member), before))
         return passed
 
     # ---- properties

@@ -9,7 +9,7 @@ struct vb_throttle_limits {
     uint64_t avg[VB_THROTTLE_LIMITS];          /* units a second; 0: no limit */
     uint64_t max[VB_THROTTLE_LIMITS];          /* units a second in a burst; 0: none */
     uint64_t burst_length[VB_THROTTLE_LIMITS]; /* seconds, at least 1 */
-    uint64_t iops_size;                        /* bytes that count as one operation; 0: any number */
+    uint64_t iops_size; /* bytes that count as one operation; 0: any number */
 };
 
 struct vb_throttle_stats {

@@ -50,16 +50,29 @@ static void leak_account(struct vb_leak *leak, uint64_t now, double units)
                                                     memory_order_relaxed, memory_order_relaxed));
 }
 
+/*
+ * What is in the bucket after its limit has changed, in units. What the old limit permitted is no
+ * debt under the new one: it leaves a bucket at most full. Only what was taken too much is owed.
+ */
+static double kept(double level, double old_size, double size)
+{
+    double debt = level > old_size ? level - old_size : 0;
+    double filled = level - debt;
+
+    return (filled < size ? filled : size) + debt;
+}
+
 static void leak_set(struct vb_leak *leak, uint64_t now, double rate, double size)
 {
     double cost = rate != 0 ? TICKS_PER_SECOND / rate : 0;
     double was = atomic_load_explicit(&leak->cost, memory_order_relaxed);
+    double old_size = (double)atomic_load_explicit(&leak->size, memory_order_relaxed);
     uint64_t old = atomic_load_explicit(&leak->empty, memory_order_relaxed), empty;
 
     do {
         double level = was != 0 && old > now ? (double)(old - now) / was : 0;
 
-        empty = later(now, level * cost);
+        empty = later(now, was != 0 ? kept(level, old_size / was, size) * cost : 0);
     } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
                                                     memory_order_relaxed, memory_order_relaxed));
     atomic_store_explicit(&leak->size, later(0, size * cost), memory_order_relaxed);

@@ -3,10 +3,10 @@
  * throttle_bucket.h: a leaky bucket, shared by all threads without a lock.
  *
  * QEMU's rules (util/throttle.c): what passes fills the bucket, which leaks `avg` units a second. A
- * request has to wait while the level is above the size of the bucket: `max` times the burst length,
- * or a tenth of `avg` if there is no `max`. Where bursts are longer than a second, a second bucket that leaks `max`
- * units a second and holds a tenth of them bounds the speed of the burst. A request is counted
- * when it passes, whole; what it takes too much, the next one waits for.
+ * request has to wait while the level is above the size of the bucket: `max` times the burst
+ * length, or a tenth of `avg` if there is no `max`. Where bursts are longer than a second, a second
+ * bucket that leaks `max` units a second and holds a tenth of them bounds the speed of the burst. A
+ * request is counted when it passes, whole; what it takes too much, the next one waits for.
  *
  * Here a level is not stored in units but as the time when the bucket will have leaked dry. It
  * need not be touched as time goes by, and to fill it is one compare-and-swap.
@@ -41,7 +41,7 @@ struct vb_bucket {
 uint64_t vb_bucket_wait(struct vb_bucket *bucket, uint64_t now);
 /* Something passes. */
 void vb_bucket_account(struct vb_bucket *bucket, uint64_t now, double units);
-/* Another limit; the level, in units, stays what it is. One thread at a time. */
+/* Another limit. The level stays, but what was permitted is no debt. One thread at a time. */
 void vb_bucket_set(struct vb_bucket *bucket, uint64_t now, struct vb_throttle_limit limit);
 
 #endif

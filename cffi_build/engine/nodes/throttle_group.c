@@ -3,16 +3,17 @@
  * throttle_group.c: limits that many nodes on many threads share, and the requests that wait for
  * them.
  *
- * A request that is under the limits, while nobody waits, takes no lock: it looks at its buckets and
- * fills them (throttle_bucket.h). Several threads that look at the same moment may all pass; what
- * they take too much is waited for afterwards, so the average holds.
+ * A request that is under the limits, while nobody waits, takes no lock: it looks at its buckets
+ * and fills them (throttle_bucket.h). Several threads that look at the same moment may all pass;
+ * what they take too much is waited for afterwards, so the average holds.
  *
- * Whoever must wait is put into a queue under the group's lock. Members take turns in each direction,
- * request by request, and the directions take turns where they share a limit. Every thread with a
- * request in the group has a timer, set to when the next request may leave; the one that is up
- * first lets all go that may, those of other threads by a message to them. So no thread needs to be
- * in charge: the timer is stopped when the thread's last request has left, and once a group's requests
- * are gone nothing of it is armed or under way, except a kick, which has a reference of its own.
+ * Whoever must wait is put into a queue under the group's lock. Members take turns in each
+ * direction, request by request, and the directions take turns where they share a limit. Every
+ * thread with a request in the group has a timer, set to when the next request may leave; the one
+ * that is up first lets all go that may, those of other threads by a message to them. So no thread
+ * needs to be in charge: the timer is stopped when the thread's last request has left, and once a
+ * group's requests are gone nothing of it is armed or under way, except a kick, which has a
+ * reference of its own.
  */
 #include "throttle_group.h"
 
@@ -310,7 +311,8 @@ static void run_kick(struct vb_message *message, void *context)
     struct vb_throttle_group *group = seat->group;
 
     (void)context;
-    atomic_store_explicit(&seat->kicked, false, memory_order_release); /* the message is free again */
+    /* The message is free again. */
+    atomic_store_explicit(&seat->kicked, false, memory_order_release);
     look(seat);
     put_group(group);
 }
@@ -347,7 +349,8 @@ void throttle_wait(struct throttle_member *member, enum throttle_direction direc
     pthread_mutex_unlock(&group->lock);
     if (pass) {
         vb_submit(member->node->children[0], request);
-    } else if (!seat->armed || seat->timer.deadline_ns > thread->now_ns + wait / VB_TICKS_PER_NS + 1) {
+    } else if (!seat->armed ||
+               seat->timer.deadline_ns > thread->now_ns + wait / VB_TICKS_PER_NS + 1) {
         set_timer(seat, now + wait);
     }
 }
