@@ -22,7 +22,11 @@ def split(key: Buffer, hash: str) -> bytearray:
     size = len(key)
     pieces = bytearray(os.urandom(size * (STRIPES - 1)))
     sum = _sum(pieces, size, STRIPES - 1, hash)
-    pieces += _xor(sum, key)
+    # Byte by byte: of the key itself nothing must be left behind in numbers of Python's.
+    pieces += bytes(size)
+    last = memoryview(pieces)[-size:]
+    for at in range(size):
+        last[at] = sum[at] ^ key[at]
     wipe(sum)
     return pieces
 
@@ -30,10 +34,12 @@ def split(key: Buffer, hash: str) -> bytearray:
 def merge(pieces: bytearray, size: int, hash: str) -> SecretBytes:
     """The key again."""
     sum = _sum(pieces, size, STRIPES - 1, hash)
-    last = _xor(sum, memoryview(pieces)[(STRIPES - 1) * size : STRIPES * size])
-    key = SecretBytes(last)
+    last = memoryview(pieces)[(STRIPES - 1) * size : STRIPES * size]
+    key = SecretBytes(size)
+    view = key.view()
+    for at in range(size):
+        view[at] = sum[at] ^ last[at]
     wipe(sum)
-    wipe(last)
     return key
 
 

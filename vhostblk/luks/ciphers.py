@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, modes
 from vhostblk.luks.errors import unsupported
 from vhostblk.luks.hashes import NAMES as HASHES
 from vhostblk.luks.hashes import digest, digest_size
-from vhostblk.secret.memory import Buffer
+from vhostblk.secret.memory import Buffer, wipe_bytes
 
 SECTOR = 512
 SECTOR_SIZES = (512, 1024, 2048, 4096)
@@ -111,14 +111,26 @@ class SectorCipher:
         spec.check_key_size(len(key))
         self._sector_size = sector_size
         self._mode = spec.mode
-        own = bytes(key)
+        own = bytes(memoryview(key))  # a copy in any case: it is wiped
         half = len(own) // 2
         self._whole = own
         self._key = own[:half] if spec.mode == "xts" else own
         self._algorithm = _algorithm(spec.cipher, self._key)
         self._block = self._algorithm.block_size // 8
-        self._tweak = _ecb(_algorithm(spec.cipher, own[half:])) if spec.mode == "xts" else None
+        self._second = own[half:] if spec.mode == "xts" else b""
+        self._tweak = _ecb(_algorithm(spec.cipher, self._second)) if self._second else None
         self._iv = self._generator(spec, own)
+
+    def close(self) -> None:
+        """Wipe the key."""
+        for key in (self._whole, self._key, self._second):
+            wipe_bytes(key)
+
+    def __enter__(self) -> SectorCipher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def encrypt(self, sector: int, data: Buffer) -> bytearray:
         """Whole sectors, of which the first has this number, counted in 512 bytes."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from vhostblk.luks import hashes
 from vhostblk.luks.errors import bad_header, too_costly, unsupported
 from vhostblk.secret import SecretBytes
-from vhostblk.secret.memory import Buffer
+from vhostblk.secret.memory import Buffer, wipe_bytes
 
 T = TypeVar("T")
 KIB = 1024
@@ -111,8 +111,9 @@ class Kdf:
         """The key, a long computation; checked before."""
         key = SecretBytes(length)
         if self.type == PBKDF2:
-            view = key.view()
-            view[:] = hashes.pbkdf2(self.hash, passphrase, self.salt, self.iterations, length)
+            made = hashes.pbkdf2(self.hash, passphrase, self.salt, self.iterations, length)
+            key.view()[:] = made
+            wipe_bytes(made)
             return key
         try:
             _argon2(self, passphrase, key.view())
@@ -141,9 +142,13 @@ def _argon2(kdf: Kdf, passphrase: Buffer, into: memoryview) -> None:
         memory_cost=kdf.memory,
     )
     if hasattr(function, "derive_into"):
-        function.derive_into(bytes(passphrase), into)
-    else:
-        into[:] = function.derive(bytes(passphrase))
+        function.derive_into(passphrase, into)
+        return
+    words = bytes(memoryview(passphrase))
+    made = function.derive(words)
+    into[:] = made
+    wipe_bytes(made)
+    wipe_bytes(words)
 
 
 # ---- how much to ask for

@@ -54,8 +54,8 @@ class Slot:
 
     def open(self, passphrase: Buffer, material: bytes) -> SecretBytes:
         """What the slot says the key is. A long computation."""
-        with self.kdf.derive(passphrase, self.area_key_size) as key:
-            pieces = self._cipher(key).decrypt(0, material)
+        with self.kdf.derive(passphrase, self.area_key_size) as key, self._cipher(key) as cipher:
+            pieces = cipher.decrypt(0, material)
         try:
             return af.merge(pieces, self.key_size, self.af_hash)
         finally:
@@ -66,8 +66,11 @@ class Slot:
         pieces = af.split(key.view(), self.af_hash)
         try:
             pieces += bytes(material_size(self.key_size) - len(pieces))
-            with self.kdf.derive(passphrase, self.area_key_size) as wrapping:
-                return bytes(self._cipher(wrapping).encrypt(0, pieces))
+            with (
+                self.kdf.derive(passphrase, self.area_key_size) as wrapping,
+                self._cipher(wrapping) as cipher,
+            ):
+                return bytes(cipher.encrypt(0, pieces))
         finally:
             wipe(pieces)
 

@@ -110,6 +110,16 @@ def wipe(buffer: bytearray) -> None:
         ctypes.memset(ctypes.addressof(view), 0, len(buffer))
 
 
+def wipe_bytes(value: bytes) -> None:
+    """The same for bytes that a function has just made for us, and nobody else can have.
+
+    Python has no way to change them; this is CPython's layout of an object, whose last byte is a
+    zero that belongs to the object. The bytes must be longer than one: single ones are shared.
+    """
+    if len(value) > 1:
+        ctypes.memset(id(value) + bytes.__basicsize__ - 1, 0, len(value))
+
+
 def forbid_core_dumps() -> None:
     """No core dump of this process from now on, nor another user's debugger in it.
 
