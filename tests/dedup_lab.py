@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Dedup stores for tests: made, opened, and looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from in_process import MIB, Host
+
+BLOCK = 4096
+SEGMENT = 256 << 10
+
+
+async def create(host: Host, *, size: int = MIB, data: int = 8 * MIB, **options: Any) -> None:
+    """A store on node `data`, a file, with metadata in `meta`, and a disk of that size."""
+    host.file("data.raw", data)
+    await host.add("file", "data", filename=host.path("data.raw"), discard="unmap")
+    given = {key.replace("_", "-"): value for key, value in options.items()}
+    job = {
+        "driver": "dedup",
+        "file": "data",
+        "metadata": host.path("meta"),
+        "block-size": BLOCK,
+        "segment-size": SEGMENT,
+        "size": size,
+        **given,
+    }
+    await host.backend.blockdev_create("create", job)
+    await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded")
+    [info] = host.backend.query_jobs()
+    assert "error" not in info, info
+    host.backend.jobs.get("create").dismiss()
+
+
+async def open_disk(host: Host, name: str = "disk", **options: Any) -> Any:
+    """A disk of the store in `meta`; the node."""
+    return await host.add(
+        "dedup", name, **{"file": "data", "metadata": host.path("meta"), **options}
+    )
+
+
+def store_of(host: Host, name: str = "disk") -> Any:
+    """The Store below a node."""
+    return host.backend.graph.node(name).store
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """What is in a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A disk in a dedup store: what is written is read, once stored, shared, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
+from in_process import MIB, Host, refused, with_host
+
+from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES
+
+
+async def submit(host: Host, node: str, op: int, offset: int = 0, length: int = 0) -> None:
+    handle = host.backend.graph.node(node).effective
+    await host.backend.engine.submit(handle, op, offset, None, length)
+
+
+async def sound(host: Host, name: str = "disk") -> Any:
+    """Everything in the store is as it should be, content included."""
+    store = store_of(host, name)
+    result = await store.check(store.members[0].data, repair=False, content=True)
+    assert result.sound, result.messages
+    return result
+
+
+@pytest.mark.parametrize("block", [4096, 16384, 65536])
+def test_written_and_read_again(block: int) -> None:
+    async def test(host: Host) -> None:
+        await create(host, block_size=block)
+        await open_disk(host)
+        rnd = random.Random(1)
+        content = bytearray(MIB)
+        assert await host.read("disk", 0, MIB) == content
+        for _ in range(60):
+            length = 512 * rnd.randint(1, 300)
+            offset = 512 * rnd.randint(0, (MIB - length) // 512)
+            data = rnd.randbytes(length)
+            await host.write("disk", offset, data)
+            content[offset : offset + length] = data
+            assert await host.read("disk", offset, length) == data
+        assert await host.read("disk", 0, MIB) == content
+        await submit(host, "disk", OP_FLUSH)
+        await sound(host)
+        await host.backend.blockdev_del("disk")
+        await open_disk(host)
+        assert await host.read("disk", 0, MIB) == content
+        await sound(host)
+
+    with_host(test)
+
+
+def test_equal_blocks_are_stored_once() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=8 * MIB, size=16 * MIB)
+        await open_disk(host)
+        data = random.Random(2).randbytes(MIB)
+        for copy in range(12):
+            await host.write("disk", copy * MIB, data)
+        store = store_of(host)
+        assert store.tables.state.blocks == MIB // BLOCK
+        assert store.counters.hits == 11 * MIB // BLOCK
+        assert await host.read("disk", 11 * MIB, MIB) == data
+        result = await sound(host)
+        assert (result.blocks, result.mapped) == (MIB // BLOCK, 12 * MIB // BLOCK)
+
+    with_host(test)
+
+
+def test_zeroes_need_no_space() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await host.write("disk", 0, b"x" * MIB)
+        await host.write("disk", 0, bytes(MIB // 2))
+        await submit(host, "disk", OP_WRITE_ZEROES, MIB // 2, MIB // 2)
+        assert await host.read("disk", 0, MIB) == bytes(MIB)
+        await sound(host)
+        assert store_of(host).tables.state.blocks == 0
+
+    with_host(test)
+
+
+def test_partial_zero_writes_and_discards() -> None:
+    async def test(host: Host) -> None:
+        await create(host, size=MIB + 512)
+        await open_disk(host)
+        rnd = random.Random(3)
+        content = bytearray(rnd.randbytes(MIB + 512))
+        await host.write("disk", 0, bytes(content))
+        for _ in range(40):
+            length = 512 * rnd.randint(1, 40)
+            offset = 512 * rnd.randint(0, (MIB + 512 - length) // 512)
+            await submit(host, "disk", OP_WRITE_ZEROES, offset, length)
+            content[offset : offset + length] = bytes(length)
+        assert await host.read("disk", 0, MIB + 512) == content
+        await submit(host, "disk", OP_DISCARD, 0, MIB + 512)
+        assert await host.read("disk", 0, MIB + 512) == bytes(MIB + 512)
+        await sound(host)
+
+    with_host(test)
+
+
+def test_two_disks_share_blocks() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=2 * MIB)
+        data = random.Random(4).randbytes(MIB)
+        await host.write("disk", 0, data)
+        await host.write("other", MIB, data)
+        assert store_of(host).tables.state.blocks == MIB // BLOCK
+        await submit(host, "disk", OP_DISCARD, 0, MIB)
+        assert await host.read("disk", 0, MIB) == bytes(MIB)
+        assert await host.read("other", MIB, MIB) == data
+        await host.backend.blockdev_del("disk")
+        await sound(host, "other")
+        assert await host.read("other", MIB, MIB) == data
+        await host.backend.blockdev_del("other")
+        await open_disk(host, "other", disk="other")
+        assert await host.read("other", MIB, MIB) == data
+
+    with_host(test)
+
+
+def test_discard_returns_space() -> None:
+    """A disk twice as large as the store is filled again and again."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=4 * MIB, size=3 * MIB)
+        await open_disk(host, discard="unmap")
+        rnd = random.Random(5)
+        for _ in range(5):
+            data = rnd.randbytes(3 * MIB)
+            for at in range(0, 3 * MIB, SEGMENT):
+                await host.write("disk", at, data[at : at + SEGMENT])
+            assert await host.read("disk", 0, 3 * MIB) == data
+            await submit(host, "disk", OP_DISCARD, 0, 3 * MIB)
+        store = store_of(host)
+        await store.checkpoint()
+        assert store.tables.state.blocks == 0
+        assert store.space.free >= store.space.size - 2 * SEGMENT
+        await sound(host)
+
+    with_host(test)
+
+
+def test_overwriting_forever_with_little_room() -> None:
+    """Garbage collection makes room out of segments that are half empty."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=4 * MIB, size=2 * MIB)
+        await open_disk(host)
+        rnd = random.Random(6)
+        content = bytearray(2 * MIB)
+        for _ in range(1200):
+            offset = BLOCK * rnd.randrange(2 * MIB // BLOCK)
+            data = rnd.randbytes(BLOCK)
+            await host.write("disk", offset, data)
+            content[offset : offset + BLOCK] = data
+        assert await host.read("disk", 0, 2 * MIB) == content
+        assert store_of(host).counters.moved > 0
+        await sound(host)
+
+    with_host(test)
+
+
+def test_a_full_store_says_so() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=2 * MIB, size=8 * MIB)
+        await open_disk(host)
+        rnd = random.Random(7)
+        written: dict[int, bytes] = {}
+        with pytest.raises(OSError) as caught:
+            for at in range(0, 8 * MIB, SEGMENT):
+                data = rnd.randbytes(SEGMENT)
+                await host.write("disk", at, data)
+                written[at] = data
+        assert caught.value.errno == 28
+        assert host.named("DEDUP_FULL")[0]["device"] == "data"
+        for at, data in written.items():
+            assert await host.read("disk", at, SEGMENT) == data
+        # What is deleted makes room for others.
+        await submit(host, "disk", OP_DISCARD, 0, 2 * SEGMENT)
+        data = rnd.randbytes(SEGMENT)
+        await host.write("disk", 7 * MIB, data)
+        assert await host.read("disk", 7 * MIB, SEGMENT) == data
+        await sound(host)
+
+    with_host(test)
+
+
+def test_held_writes_go_on_when_there_is_space() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=2 * MIB, size=8 * MIB)
+        await open_disk(host, on_enospc="hold")
+        rnd = random.Random(8)
+        data = rnd.randbytes(8 * MIB)
+
+        async def fill() -> None:
+            for at in range(0, 2 * MIB, SEGMENT):
+                await host.write("disk", at, data[at : at + SEGMENT])
+
+        filling = asyncio.create_task(fill())
+        await host.until(lambda: bool(host.named("DEDUP_FULL")))
+        assert host.named("DEDUP_FULL")[0]["action"] == "hold"
+        assert not filling.done()
+        while not filling.done():
+            await submit(host, "disk", OP_DISCARD, 0, MIB)
+            await asyncio.sleep(0.1)
+        await filling
+        assert await host.read("disk", MIB, MIB) == data[MIB : 2 * MIB]
+        await sound(host)
+
+    with_host(test)
+
+
+def test_what_cannot_be_opened() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        with refused("no disk 'else' (it has 'disk')", "give its size"):
+            await open_disk(host, disk="else")
+        with refused("no dedup store in", "blockdev-create"):
+            await open_disk(host, metadata=host.path("nowhere"))
+        host.file("other.raw", 8 * MIB)
+        await host.add("file", "other", filename=host.path("other.raw"))
+        with refused("no dedup store on the data device"):
+            await open_disk(host, file="other")
+        await open_disk(host)
+        with refused("disk 'disk' of the store is node 'disk' already"):
+            await open_disk(host, "again")
+        with refused("on node 'data' already"):
+            await open_disk(host, "again", disk="new", size=MIB, file="other")
+
+    with_host(test)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal: what has changed since the metadata store was last written, in files of its own.
+
+Each change is a frame, appended with one `write()`: once that returns, a kill of this process does
+not lose it. `sync()` makes it survive a power cut. Frames are numbered through all files; reading
+ends at the first one that is not whole, or not the next one, because nobody was promised what
+follows.
+
+A checkpoint begins a new file. The older ones are removed once the database has what
+they say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from vhostblk.dedup.format import Record, pack_record, unpack_records
+
+_HEADER = struct.Struct("<IIQ16s")
+_MAGIC = 0x76646A31
+
+
+class Journal:
+    """The files of one store, the last of which is being written."""
+
+    def __init__(self, directory: Path, uuid: bytes) -> None:
+        self._directory = directory
+        self._uuid = uuid
+        self._fd = -1
+        self._length = 0
+        self._unsynced: list[int] = []  # descriptors of older files, not on disk yet
+        self._directory_changed = False
+        self.number = 0
+        self.next_frame = 0
+        self.dirty = False
+        """There are frames that a power cut could take away."""
+
+    # ---- reading
+
+    def read(self, number: int, frame: int) -> Iterator[tuple[int, list[Record]]]:
+        """All frames from `frame` on, which is the first one of file `number`."""
+        while True:
+            try:
+                data = self.path(number).read_bytes()
+            except FileNotFoundError:
+                return
+            at = 0
+            while (payload := self._frame(data, at, frame)) is not None:
+                yield frame, list(unpack_records(payload))
+                at += _HEADER.size + len(payload)
+                frame += 1
+            number += 1
+
+    def _frame(self, data: bytes, at: int, number: int) -> bytes | None:
+        if at + _HEADER.size > len(data):
+            return None
+        magic, length, found, digest = _HEADER.unpack_from(data, at)
+        payload = data[at + _HEADER.size : at + _HEADER.size + length]
+        if magic != _MAGIC or found != number or len(payload) != length:
+            return None
+        return payload if digest == self._digest(number, payload) else None
+
+    def _digest(self, number: int, payload: bytes) -> bytes:
+        key = self._uuid + struct.pack("<Q", number)
+        return hashlib.blake2b(payload, digest_size=16, key=key).digest()
+
+    # ---- writing
+
+    def begin(self, number: int, frame: int) -> None:
+        """Go on in a new file, whose first frame will be `frame`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.open(self.path(number), flags, 0o600)
+        if self._fd >= 0:
+            self._unsynced.append(self._fd)
+        self._fd, self._length = fd, 0
+        self._directory_changed = True
+        self.number, self.next_frame = number, frame
+
+    def append(self, records: Iterable[Record]) -> int:
+        """A frame; its number. It is complete in the page cache, or OSError is raised."""
+        payload = b"".join(map(pack_record, records))
+        number = self.next_frame
+        header = _HEADER.pack(_MAGIC, len(payload), number, self._digest(number, payload))
+        self._write(header + payload)
+        self.next_frame = number + 1
+        self.dirty = True
+        return number
+
+    def _write(self, frame: bytes) -> None:
+        try:
+            written = os.write(self._fd, frame)
+            while written < len(frame):
+                written += os.write(self._fd, frame[written:])
+        except OSError:
+            # The next frame must follow the last one that is whole.
+            os.ftruncate(self._fd, self._length)
+            os.lseek(self._fd, self._length, os.SEEK_SET)
+            raise
+        self._length += len(frame)
+
+    def syncing(self) -> Callable[[], None]:
+        """What makes all frames appended so far survive a power cut, to be called in any thread.
+
+        One at a time; the files are as they are now, even if a new one is begun meanwhile.
+        """
+        directory = self._directory if self._directory_changed else None
+        self._directory_changed = False
+        files = (*self._unsynced, self._fd)
+
+        def sync() -> None:
+            if directory is not None:
+                sync_directory(directory)
+            for fd in files:
+                os.fdatasync(fd)
+
+        return sync
+
+    def let_go(self, files: int) -> None:
+        """The first `files` of the older files are on disk."""
+        for fd in self._unsynced[:files]:
+            os.close(fd)
+        del self._unsynced[:files]
+
+    @property
+    def older(self) -> int:
+        """How many files are written and not on disk yet, the last one aside."""
+        return len(self._unsynced)
+
+    def remove_before(self, number: int) -> None:
+        """The metadata store has what the older files say."""
+        for old in self._numbers():
+            if old < number:
+                self.path(old).unlink()
+
+    def last_number(self, first: int) -> int:
+        """The highest number of the files from `first` on; `first - 1` if there is none."""
+        return max((n for n in self._numbers() if n >= first), default=first - 1)
+
+    def _numbers(self) -> list[int]:
+        suffixes = [path.suffix[1:] for path in self._directory.glob("journal.*")]
+        return [int(suffix) for suffix in suffixes if suffix.isdecimal()]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that is being written."""
+        return self._length
+
+    def path(self, number: int) -> Path:
+        """One of the files."""
+        return self._directory / f"journal.{number}"
+
+    def close(self) -> None:
+        """Give everything back."""
+        for fd in (*self._unsynced, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._unsynced.clear()
+        self._fd = -1
+
+
+def sync_directory(path: Path) -> None:
+    """Names in it survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data device: a log that goes from segment to segment, and which of them are free.
+
+New blocks are appended at the head. A segment is free again when the database says that no block
+is in it; until then nothing is written where something has been, because a crash could bring back
+the metadata that lead there.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+
+from vhostblk.dedup.format import SECTOR, Superblock
+
+RESERVE = 2
+"""Segments that only garbage collection may use: it needs room to make room."""
+
+
+class NoSpace(OSError):
+    """There is no free segment."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "the data device of the dedup store is full")
+
+
+class Space:
+    """The segments of one store."""
+
+    def __init__(self, super: Superblock, size: int, used: dict[int, int], head: int) -> None:
+        self._super = super
+        self.used = used
+        """Bytes of each segment that blocks need; those not here are free, or the head's."""
+        self._flying: dict[int, int] = {}
+        self.head = head
+        """Where the next block goes, unless it does not fit into the segment."""
+        self._moving_head = 0  # the same for blocks that are moved
+        self.count = 0
+        self._free: list[int] = []
+        if head:
+            used.setdefault(self._segment_before(head), 0)
+        self.resize(size)
+
+    def _segment_before(self, head: int) -> int:
+        """The segment that is being filled; -1 if there is none."""
+        # A head at the end of a segment is that segment's, not the next one's.
+        return self._super.segment_of(head - 1) if head else -1
+
+    def _is_being_filled(self, segment: int) -> bool:
+        return segment in (
+            self._segment_before(self.head),
+            self._segment_before(self._moving_head),
+        )
+
+    def resize(self, size: int) -> None:
+        """The data device has this size now."""
+        count = self._super.segments(size)
+        self._free += [number for number in range(self.count, count) if number not in self.used]
+        heapq.heapify(self._free)
+        self.count = max(self.count, count)
+
+    @property
+    def free(self) -> int:
+        """Bytes in free segments."""
+        return len(self._free) << self._super.segment_bits
+
+    @property
+    def free_segments(self) -> int:
+        """How many there are."""
+        return len(self._free)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all segments."""
+        return self.count << self._super.segment_bits
+
+    def allocate(self, wanted: int, *, moving: bool = False) -> tuple[int, int]:
+        """Up to `wanted` bytes at the head, at least a block if one is wanted: offset, bytes.
+
+        Blocks that are moved have a head of their own: guests' writes would fill up what the
+        reserve has opened for these.
+        """
+        super = self._super
+        head = self._moving_head if moving else self.head
+        segment = self._segment_before(head)
+        left = super.segment_at(segment + 1) - head if segment >= 0 else 0
+        block = min(wanted, super.block_size)
+        if left < block:
+            if len(self._free) <= (0 if moving else RESERVE):
+                raise NoSpace
+            segment = heapq.heappop(self._free)
+            self.used[segment] = 0
+            head = super.segment_at(segment)
+            left = super.segment_size
+        length = min(wanted, left // super.block_size * super.block_size or left)
+        end = head + -(-length // SECTOR) * SECTOR
+        if moving:
+            self._moving_head = end
+        else:
+            self.head = end
+        self._flying[segment] = self._flying.get(segment, 0) + 1
+        return head, length
+
+    def landed(self, offset: int) -> None:
+        """What was allocated there is written and recorded, or has failed."""
+        segment = self._super.segment_of(offset)
+        left = self._flying[segment] - 1
+        if left:
+            self._flying[segment] = left
+        else:
+            del self._flying[segment]
+
+    def use(self, offset: int, length: int) -> None:
+        """A block is there."""
+        segment = self._super.segment_of(offset)
+        self.used[segment] = self.used.get(segment, 0) + length
+
+    def lose(self, lost: list[tuple[int, int]]) -> None:
+        """The database says that these bytes of segments are not needed."""
+        for segment, length in lost:
+            self.used[segment] = self.used.get(segment, 0) - length
+            assert self.used[segment] >= 0
+
+    def empty(self) -> list[int]:
+        """Segments that nothing needs and that are not free yet."""
+        return [
+            number
+            for number, used in self.used.items()
+            if used == 0 and number not in self._flying and not self._is_being_filled(number)
+        ]
+
+    def release(self, segment: int) -> None:
+        """One of those is free from now on."""
+        del self.used[segment]
+        heapq.heappush(self._free, segment)
+
+    def replayed(self, offset: int, length: int) -> None:
+        """The journal has a block there, after what the database knows."""
+        segment = self._super.segment_of(offset)
+        if segment in self._free:
+            self._free.remove(segment)
+            heapq.heapify(self._free)
+        # Blocks are recorded when they are written, in any order: where the log ended is not known.
+        self.head = 0
+        self.use(offset, length)
+
+    def worst(self, limit: int) -> list[int]:
+        """Segments with at most `limit` bytes in use, the emptiest first."""
+        found = [
+            (used, number)
+            for number, used in self.used.items()
+            if 0 < used <= limit
+            and number not in self._flying
+            and not self._is_being_filled(number)
+        ]
+        return [number for _, number in sorted(found)]

@@ -1,0 +1,933 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A dedup store in use: blocks with different content, each kept once, and who shows which.
+
+The order of writes, from which everything else follows (docs/dedup.md has the long version):
+
+1. New blocks are written where nothing is, at the head of the log on the data device.
+2. When they are there, a frame in the journal says where, and which blocks of which disk show
+   them. Then the guest's write is complete: a kill of this process loses neither.
+3. A flush flushes the data device, then adds a mark to the journal, "all blocks before this frame
+   are on stable storage", and syncs the journal.
+4. A checkpoint begins a new journal file, flushes the data device, writes the metadata database in
+   one durable transaction, and only then removes the old journal and gives back segments.
+
+Whoever opens the store after a crash replays the journal. Blocks that came after the last mark
+may not have reached the data device: each is read and its fingerprint compared. One that is not
+there is left out together with all that shows it, as if the writes had never been made: nobody
+had been told that they were flushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from vhostblk.dedup.check import Check, Result
+from vhostblk.dedup.format import (
+    HASHES,
+    SUPERBLOCK,
+    Block,
+    Disk,
+    Mapped,
+    Marked,
+    Record,
+    Stored,
+    Superblock,
+)
+from vhostblk.dedup.journal import Journal, sync_directory
+from vhostblk.dedup.space import RESERVE, NoSpace, Space
+from vhostblk.dedup.tables import FILE, PAGE, Tables
+from vhostblk.schema import VhostblkError
+
+logger = logging.getLogger(__name__)
+
+Result_ = TypeVar("Result_")
+
+_LOCK_WAIT = 5.0
+_PORTION = 1 << 20
+HOLD_INTERVAL = 0.5
+"""Seconds until something that failed for want of space is tried again."""
+
+
+class Data(Protocol):
+    """The data device."""
+
+    size: int
+
+    def read(self, offset: int, into: int | bytearray | memoryview) -> Awaitable[Any]:
+        """The buffer, or a new one of that many bytes."""
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> Awaitable[Any]:
+        """Write."""
+
+    def flush(self) -> Awaitable[Any]:
+        """What was written before is on stable storage."""
+
+    def discard(self, offset: int, length: int) -> Awaitable[Any]:
+        """The range is not needed."""
+
+
+class Member(Protocol):
+    """A disk of the store that is in use."""
+
+    @property
+    def data(self) -> Data:
+        """The data device, as this disk reaches it."""
+
+    def set_dirty(self, dirty: bool) -> None:
+        """Whether there is something to be flushed."""
+
+    def forget_places(self) -> None:
+        """Blocks have moved."""
+
+    async def grace(self) -> None:
+        """Done when no request under way uses a place that it has learnt before."""
+
+    def working(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """A step of background work."""
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to the control clients."""
+
+
+@dataclass
+class Tuning:
+    """How a store behaves, apart from what is on disk."""
+
+    metadata_size: int = 64 << 30
+    """The most that the database may grow to."""
+    changes: int = 32768
+    """A checkpoint is made after that many changes."""
+    journal: int = 64 << 20
+    """Or when the journal has that many bytes."""
+    verify: bool = False
+    """Compare what has the same fingerprint byte by byte."""
+    hold: bool = False
+    """Writes wait when there is no space, instead of failing."""
+    discard: bool = False
+    """Free segments are discarded on the data device."""
+    garbage: float = 0.25
+    """Garbage collection begins when less than this part of the data device is free."""
+
+
+@dataclass
+class Counters:
+    """Since the store was opened."""
+
+    written: int = 0
+    """Blocks that guests have written."""
+    hits: int = 0
+    """Of them, those that were there."""
+    zeroes: int = 0
+    stored: int = 0
+    moved: int = 0
+    checkpoints: int = 0
+
+
+class Store:
+    """One store, opened once in a process, however many disks of it are in use."""
+
+    def __init__(self, directory: Path, tuning: Tuning) -> None:
+        self.directory = directory
+        self.tuning = tuning
+        self.members: list[Member] = []
+        self.counters = Counters()
+        self._writing: dict[bytes, asyncio.Future[None]] = {}
+        self._readers: set[asyncio.Future[None]] = set()
+        self._flush_lock = asyncio.Lock()
+        self._checkpoint_lock = asyncio.Lock()
+        self._collect_lock = asyncio.Lock()
+        self._room_lock = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self._protected: set[asyncio.Task[Any]] = set()
+        self._checkpointing = self._collecting = False
+        self._writing_tables = False
+        self._lost: list[tuple[int, int]] = []
+        self._moved = False
+        self._durable = 0
+        self._dirty = False
+        self._told_full = False
+        self._room: asyncio.Future[None] | None = None
+        self._lock_fd = -1
+
+    # ---- life
+
+    @classmethod
+    async def create(cls, directory: Path, data: Data, super: Superblock) -> None:
+        """Make an empty store. What was on the data device is lost."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any((directory / name).exists() for name in (FILE, "superblock")):
+            raise VhostblkError(
+                f"'{directory}' has the metadata of a dedup store already",
+                data={"code": "exists"},
+            )
+        if super.segments(data.size) < 4:
+            need = super.segment_at(4)
+            raise VhostblkError(
+                f"the data device has {data.size} bytes; a dedup store with segments of "
+                f"{super.segment_size} needs at least {need}",
+                data={"code": "too-small"},
+            )
+        packed = super.pack()
+        await data.write(0, packed)
+        await data.flush()
+        # The file that makes the directory a store comes last.
+        path = directory / "superblock"
+        temporary = directory / "superblock.new"
+        await asyncio.to_thread(_write_file, temporary, packed)
+        temporary.rename(path)
+        sync_directory(directory)
+
+    async def open(self, data: Data) -> None:
+        """Open the store, and repair what a crash has left."""
+        await self._lock()
+        try:
+            self.super = await self._read_superblock(data)
+            self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
+        except BaseException:
+            self._unlock()
+            raise
+        self._hash = HASHES[self.super.hash]
+        self.zero = self._hash(bytes(self.super.block_size))
+        self.journal = Journal(self.directory, self.super.uuid)
+        state = self.tables.state
+        self.space = Space(self.super, data.size, self.tables.segments(), state.head)
+        try:
+            await self._recover(data)
+        except BaseException:
+            self.journal.close()
+            self.tables.close()
+            self._unlock()
+            raise
+
+    async def _read_superblock(self, data: Data) -> Superblock:
+        here = Superblock.parse((self.directory / "superblock").read_bytes())
+        there = Superblock.parse(await data.read(0, SUPERBLOCK))
+        if here != there:
+            raise VhostblkError(
+                f"the metadata in '{self.directory}' belong to another data device",
+                data={"code": "mismatch"},
+            )
+        return here
+
+    async def _lock(self) -> None:
+        """One process at a time. One that was killed is given time to end."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        if not (self.directory / "superblock").exists():
+            raise VhostblkError(
+                f"there is no dedup store in '{self.directory}'; create one with blockdev-create",
+                data={"code": "no-metadata"},
+            )
+        try:
+            self._lock_fd = os.open(self.directory / "lock", flags, 0o600)
+        except OSError as error:
+            raise VhostblkError(
+                f"the dedup store in '{self.directory}' cannot be opened: {error.strerror}",
+                data={"code": "no-metadata"},
+            ) from None
+        deadline = time.monotonic() + _LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self._unlock()
+                    raise VhostblkError(
+                        f"the dedup store in '{self.directory}' is in use by another process",
+                        data={"code": "in-use"},
+                    ) from None
+                await asyncio.sleep(0.05)
+
+    def _unlock(self) -> None:
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    async def close(self, data: Data) -> None:
+        """Nothing is in flight, no disk is in use."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.gather(*self._protected, return_exceptions=True)
+        try:
+            await self._checkpoint(data)
+        except OSError as error:
+            # The journal has it all.
+            logger.warning("dedup store '%s': no last checkpoint: %s", self.directory, error)
+            with contextlib.suppress(OSError):
+                await self.flush(data)
+        self.journal.close()
+        self.tables.close()
+        self._unlock()
+
+    # ---- after a crash
+
+    async def _recover(self, data: Data) -> None:
+        state, journal = self.tables.state, self.journal
+        frames = list(journal.read(state.journal, state.frame))
+        marks = (r.frame for _, records in frames for r in records if isinstance(r, Marked))
+        trusted = max(marks, default=0)
+        missing: set[int] = set()
+        dropped = 0
+        for frame, records in frames:
+            for record in records:
+                if isinstance(record, Stored):
+                    if frame < trusted or await self._is_there(data, record):
+                        missing.discard(record.number)
+                        self._replay_stored(record)
+                    elif self.tables.block(record.number) is None:
+                        missing.add(record.number)
+                        state.next_block = max(state.next_block, record.number + 1)
+                elif isinstance(record, Mapped) and record.number in missing:
+                    dropped += record.blocks
+                else:
+                    self.tables.apply(record)
+        if frames:
+            logger.info(
+                "dedup store '%s' was not closed: %d changes replayed", self.directory, len(frames)
+            )
+        if dropped:
+            logger.info(
+                "dedup store '%s': %d unflushed writes had not reached the data device",
+                self.directory,
+                dropped,
+            )
+        last = frames[-1][0] + 1 if frames else state.frame
+        # Files of the past must not seem to follow what is written from now on.
+        number = journal.last_number(state.journal) + 1
+        journal.begin(number, last)
+        self._durable = last
+        await self._checkpoint(data, rotate=False)
+
+    def _replay_stored(self, record: Stored) -> None:
+        self.tables.apply(record)
+        block = Block(record.offset, record.length, 0, record.fingerprint)
+        self.space.replayed(block.offset, block.space)
+
+    async def _is_there(self, data: Data, record: Stored) -> bool:
+        block = Block(record.offset, record.length, 0, record.fingerprint)
+        with contextlib.suppress(OSError, VhostblkError):
+            return self._hash(await self.read(data, block)) == record.fingerprint
+        return False
+
+    # ---- disks
+
+    def disk(self, name: str) -> tuple[int, int] | None:
+        """Number and size of a disk."""
+        for number, (size, found) in self.tables.disks().items():
+            if found == name:
+                return number, size
+        return None
+
+    def set_disk(self, name: str, size: int) -> int:
+        """A disk of this name has that size from now on; its number. Durable with a flush."""
+        disks = self.tables.disks()
+        known = [number for number, (_, other) in disks.items() if other == name]
+        number = known[0] if known else max(disks, default=0) + 1
+        self._record([Disk(number, size, name)])
+        return number
+
+    # ---- reading
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Places that are looked up inside are not used again before the end."""
+        done = asyncio.get_running_loop().create_future()
+        self._readers.add(done)
+        try:
+            yield
+        finally:
+            self._readers.discard(done)
+            done.set_result(None)
+
+    async def read(self, data: Data, block: Block) -> bytes | bytearray:
+        """The content of a stored block."""
+        content: bytearray = await data.read(block.offset, block.length)
+        if block.length == self.super.block_size:
+            return content
+        return _decompress(content, self.super.block_size)
+
+    async def read_block(self, data: Data, disk: int, index: int) -> bytes | bytearray:
+        """What a block of a disk shows."""
+        with self.reading():
+            number = self.tables.get(disk, index)
+            if number == 0:
+                return bytes(self.super.block_size)
+            block = self.tables.block(number)
+            if block is None:
+                raise OSError(errno.EIO, f"block {number} of the dedup store is missing")
+            return await self.read(data, block)
+
+    # ---- writing
+
+    async def write(
+        self, data: Data, disk: int, first: int, content: memoryview, prints: Sequence[bytes]
+    ) -> list[int]:
+        """Whole blocks of a disk, with their fingerprints; which stored blocks these show now.
+
+        Nobody else writes to them meanwhile.
+        """
+        if self.tables.changes > 4 * self.tuning.changes:
+            await self._checkpoint(data)  # memory is bounded
+        writing = _Write(self, data, content, prints)
+        try:
+            await writing.prepare()
+            numbers: list[int] = []
+            await self._until(lambda: self._publish(writing, disk, first, numbers))
+        finally:
+            writing.end()
+        self._watch()
+        return numbers
+
+    def _publish(self, writing: _Write, disk: int, first: int, run: list[int]) -> None:
+        records = writing.stored_records()
+        run[:] = writing.numbers()
+        new = len(records)
+        at = 0
+        while at < len(run):
+            end = at + 1
+            while end < len(run) and run[end] == run[at]:
+                end += 1
+            records.append(Mapped(disk, first + at, end - at, run[at]))
+            at = end
+        self._record(records)
+        writing.published()
+        self.counters.written += len(run)
+        self.counters.zeroes += run.count(0)
+        self.counters.stored += new
+        self.counters.hits += len(run) - run.count(0) - new
+
+    async def unmap(self, disk: int, first: int, end: int) -> AsyncIterator[tuple[int, int]]:
+        """Blocks of a disk show zeroes; gives those for which that is so: first, how many."""
+        for page in range(first // PAGE, (end - 1) // PAGE + 1):
+            begin, stop = max(first, page * PAGE), min(end, (page + 1) * PAGE)
+            shown = self.tables.page(disk, page)[begin % PAGE : begin % PAGE + stop - begin]
+            if any(shown):
+                record = Mapped(disk, begin, stop - begin, 0)
+                await self._until(partial(self._record, [record]))
+                self._watch()
+            yield begin, stop - begin
+            if page % 64 == 63:
+                await asyncio.sleep(0)  # others want to live
+
+    def _record(self, records: list[Record]) -> None:
+        """A change takes effect: first in the journal, then in memory."""
+        self.journal.append(records)
+        if not self._dirty:
+            self._dirty = True
+            for member in self.members:
+                member.set_dirty(True)
+        for record in records:
+            self.tables.apply(record)
+            if isinstance(record, Stored):
+                block = Block(record.offset, record.length, 0, record.fingerprint)
+                self.space.use(block.offset, block.space)
+
+    async def _until(self, attempt: Any) -> None:
+        """Do something that may fail for want of space in the metadata directory."""
+        while True:
+            try:
+                attempt()
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._full("metadata")
+                if not self.tuning.hold:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+                await asyncio.sleep(HOLD_INTERVAL)
+
+    async def allocate(self, data: Data, wanted: int) -> tuple[int, int]:
+        """Space at the head of the log; waits or fails if there is none."""
+        while True:
+            try:
+                return self.space.allocate(wanted)
+            except NoSpace:
+                if await self._make_room(data):
+                    continue
+                self._full("data")
+                if not self.tuning.hold:
+                    raise
+                await self._wait_for_room()
+
+    async def _make_room(self, data: Data) -> bool:
+        """Whether there is a free segment now that is not kept for garbage collection."""
+        space, limit = self.space, self.super.segment_size - self.super.block_size
+        async with self._room_lock:
+            with contextlib.suppress(OSError):
+                if space.free_segments <= RESERVE:
+                    await self._checkpoint(data)
+                for _ in range(space.count):
+                    if space.free_segments > RESERVE or not space.worst(limit):
+                        break
+                    await self._collect(data, limit)
+        return space.free_segments > RESERVE
+
+    async def _wait_for_room(self) -> None:
+        if self._room is None or self._room.done():
+            self._room = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._room], timeout=HOLD_INTERVAL)
+
+    def _full(self, what: str) -> None:
+        """Tell the operator, once until there is space again."""
+        if self._told_full:
+            return
+        self._told_full = True
+        action = "hold" if self.tuning.hold else "report"
+        logger.warning(
+            "dedup store '%s': the %s device is full: guests' writes %s",
+            self.directory,
+            what,
+            "wait" if self.tuning.hold else "fail",
+        )
+        self._tell(
+            "DEDUP_FULL", {"metadata": str(self.directory), "device": what, "action": action}
+        )
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a flush has something to do."""
+        return self._dirty
+
+    def resize(self, size: int) -> None:
+        """The data device has this size now."""
+        self.space.resize(size)
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    def _tell(self, name: str, data: dict[str, Any]) -> None:
+        if self.members:
+            self.members[0].emit(name, data)
+
+    # ---- flush
+
+    async def flush(self, data: Data) -> None:
+        """All that was complete before is on stable storage."""
+        if self._durable < self.journal.next_frame:
+            await self._to_the_end(self._flush(data))
+
+    async def _flush(self, data: Data) -> None:
+        wanted = self.journal.next_frame
+        async with self._flush_lock:
+            if self._durable >= wanted:
+                return  # somebody else's flush has done it
+            frame = self.journal.next_frame
+            await data.flush()
+            await self._until(lambda: self.journal.append([Marked(frame)]))
+            alone = self.journal.next_frame == frame + 1
+            older = self.journal.older
+            await asyncio.to_thread(self.journal.syncing())
+            self.journal.let_go(older)
+            # What came between `frame` and the mark may have missed the data device's flush.
+            self._durable = frame + 1 if alone else frame
+            if self.journal.next_frame == self._durable:
+                self._clean()
+
+    def _clean(self) -> None:
+        self._dirty = False
+        for member in self.members:
+            member.set_dirty(False)
+
+    # ---- checkpoints
+
+    def _watch(self) -> None:
+        """Start what is due."""
+        tuning, tables = self.tuning, self.tables
+        due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
+        if due and not self._checkpointing:
+            self._checkpointing = True
+            self._run(self._checkpoint_soon())
+        if (
+            self.space.free < tuning.garbage * self.space.size
+            and not self._collecting
+            and self.space.worst(self.super.segment_size // 2)
+        ):
+            self._collecting = True
+            self._run(self._collect_soon())
+
+    def _run(self, work: Any) -> None:
+        # Not on behalf of the request that happens to be current.
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, Result_]) -> Result_:
+        """Whoever waits for this may be cancelled; the work itself must not stop in the middle."""
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._protected.add(task)
+        task.add_done_callback(self._protected.discard)
+        return await asyncio.shield(task)
+
+    async def _checkpoint_soon(self) -> None:
+        try:
+            member = self.members[0]
+            async with member.working():
+                await self._checkpoint(member.data)
+        except (OSError, IndexError) as error:
+            logger.warning("dedup store '%s': no checkpoint: %s", self.directory, error)
+        finally:
+            self._checkpointing = False
+
+    async def checkpoint(self) -> None:
+        """Bring the database up to date."""
+        member = self.members[0]
+        async with member.working():
+            await self._checkpoint(member.data)
+
+    async def _checkpoint(self, data: Data, *, rotate: bool = True) -> None:
+        await self._to_the_end(self._make_checkpoint(data, rotate))
+
+    async def _make_checkpoint(self, data: Data, rotate: bool) -> None:
+        async with self._checkpoint_lock:
+            tables, journal, state = self.tables, self.journal, self.tables.state
+            if not tables.frozen:
+                if rotate:
+                    if not tables.changes:
+                        return
+                    journal.begin(journal.number + 1, journal.next_frame)
+                state.journal, state.frame = journal.number, journal.next_frame
+                state.head = self.space.head
+                self._lost += tables.freeze()
+            await data.flush()
+            await asyncio.to_thread(tables.write)
+            tables.written()
+            self.counters.checkpoints += 1
+            async with self._flush_lock:
+                journal.let_go(journal.older)
+                journal.remove_before(state.journal)
+            lost, self._lost = self._lost, []
+            self.space.lose(lost)
+            await self._free_segments(data)
+
+    async def _free_segments(self, data: Data) -> None:
+        empty = self.space.empty()
+        if not empty:
+            return
+        if self._moved:
+            self._moved = False
+            for member in self.members:
+                member.forget_places()
+        for member in list(self.members):
+            await member.grace()
+        if self._readers:
+            await asyncio.wait(list(self._readers))
+        for segment in empty:
+            if self.tuning.discard:
+                with contextlib.suppress(OSError):
+                    offset = self.super.segment_at(segment)
+                    await data.discard(offset, self.super.segment_size)
+            self.space.release(segment)
+        self._told_full = False
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    # ---- check
+
+    async def check(self, data: Data, *, repair: bool, content: bool = False) -> Result:
+        """Check everything; with `content` also what is stored. To `repair`, nothing is in flight.
+
+        The metadata are looked at in one go: other disks of the store wait meanwhile.
+        """
+        async with self._collect_lock:
+            await self._checkpoint(data)
+            while self.tables.frozen or self.tables.changes:
+                await self._checkpoint(data)
+            result = Check(self.tables, self.super, data.size, repair=repair).run()
+            if result.repaired:
+                self.space = Space(self.super, data.size, self.tables.segments(), self.space.head)
+            if content:
+                await self._check_content(data, result)
+        return result
+
+    async def _check_content(self, data: Data, result: Result) -> None:
+        numbers = [number for _, number in self.tables.places(0, data.size)]
+        for number in numbers:
+            block = self.tables.block(number)
+            if block is None:
+                continue  # overwritten meanwhile
+            try:
+                with self.reading():
+                    right = self._hash(await self.read(data, block)) == block.fingerprint
+            except (OSError, VhostblkError):
+                right = False
+            if not right:
+                result.corruptions += 1
+                result.bad.append(number)
+                result.say(f"stored block {number} at {block.offset} has another content")
+
+    # ---- garbage collection
+
+    async def _collect_soon(self) -> None:
+        try:
+            while self.members:
+                member = self.members[0]
+                async with member.working():
+                    if not await self._collect(member.data, self.super.segment_size // 2, most=1):
+                        return
+                if self.space.free >= 2 * self.tuning.garbage * self.space.size:
+                    return
+        except OSError as error:
+            logger.warning("dedup store '%s': garbage collection: %s", self.directory, error)
+        finally:
+            self._collecting = False
+
+    async def collect(self, used: float = 0.75) -> int:
+        """Empty segments of which at most this part is in use; how many became free."""
+        member = self.members[0]
+        freed = 0
+        async with member.working():
+            await self._checkpoint(member.data)
+        tried: set[int] = set()
+        limit = int(used * self.super.segment_size)
+        while worst := [s for s in self.space.worst(limit) if s not in tried]:
+            tried.update(worst[:4])
+            async with member.working():
+                freed += await self._collect(member.data, limit, most=4)
+        return freed
+
+    async def _collect(self, data: Data, limit: int, most: int = 4) -> int:
+        """Move what is in the emptiest segments to the head of the log; segments made free."""
+        return await self._to_the_end(self._empty_segments(data, limit, most))
+
+    async def _empty_segments(self, data: Data, limit: int, most: int) -> int:
+        async with self._collect_lock:
+            before = self.space.free_segments
+            budget = self.super.segment_size
+            for segment in self.space.worst(limit)[:most]:
+                budget -= self.space.used[segment]
+                if budget < 0 and most > 1:
+                    break
+                await self._checkpoint(data)  # the places of all blocks are in the database
+                await self._move_segment(data, segment)
+            await self._checkpoint(data)
+            return self.space.free_segments - before
+
+    async def _move_segment(self, data: Data, segment: int) -> None:
+        start, end = self.super.segment_at(segment), self.super.segment_at(segment + 1)
+        for _, number in self.tables.places(start, end):
+            await self.move(data, number, start, end)
+
+    async def move(self, data: Data, number: int, start: int, end: int) -> bool:
+        """Copy a block that is between two offsets to the head of the log."""
+        block = self.tables.block(number)
+        if block is None or not start <= block.offset < end:
+            return False
+        with self.reading():
+            content: bytearray = await data.read(block.offset, block.length)
+        offset, length = self.space.allocate(block.length, moving=True)
+        try:
+            assert length == block.length
+            await data.write(offset, content)
+            now = self.tables.block(number)
+            if now is None or now.offset != block.offset:
+                return False  # it has gone meanwhile
+            self._record([Stored(number, offset, block.length, block.fingerprint)])
+        finally:
+            self.space.landed(offset)
+        self._moved = True
+        self.counters.moved += 1
+        return True
+
+
+class _Write:
+    """Blocks on their way into the store."""
+
+    def __init__(
+        self, store: Store, data: Data, content: memoryview, prints: Sequence[bytes]
+    ) -> None:
+        self._store = store
+        self._data = data
+        self._content = content
+        self._prints = prints
+        self._numbers = [0] * len(prints)
+        self._same: dict[bytes, int] = {}  # where in this request content was first seen
+        self._fresh: list[tuple[int, int, int]] = []  # index, offset, length: not published yet
+        self._flying: list[int] = []
+        self._futures: dict[bytes, asyncio.Future[None]] = {}
+        self._pinned: list[int] = []
+
+    async def prepare(self) -> None:
+        """Find or store every block."""
+        store = self._store
+        pending: Sequence[int] = range(len(self._prints))
+        while True:
+            fresh: list[int] = []
+            waiting: list[int] = []
+            for index in pending:
+                self._classify(index, fresh, waiting)
+            if store.tuning.verify:
+                fresh += await self._verify(pending, fresh, waiting)
+            if fresh:
+                await self._store_blocks(sorted(fresh))
+            if not waiting:
+                return
+            # Others may be waiting for ours while we wait for theirs.
+            if self._fresh:
+                await store._until(lambda: store._record(self.stored_records()))
+                self.published()
+            futures = [store._writing.get(self._prints[index]) for index in waiting]
+            await asyncio.wait([future for future in futures if future is not None] or [_done()])
+            pending = waiting
+
+    def _classify(self, index: int, fresh: list[int], waiting: list[int]) -> None:
+        store, name = self._store, self._prints[index]
+        if name == store.zero or name in self._same:
+            return
+        number = store.tables.find(name)
+        if number:
+            self._same[name] = index
+            self._pin(number)
+            self._numbers[index] = number
+        elif name in store._writing:
+            waiting.append(index)
+        else:
+            self._same[name] = index
+            self._futures[name] = store._writing[name] = _future()
+            fresh.append(index)
+
+    def _pin(self, number: int) -> None:
+        pins = self._store.tables.pins
+        pins[number] = pins.get(number, 0) + 1
+        self._pinned.append(number)
+
+    async def _verify(
+        self, pending: Sequence[int], fresh: list[int], waiting: list[int]
+    ) -> list[int]:
+        """Which of the blocks that seem to be there are something else."""
+        store, size = self._store, self._store.super.block_size
+        wrong = []
+        for index in pending:
+            number = self._numbers[index]
+            block = store.tables.block(number) if number else None
+            if block is None or index in fresh or index in waiting:
+                continue
+            with store.reading():
+                content = await store.read(self._data, block)
+            if bytes(content) != self._content[index * size : (index + 1) * size]:
+                logger.error(
+                    "dedup store '%s': block %d at %d is not what its fingerprint says",
+                    store.directory,
+                    number,
+                    block.offset,
+                )
+                self._numbers[index] = 0
+                wrong.append(index)
+        return wrong
+
+    async def _store_blocks(self, fresh: list[int]) -> None:
+        """Write new blocks to the log, neighbours in one piece."""
+        store, size = self._store, self._store.super.block_size
+        at = 0
+        parts: list[tuple[int, int, int]] = []  # offset, where in the content, bytes
+        while at < len(fresh):
+            end = at + 1
+            while end < len(fresh) and fresh[end] == fresh[end - 1] + 1:
+                end += 1
+            offset, length = await store.allocate(self._data, (end - at) * size)
+            self._flying.append(offset)
+            count = length // size
+            self._fresh += [(fresh[at + i], offset + i * size, size) for i in range(count)]
+            parts.append((offset, fresh[at] * size, length))
+            at += count
+        if len(parts) == 1:
+            await self._write(*parts[0])
+            return
+        results = await asyncio.gather(
+            *(self._write(*part) for part in parts), return_exceptions=True
+        )
+        for error in results:
+            if error is not None:
+                raise error
+
+    async def _write(self, offset: int, begin: int, length: int) -> None:
+        store = self._store
+        while True:
+            try:
+                await self._data.write(offset, self._content[begin : begin + length])
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                store._full("data")
+                if not store.tuning.hold:
+                    raise
+                await asyncio.sleep(HOLD_INTERVAL)
+
+    def numbers(self) -> list[int]:
+        """The stored block of each block, once they are published (or about to be)."""
+        zero, same, numbers = self._store.zero, self._same, self._numbers
+        next_block = self._store.tables.state.next_block
+        for at, (index, _, _) in enumerate(self._fresh):
+            numbers[index] = next_block + at
+        return [0 if name == zero else numbers[same[name]] for name in self._prints]
+
+    def stored_records(self) -> list[Record]:
+        """What the journal has to say about new blocks."""
+        next_block = self._store.tables.state.next_block
+        return [
+            Stored(next_block + at, offset, length, self._prints[index])
+            for at, (index, offset, length) in enumerate(self._fresh)
+        ]
+
+    def published(self) -> None:
+        """The journal has said it."""
+        first = self._store.tables.state.next_block - len(self._fresh)
+        for at, (index, _, _) in enumerate(self._fresh):
+            self._numbers[index] = first + at
+            self._pin(first + at)
+        self._fresh.clear()
+        self._land()
+
+    def _land(self) -> None:
+        for offset in self._flying:
+            self._store.space.landed(offset)
+        self._flying.clear()
+        for name, future in self._futures.items():
+            if self._store._writing.get(name) is future:
+                del self._store._writing[name]
+            future.set_result(None)
+        self._futures.clear()
+
+    def end(self) -> None:
+        """Whether all went well or not."""
+        self._land()
+        pins = self._store.tables.pins
+        for number in self._pinned:
+            left = pins[number] - 1
+            if left:
+                pins[number] = left
+            else:
+                del pins[number]
+        self._pinned.clear()
+
+
+def _future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _done() -> asyncio.Future[None]:
+    future = _future()
+    future.set_result(None)
+    return future
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _decompress(data: bytearray, size: int) -> bytes:
+    raise NotImplementedError

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The metadata: which block of a disk shows which stored block, and where that is.
+
+They live in an LMDB database, with what has changed since in memory, in two layers: `_active` takes
+changes, and `_frozen` is on its way to the database. The database is written in one transaction,
+which is there as a whole or not at all, whatever happens; the journal has what it does not have.
+
+Databases in it (keys are big-endian, so that they are sorted; values are little-endian):
+
+* `map`: disk, page of 128 blocks -> numbers of the stored blocks; 0 is zeroes
+* `blocks`: number -> where, stored length, references, fingerprint
+* `index`: the first 12 bytes of a fingerprint -> number
+* `places`: offset on the data device -> number
+* `segments`: number of a segment -> bytes of it that stored blocks need
+* `disks`: disk -> size, name
+* `state`: counters, and which journal goes on from here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from vhostblk.dedup.format import (
+    Block,
+    Disk,
+    Mapped,
+    Record,
+    Stored,
+    Superblock,
+    pack_block,
+    unpack_block,
+)
+from vhostblk.schema import VhostblkError
+
+PAGE = 128
+"""Blocks of a disk in one entry of the map."""
+_PAGE_BITS = 7
+_LBA_BITS = 48
+_EMPTY = bytes(8 * PAGE)
+_PAGE_KEY = struct.Struct(">IQ")
+_KEY = struct.Struct(">Q")
+_NUMBER = struct.Struct("<Q")
+_DISK = struct.Struct("<Q")
+INDEX_KEY = 12
+"""Bytes of a fingerprint that the index has; the rest is compared where the block is."""
+_STATE = struct.Struct("<6Q")
+DATABASES = ("map", "blocks", "index", "places", "segments", "disks", "state")
+FILE = "metadata.mdb"
+
+
+@dataclass
+class State:
+    """What the metadata say about themselves."""
+
+    journal: int = 0
+    """The journal's file that begins where the database ends."""
+    frame: int = 0
+    """The first frame in it."""
+    next_block: int = 1
+    head: int = 0
+    """Where on the data device the log goes on."""
+    blocks: int = 0
+    """Stored blocks."""
+    mapped: int = 0
+    """Blocks of disks that show one."""
+
+    def pack(self) -> bytes:
+        return _STATE.pack(
+            self.journal, self.frame, self.next_block, self.head, self.blocks, self.mapped
+        )
+
+
+@dataclass
+class Layer:
+    """Changes that are not in the database yet."""
+
+    map: dict[int, int] = field(default_factory=dict)
+    """disk << 48 | block: number."""
+    blocks: dict[int, Block | None] = field(default_factory=dict)
+    """None: it is gone."""
+    index: dict[bytes, int] = field(default_factory=dict)
+    unindexed: list[tuple[bytes, int]] = field(default_factory=list)
+    places: dict[int, int | None] = field(default_factory=dict)
+    segments: dict[int, int] = field(default_factory=dict)
+    """By how much the bytes in use have changed."""
+    disks: dict[int, tuple[int, str]] = field(default_factory=dict)
+    state: State = field(default_factory=State)
+
+    def __len__(self) -> int:
+        return len(self.map) + 2 * len(self.blocks)
+
+
+class Tables:
+    """The metadata of one store. Everything here is quick, but for write(), which may wait."""
+
+    def __init__(self, directory: Path, super: Superblock, size: int) -> None:
+        self._super = super
+        self.path = directory / FILE
+        try:
+            self._env = lmdb.open(
+                os.fspath(self.path),
+                subdir=False,
+                map_size=size,
+                max_dbs=len(DATABASES),
+                max_readers=16,
+                metasync=True,
+                sync=True,
+                mode=0o600,
+            )
+            self._dbs: dict[str, Any] = {
+                name: self._env.open_db(name.encode()) for name in DATABASES
+            }
+        except lmdb.Error as error:
+            raise VhostblkError(
+                f"the metadata of the dedup store in '{directory}' cannot be opened: {error}",
+                data={"code": "bad-metadata"},
+            ) from None
+        self._reader = self._env.begin()
+        self._active = Layer()
+        self._frozen: Layer | None = None
+        self._unreferenced: set[int] = set()
+        self._lost: list[tuple[int, int]] = []
+        self.pins: dict[int, int] = {}
+        """Blocks that may not go although nothing refers to them yet."""
+        value = self._get("state", b"state")
+        self.state = State(*_STATE.unpack(value)) if value else State()
+
+    def close(self) -> None:
+        """Nothing is being written."""
+        self._reader.abort()
+        self._env.close()
+
+    def _get(self, name: str, key: bytes) -> bytes | None:
+        value: bytes | None = self._reader.get(key, db=self._dbs[name])
+        return value
+
+    # ---- looking
+
+    def page(self, disk: int, number: int) -> array[int]:
+        """The numbers of the stored blocks of one page of a disk."""
+        value = self._get("map", _PAGE_KEY.pack(disk, number))
+        entries = array("Q", value or _EMPTY)
+        first = disk << _LBA_BITS | number << _PAGE_BITS
+        for layer in (self._frozen, self._active):
+            if layer is not None and layer.map:
+                changed = layer.map
+                for index in range(PAGE):
+                    found = changed.get(first + index)
+                    if found is not None:
+                        entries[index] = found
+        return entries
+
+    def get(self, disk: int, block: int) -> int:
+        """The number of the stored block that a block of a disk shows; 0: zeroes."""
+        key = disk << _LBA_BITS | block
+        found = self._active.map.get(key)
+        if found is None and self._frozen is not None:
+            found = self._frozen.map.get(key)
+        if found is not None:
+            return found
+        value = self._get("map", _PAGE_KEY.pack(disk, block >> _PAGE_BITS))
+        if value is None:
+            return 0
+        return int(_NUMBER.unpack_from(value, 8 * (block & (PAGE - 1)))[0])
+
+    def block(self, number: int) -> Block | None:
+        """A stored block."""
+        blocks = self._active.blocks
+        if number in blocks:
+            return blocks[number]
+        if self._frozen is not None and number in self._frozen.blocks:
+            return self._frozen.blocks[number]
+        value = self._get("blocks", _KEY.pack(number))
+        return unpack_block(value) if value is not None else None
+
+    def find(self, fingerprint: bytes) -> int:
+        """The stored block with this content; 0: there is none."""
+        key = fingerprint[:INDEX_KEY]
+        for layer in (self._active, self._frozen):
+            number = layer.index.get(key) if layer is not None else None
+            if number is not None and self._is(number, fingerprint):
+                return number
+        value = self._get("index", key)
+        if value is None:
+            return 0
+        number = int(_NUMBER.unpack(value)[0])
+        return number if self._is(number, fingerprint) else 0
+
+    def _is(self, number: int, fingerprint: bytes) -> bool:
+        block = self.block(number)
+        return block is not None and block.fingerprint == fingerprint
+
+    def disks(self) -> dict[int, tuple[int, str]]:
+        """All disks: size and name."""
+        found = {}
+        with self._reader.cursor(self._dbs["disks"]) as cursor:
+            for key, value in cursor:
+                [size] = _DISK.unpack_from(value)
+                found[int(_KEY.unpack(key)[0])] = (int(size), value[_DISK.size :].decode())
+        for layer in (self._frozen, self._active):
+            if layer is not None:
+                found.update(layer.disks)
+        return {disk: entry for disk, entry in sorted(found.items()) if entry[1]}
+
+    def places(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Blocks in a part of the data device, as the database has them: offset, number."""
+        found = []
+        with self._reader.cursor(self._dbs["places"]) as cursor:
+            if cursor.set_range(_KEY.pack(start)):
+                for key, value in cursor:
+                    [offset] = _KEY.unpack(key)
+                    if offset >= end:
+                        break
+                    found.append((int(offset), int(_NUMBER.unpack(value)[0])))
+        return found
+
+    def segments(self) -> dict[int, int]:
+        """Bytes in use of the segments that have any, as the database has them."""
+        with self._reader.cursor(self._dbs["segments"]) as cursor:
+            return {
+                int(_KEY.unpack(key)[0]): int(_NUMBER.unpack(value)[0]) for key, value in cursor
+            }
+
+    def pages(self, disk: int) -> Iterator[tuple[int, array[int]]]:
+        """The pages of a disk that the database has."""
+        with self._reader.cursor(self._dbs["map"]) as cursor:
+            if cursor.set_range(_PAGE_KEY.pack(disk, 0)):
+                for key, value in cursor:
+                    found, number = _PAGE_KEY.unpack(key)
+                    if found != disk:
+                        return
+                    yield int(number), array("Q", value)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether freeze() has been called and write() has not succeeded yet."""
+        return self._frozen is not None
+
+    @property
+    def changes(self) -> int:
+        """About how many changes are waiting for the database."""
+        return len(self._active)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the database."""
+        return int(self.path.stat().st_size)
+
+    # ---- changing
+
+    def apply(self, record: Record) -> None:
+        """What a record of the journal says."""
+        if isinstance(record, Mapped):
+            for block in range(record.first, record.first + record.blocks):
+                self._map(record.disk, block, record.number)
+        elif isinstance(record, Stored):
+            self._store(record)
+        elif isinstance(record, Disk):
+            self._active.disks[record.disk] = (record.size, record.name)
+
+    def _store(self, record: Stored) -> None:
+        active, state = self._active, self.state
+        number = record.number
+        old = self.block(number)
+        if old is not None:
+            self._vacate(old)
+        refs = old.refs if old is not None else 0
+        block = Block(record.offset, record.length, refs, record.fingerprint)
+        active.blocks[number] = block
+        active.places[block.offset] = number
+        if old is None:
+            active.index[block.fingerprint[:INDEX_KEY]] = number
+            self._unreferenced.add(number)
+            state.blocks += 1
+            state.next_block = max(state.next_block, number + 1)
+        segment = self._super.segment_of(block.offset)
+        active.segments[segment] = active.segments.get(segment, 0) + block.space
+
+    def _map(self, disk: int, block: int, number: int) -> None:
+        old = self.get(disk, block)
+        if old == number:
+            return
+        # The new one first: it may be the last use of what the old one is.
+        if number:
+            self._refer(number, 1)
+            self.state.mapped += 1
+        if old:
+            self.state.mapped -= 1
+            if self.block(old) is not None:  # else the store is damaged, and this mends it
+                self._refer(old, -1)
+        self._active.map[disk << _LBA_BITS | block] = number
+
+    def _refer(self, number: int, change: int) -> None:
+        block = self.block(number)
+        if block is None:
+            raise VhostblkError(
+                f"the dedup store is damaged: its block {number} is missing; check it with repair",
+                data={"code": "corrupt"},
+            )
+        refs = block.refs + change
+        self._active.blocks[number] = block._replace(refs=refs)
+        if refs <= 0:
+            self._unreferenced.add(number)
+        else:
+            self._unreferenced.discard(number)
+
+    def _vacate(self, block: Block) -> None:
+        """A place that nothing needs once the database has been written."""
+        active = self._active
+        segment = self._super.segment_of(block.offset)
+        active.segments[segment] = active.segments.get(segment, 0) - block.space
+        active.places[block.offset] = None
+        self._lost.append((segment, block.space))
+
+    # ---- to the database
+
+    def freeze(self) -> list[tuple[int, int]]:
+        """Changes from here on are not part of the next write().
+
+        Blocks that nothing refers to end here. What is given back becomes free when write() has
+        succeeded: segment, bytes.
+        """
+        assert self._frozen is None
+        dying = [number for number in self._unreferenced if not self.pins.get(number)]
+        for number in dying:
+            block = self.block(number)
+            assert block is not None and block.refs == 0
+            self._vacate(block)
+            self._active.blocks[number] = None
+            self._active.unindexed.append((block.fingerprint[:INDEX_KEY], number))
+            self._unreferenced.discard(number)
+            self.state.blocks -= 1
+        self._frozen, self._active = self._active, Layer()
+        self._frozen.state = State(**vars(self.state))
+        lost, self._lost = self._lost, []
+        return lost
+
+    def write(self) -> None:
+        """Put the frozen changes into the database, durably. Any thread; OSError if it fails."""
+        frozen = self._frozen
+        assert frozen is not None
+        try:
+            with self._env.begin(write=True) as txn:
+                self._write(txn, frozen)
+        except lmdb.MapFullError:
+            raise OSError(errno.ENOSPC, "the metadata of the dedup store are full") from None
+        except lmdb.Error as error:
+            code = errno.ENOSPC if "No space" in str(error) else errno.EIO
+            raise OSError(code, f"the metadata of the dedup store: {error}") from None
+
+    def written(self) -> None:
+        """write() has succeeded."""
+        self._reader.abort()
+        self._reader = self._env.begin()
+        self._frozen = None
+
+    def _write(self, txn: Any, layer: Layer) -> None:
+        dbs = self._dbs
+        self._write_map(txn, layer)
+        for number, block in sorted(layer.blocks.items()):
+            key = _KEY.pack(number)
+            if block is None:
+                txn.delete(key, db=dbs["blocks"])
+            else:
+                txn.put(key, pack_block(block), db=dbs["blocks"])
+        for name, number in sorted(layer.unindexed):
+            # Another block may have come to the same place in the index.
+            if txn.get(name, db=dbs["index"]) == _NUMBER.pack(number):
+                txn.delete(name, db=dbs["index"])
+        dead = {number for name, number in layer.unindexed}
+        for name, number in sorted(layer.index.items()):
+            if number not in dead:
+                txn.put(name, _NUMBER.pack(number), db=dbs["index"])
+        for offset, owner in sorted(layer.places.items()):
+            if owner is None:
+                txn.delete(_KEY.pack(offset), db=dbs["places"])
+            else:
+                txn.put(_KEY.pack(offset), _NUMBER.pack(owner), db=dbs["places"])
+        for segment, change in layer.segments.items():
+            self._count(txn, segment, change)
+        for disk, (size, title) in layer.disks.items():
+            if title:
+                txn.put(_KEY.pack(disk), _DISK.pack(size) + title.encode(), db=dbs["disks"])
+            else:
+                txn.delete(_KEY.pack(disk), db=dbs["disks"])
+        txn.put(b"state", layer.state.pack(), db=dbs["state"])
+
+    def _write_map(self, txn: Any, layer: Layer) -> None:
+        pages: dict[int, list[int]] = {}
+        for key in layer.map:
+            pages.setdefault(key >> _PAGE_BITS, []).append(key)
+        mask = (1 << _LBA_BITS - _PAGE_BITS) - 1
+        for page in sorted(pages):
+            name = _PAGE_KEY.pack(page >> _LBA_BITS - _PAGE_BITS, page & mask)
+            entries = array("Q", txn.get(name, db=self._dbs["map"]) or _EMPTY)
+            for key in pages[page]:
+                entries[key & (PAGE - 1)] = layer.map[key]
+            if any(entries):
+                txn.put(name, entries.tobytes(), db=self._dbs["map"])
+            else:
+                txn.delete(name, db=self._dbs["map"])
+
+    def _count(self, txn: Any, segment: int, change: int) -> None:
+        name, db = _KEY.pack(segment), self._dbs["segments"]
+        value = txn.get(name, db=db)
+        used = (int(_NUMBER.unpack(value)[0]) if value else 0) + change
+        assert used >= 0, f"segment {segment} would have {used} bytes"
+        if used:
+            txn.put(name, _NUMBER.pack(used), db=db)
+        elif value:
+            txn.delete(name, db=db)
+
+    # ---- for the check
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """To look at the whole database, and change it; nothing waits to be written."""
+        assert self._frozen is None and not self.changes
+        with self._env.begin(write=True) as txn:
+            yield txn, self._dbs
+        self._reader.abort()
+        self._reader = self._env.begin()
+
+    def copy(self, path: Path) -> None:
+        """A consistent copy of the database, while it is in use. Any thread."""
+        self._env.copy(os.fspath(path), compact=True)

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dedup: a disk whose blocks are in a store, where equal content is kept once.
+
+Several nodes may be disks of one store; they share the data node below and the `Store` object,
+which does the work (vhostblk/dedup). What is left for here are a guest's requests: they are cut
+into blocks, blocks that a guest writes partly are filled up, and the engine's `map` node is told
+where blocks are, so that reads of what it knows never leave C.
+
+Writes never go to a place where something is. So the map's entries are never writable, and a
+place stays what it is until the store has asked all maps for a period of grace.
+
+Engine half: cffi_build/engine/nodes/map.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from vhostblk.dedup.format import HASHES
+from vhostblk.dedup.store import Store, Tuning
+from vhostblk.dedup.tables import PAGE
+from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, MapHandle, new_map
+from vhostblk.nodes.dedup.create import DedupCreateOptions, create
+from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
+from vhostblk.nodes.hooks import HookedNode, Request
+from vhostblk.schema import BlockdevRef, Model, OnOff, Size, VhostblkError
+
+_PAGE_BITS = PAGE.bit_length() - 1
+_TABLE_BYTES = 8 * PAGE + 256  # what one costs in memory, about
+
+
+class DedupOptions(NodeOptions):
+    """Options of dedup."""
+
+    file: BlockdevRef
+    """The node that holds the blocks; the same one for all disks of a store."""
+    metadata: str
+    """The directory with the metadata, on a fast device."""
+    disk: str = "disk"
+    """Which disk of the store this is."""
+    size: Size | None = None
+    """Its size, if there is no such disk yet."""
+    verify: OnOff = False
+    """Compare blocks byte by byte before taking them for equal. For all disks of the store."""
+    on_enospc: Literal["report", "hold"] = "report"
+    """When the store is full, writes fail, or wait until there is space."""
+    cache_size: Size = 32 << 20
+    """Bytes of memory for the map of this disk."""
+
+
+class _Shared:
+    """A store and the nodes that are its disks."""
+
+    stores: ClassVar[dict[tuple[int, str], _Shared]] = {}
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.users = 0
+        self.lock = asyncio.Lock()
+        self.is_open = False
+
+
+class Dedup(HookedNode):
+    """A disk of a store."""
+
+    driver = "dedup"
+    Options = DedupOptions
+    options: DedupOptions
+    child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole(RoleKind.STORAGE)}
+    CreateOptions: ClassVar[type[Model] | None] = DedupCreateOptions
+
+    @classmethod
+    async def create(cls, host: CreateHost, options: DedupCreateOptions) -> None:
+        async with host.image(options.file) as file:
+            await create(options, file)
+
+    # ---- life
+
+    async def open(self) -> None:
+        self._prepare_hooks()
+        self._hooks = [self._read, self._write, self._flush, self._discard, self._write_zeroes]
+        self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._tables: deque[int] = deque()
+        self._installed: set[int] = set()
+        self._most_tables = max(16, self.options.cache_size // _TABLE_BYTES)
+        if self.read_only:
+            raise self._error("a dedup store cannot be opened read-only: opening it may repair it")
+        self._directory = os.path.realpath(self.options.metadata)
+        self._key = (id(self.engine), self._directory)
+        await self._open_store()
+        try:
+            self._open_disk()
+        except BaseException:
+            await self._close_store()
+            raise
+
+    async def _open_store(self) -> None:
+        shared = _Shared.stores.get(self._key)
+        if shared is None:
+            tuning = Tuning(
+                verify=self.options.verify,
+                hold=self.options.on_enospc == "hold",
+                discard=self.options.discard == "unmap",
+            )
+            shared = _Shared.stores[self._key] = _Shared(Store(Path(self._directory), tuning))
+        self._shared = shared
+        shared.users += 1
+        try:
+            async with shared.lock:
+                if not shared.is_open:
+                    await shared.store.open(self.child("file"))
+                    shared.is_open = True
+        except VhostblkError as error:
+            self._forget_store()
+            raise self._error(error.desc, error.data) from None
+        except BaseException:
+            self._forget_store()
+            raise
+        self.store = shared.store
+        self._bits = self.store.super.block_bits
+
+    def _open_disk(self) -> None:
+        store, name = self.store, self.options.disk
+        below = self.child("file").node
+        for other in store.members:
+            assert isinstance(other, Dedup)
+            if other.child("file").node is not below:
+                raise self._error(
+                    f"the store's data are on node '{other.child('file').node.name}' already, "
+                    f"not on '{below.name}'"
+                )
+            if other.options.disk == name:
+                raise self._error(f"disk '{name}' of the store is node '{other.name}' already")
+        found = store.disk(name)
+        if found is None:
+            if self.options.size is None:
+                known = ", ".join(f"'{other}'" for _, other in store.tables.disks().values())
+                raise self._error(
+                    f"the store has no disk '{name}' (it has {known or 'none'}); "
+                    "give its size to make one"
+                )
+            size = -(-self.options.size // 512) * 512
+            found = store.set_disk(name, size), size
+        self.number, self._size = found
+        self.map = new_map(
+            self.engine,
+            size=self._size,
+            unit_bits=self._bits,
+            cluster_bits=self._bits,
+            table_bits=_PAGE_BITS,
+            has_backing=False,
+            backing_size=0,
+            allocate=False,
+            sink=self._start,
+            low=_nothing,
+        )
+        self.handle: MapHandle = self.map
+        self.map.set_dirty(store.dirty)
+        store.members.append(self)
+
+    async def close(self) -> None:
+        if self.handle is not None:
+            self.store.members.remove(self)
+            await self._close_store()
+        await super().close()
+
+    async def _close_store(self) -> None:
+        shared = self._shared
+        async with shared.lock:
+            if shared.users == 1:
+                shared.is_open = False
+                await shared.store.close(self.child("file"))
+            self._forget_store()
+
+    def _forget_store(self) -> None:
+        self._shared.users -= 1
+        if self._shared.users == 0:
+            del _Shared.stores[self._key]
+
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        # The store's other disks write there, too. Nobody changes its size under us.
+        return (
+            Perm.CONSISTENT_READ | Perm.WRITE,
+            Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED,
+        )
+
+    # ---- what it is
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def filename(self) -> str:
+        return self.child("file").node.filename()
+
+    @property
+    def allocation_unit(self) -> int:
+        return 1 << self._bits
+
+    def state_options(self) -> dict[str, Any]:
+        options = super().state_options()
+        return {**options, "metadata": os.path.abspath(self.options.metadata)}
+
+    def _error(self, text: str, data: dict[str, Any] | None = None) -> VhostblkError:
+        return VhostblkError(f"Could not open node '{self.name}' (dedup): {text}", data=data)
+
+    async def check_image(self) -> dict[str, Any]:
+        # All of the store: what one disk shows, another may, too.
+        result = await self.store.check(self.data, repair=False)
+        return {
+            "check-errors": 0,
+            "corruptions": result.corruptions + result.wrong,
+            "leaks": result.leaks,
+            "total-clusters": result.mapped,
+            "allocated-clusters": result.blocks,
+        }
+
+    # ---- for the store
+
+    @property
+    def data(self) -> Any:
+        """The data device."""
+        return self.child("file")
+
+    def set_dirty(self, dirty: bool) -> None:
+        """Whether flushes must come up."""
+        self.map.set_dirty(dirty)
+
+    def forget_places(self) -> None:
+        """Blocks have moved."""
+        for table in self._tables:
+            self.map.evict(table)
+        self._tables.clear()
+        self._installed.clear()
+
+    async def grace(self) -> None:
+        """Done when no request under way uses a place that it has learnt before."""
+        await self.map.grace()
+
+    def working(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """A step of background work."""
+        return self.host.working(self)
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to the control clients."""
+        self.host.emit(name, data)
+
+    # ---- the engine's map
+
+    def _entry(self, number: int) -> int:
+        """What the engine is to know of a block that shows the stored block `number`."""
+        if number == 0:
+            return MAP_ZERO
+        block = self.store.tables.block(number)
+        if block is None or block.length != 1 << self._bits:
+            return MAP_MISS  # compressed (or missing): read() sees to it
+        return block.offset | MAP_DATA
+
+    def _install(self, table: int) -> None:
+        while len(self._tables) >= self._most_tables:
+            victim = self._tables.popleft()
+            if self.map.used(victim):
+                self._tables.append(victim)
+                continue
+            self.map.evict(victim)
+            self._installed.discard(victim)
+        page = self.store.tables.page(self.number, table)
+        self.map.install(table, array("Q", map(self._entry, page)))
+        self._tables.append(table)
+        self._installed.add(table)
+
+    def _show(self, first: int, numbers: list[int]) -> None:
+        """Blocks show other stored blocks now."""
+        size, set_entries = 1 << self._bits, self.map.set
+        at = 0
+        entries = [self._entry(number) for number in numbers]
+        while at < len(entries):
+            end, entry = at + 1, entries[at]
+            step = size if entry > MAP_ZERO and entry & MAP_DATA else 0
+            while end < len(entries) and entries[end] == entry + (end - at) * step:
+                end += 1
+            set_entries(first + at, end - at, entry, step)
+            at = end
+
+    # ---- claims: who changes a block has it for himself
+
+    async def _claim(self, first: int, end: int) -> tuple[int, int, asyncio.Future[None]]:
+        while others := [busy for busy in self._busy if first < busy[1] and busy[0] < end]:
+            await others[0][2]
+        claim = (first, end, asyncio.get_running_loop().create_future())
+        self._busy.append(claim)
+        return claim
+
+    def _release(self, claim: tuple[int, int, asyncio.Future[None]]) -> None:
+        self._busy.remove(claim)
+        claim[2].set_result(None)
+
+    # ---- requests
+
+    def _range(self, request: Request) -> tuple[int, int]:
+        bits = self._bits
+        return request.offset >> bits, ((request.offset + request.length - 1) >> bits) + 1
+
+    async def _read(self, request: Request) -> None:
+        first, end = self._range(request)
+        tables = range(first >> _PAGE_BITS, ((end - 1) >> _PAGE_BITS) + 1)
+        missing = [table for table in tables if table not in self._installed]
+        if missing:
+            for table in missing:
+                self._install(table)
+            request.retry()
+            return
+        size, content = 1 << self._bits, bytearray()
+        for block in range(first, end):
+            content += await self.store.read_block(self.data, self.number, block)
+        begin = request.offset - first * size
+        request.fill(memoryview(content)[begin : begin + request.length])
+
+    async def _write(self, request: Request) -> None:
+        first, end = self._range(request)
+        claim = await self._claim(first, end)
+        try:
+            # A copy: the guest could change its memory between hashing and writing.
+            await self._put(request.offset, request.data(), first, end)
+        finally:
+            self._release(claim)
+        if request.fua:
+            await self.store.flush(self.data)
+
+    async def _put(self, offset: int, data: bytes, first: int, end: int) -> None:
+        """Write to claimed blocks, some of them only partly."""
+        size = 1 << self._bits
+        before, after = offset - first * size, end * size - offset - len(data)
+        if after and offset + len(data) >= self._size:
+            data += bytes(after)  # beyond the end there is nothing
+            after = 0
+        if before or after:
+            data = await self._filled(data, before, after, first, end)
+        view = memoryview(data)
+        name = HASHES[self.store.super.hash]
+        prints = [name(view[at : at + size]) for at in range(0, len(view), size)]
+        numbers = await self.store.write(self.data, self.number, first, view, prints)
+        self._show(first, numbers)
+
+    async def _filled(self, data: bytes, before: int, after: int, first: int, end: int) -> bytes:
+        """The same with what the blocks at both ends show in front and behind."""
+        parts: list[bytes | bytearray] = [b"", data, b""]
+        if before:
+            old = await self.store.read_block(self.data, self.number, first)
+            parts[0] = old[:before]
+        if after:
+            if not before or end > first + 1:
+                old = await self.store.read_block(self.data, self.number, end - 1)
+            parts[2] = old[len(old) - after :]
+        return b"".join(parts)
+
+    async def _flush(self, request: Request) -> None:
+        await self.store.flush(self.data)
+
+    async def _discard(self, request: Request) -> None:
+        bits, stop = self._bits, request.offset + request.length
+        first = -(-request.offset >> bits)
+        end = -(-stop >> bits) if stop >= self._size else stop >> bits
+        if first < end:
+            await self._unmap(first, end)
+
+    async def _unmap(self, first: int, end: int) -> None:
+        claim = await self._claim(first, end)
+        try:
+            async for begin, count in self.store.unmap(self.number, first, end):
+                self.map.set(begin, count, MAP_ZERO, 0)
+        finally:
+            self._release(claim)
+
+    async def _write_zeroes(self, request: Request) -> None:
+        first, end = self._range(request)
+        size = 1 << self._bits
+        offset, stop = request.offset, request.offset + request.length
+        if offset % size or (stop % size and stop < self._size):
+            await self._zero_edges(offset, stop)
+            first, end = -(-offset // size), stop // size
+        if first < end:
+            await self._unmap(first, end)
+        if request.fua:
+            await self.store.flush(self.data)
+
+    async def _zero_edges(self, offset: int, stop: int) -> None:
+        size = 1 << self._bits
+        edges = {offset // size, (stop - 1) // size}
+        for block in sorted(edges):
+            begin, end = max(offset, block * size), min(stop, (block + 1) * size)
+            claim = await self._claim(block, block + 1)
+            try:
+                await self._put(begin, bytes(end - begin), block, block + 1)
+            finally:
+                self._release(claim)
+
+    # ---- changes
+
+    async def truncate(self, size: int) -> None:
+        if size < self._size:
+            await self._unmap(-(-size >> self._bits), -(-self._size >> self._bits))
+        self.store.set_disk(self.options.disk, size)
+        await self.store.flush(self.data)
+        self._size = size
+        self.map.set_size(size, 0)
+
+    def resized(self) -> None:
+        self.store.resize(self.child("file").size)
+
+
+def _nothing() -> None:
+    """The engine allocates nothing."""
