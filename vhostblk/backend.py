@@ -149,7 +149,8 @@ class Backend:
         """From now on, record every change in a state file before it counts."""
         self._state = file
         self.graph.on_switched = self.save_state
-        await self.save_state()
+        async with self.graph.lock:  # a quorum may have begun to rebuild a leg
+            await self.save_state()
 
     async def restore_state(self, document: Document, file: StateFile) -> None:
         """Make all that a state file describes."""

@@ -18,6 +18,7 @@ class Image(Enum):
     FILLED = "filled"  # every cluster allocated
     EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
     OVERLAY = "overlay"  # nothing of its own, on a filled backing file
+    LEGS = "legs"  # the same three times: also at {image}.b and {image}.c
     LUKS = "luks"  # the data encrypted, with QEMU's defaults (LUKS1, AES-256 in XTS mode)
 
 
@@ -35,6 +36,11 @@ def path_of(image: Image, file: Path) -> Path:
     return file.with_name(f"{file.stem}-{image.value}.{suffix}")
 
 
+def legs_of(path: Path) -> tuple[Path, ...]:
+    """All files of a row with several legs."""
+    return (path, Path(f"{path}.b"), Path(f"{path}.c"))
+
+
 def prepare(image: Image, file: Path) -> None:
     """Before a run."""
     path = path_of(image, file)
@@ -44,6 +50,10 @@ def prepare(image: Image, file: Path) -> None:
     elif image is Image.FILLED and not path.exists():
         # -S 0: zeroes are data, too.
         _qemu_img("convert", "-q", "-S", "0", "-O", "qcow2", str(file), str(path))
+    elif image is Image.LEGS and not path.exists():
+        _qemu_img("convert", "-q", "-S", "0", "-O", "qcow2", str(file), str(path))
+        for leg in legs_of(path)[1:]:
+            shutil.copyfile(path, leg)
     elif image is Image.OVERLAY and not path.exists():
         filled = path_of(Image.FILLED, file)
         prepare(Image.FILLED, file)
@@ -57,7 +67,8 @@ def prepare(image: Image, file: Path) -> None:
 def forget(file: Path) -> None:
     """The data have changed, or nobody needs the images any more."""
     for image in Image:
-        path_of(image, file).unlink(missing_ok=True)
+        for path in legs_of(path_of(image, file)):
+            path.unlink(missing_ok=True)
 
 
 def _qemu_img(*arguments: str) -> None:

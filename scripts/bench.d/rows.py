@@ -109,6 +109,21 @@ def luks(file: str = "") -> tuple[str, ...]:
     )
 
 
+def quorum(file: str = "") -> tuple[str, ...]:
+    """Three qcow2 images, two of which must agree."""
+    legs = (
+        f"driver=qcow2,node-name={leg},file.driver=file,file.filename={{image}}{suffix}"
+        + "".join(f",file.{option}" for option in file.split(",") if option)
+        for leg, suffix in (("a", ""), ("b", ".b"), ("c", ".c"))
+    )
+    children = "children.0=a,children.1=b,children.2=c"
+    return (*legs, f"driver=quorum,node-name=disk,vote-threshold=2,{children}")
+
+
+QUORUM_DAEMONS = (
+    Daemon("aio=io_uring", quorum("aio=io_uring")),
+    Daemon("aio=threads", quorum("aio=threads")),
+)
 LUKS_DAEMONS = (
     Daemon("aio=io_uring", luks(",aio=io_uring")),
     Daemon("aio=threads", luks(",aio=threads")),
@@ -310,6 +325,25 @@ ROWS: tuple[Row, ...] = (
             objects=(f"secret,id=key,data={PASSPHRASE}",),
             daemons=LUKS_DAEMONS,
             image=Image.LUKS,
+        )
+        for block in (4096, 65536)
+        for what in ("randread", "randwrite")
+    ),
+    *(
+        Row(
+            name=f"quorum-{what}{'-64k' if block > 4096 else ''}",
+            title="quorum of three qcow2, filled",
+            nodes=quorum(),
+            compare=Compare.IOPS,
+            target=None if block > 4096 else 5.0 if what == "randread" else 4.0,
+            job=Job(
+                what,
+                depth=8 if block > 4096 else 32,
+                block=block,
+                span=16 if what == "randwrite" else 0,
+            ),
+            daemons=QUORUM_DAEMONS,
+            image=Image.LEGS,
         )
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
