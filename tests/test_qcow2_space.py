@@ -128,3 +128,45 @@ def test_a_full_device_with_gaps() -> None:
         assert disk.tools.content(disk.path, "qcow2", "-l", "snapshot.name=before") == was
 
     with_host(test)
+
+
+@pytest.mark.parametrize("backing", [False, True])
+@pytest.mark.parametrize("length", [CLUSTER, 4 * KIB], ids=["whole", "part"])
+def test_a_write_that_fails_takes_no_space(backing: bool, length: int) -> None:
+    """New clusters that the device cannot write go to the next write that needs some."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host, 8 * MIB)
+        content = bytearray(8 * MIB)
+        if backing:
+            below = disk.path.with_name("below.raw")
+            below.write_bytes(b"\x33" * (8 * MIB))
+            disk.path.unlink()
+            disk.tools.create(disk.path, 8 * MIB, backing_file=below, backing_fmt="raw")
+            content[:] = below.read_bytes()
+        device: dict[str, Any] = {"driver": "error-inject", "node-name": "broken"}
+        device["operations"] = ["write"]
+        device["errno"], device["every"], device["skip"] = "ENOSPC", 3, 6
+        device["file"] = {"driver": "file", "filename": str(disk.path)}
+        disk.node = await host.add("qcow2", "disk", file=device)
+        failed = 0
+        for number in range(100):
+            offset = number * CLUSTER
+            data = os.urandom(length)
+            try:
+                await disk.write(offset, data)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                failed += 1
+                # Some of it may have been written, as on any disk; here there was no place for it.
+                assert await disk.read(offset, length) == content[offset : offset + length]
+            else:
+                content[offset : offset + length] = data
+        assert failed > 20
+        await host.backend.transaction([("block-filter-remove", {"node-name": "broken"})])
+        await disk.flush()
+        assert await disk.read(0, 8 * MIB) == content
+        await disk.close()
+        disk.judge(bytes(content))
+
+    with_host(test)

@@ -7,7 +7,7 @@ import errno
 import os
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from vhostblk._engine import ffi, lib
@@ -82,6 +82,12 @@ class MapHandle(NodeHandle):
         host = ffi.new("uint64_t *")
         count = lib.vb_map_take(self.pointer, clusters, host)
         return int(host[0]), int(count)
+
+    def unused(self) -> Iterator[tuple[int, int]]:
+        """Clusters that the engine has taken in vain, since the last time: host offset, number."""
+        host, count = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        while lib.vb_map_unused(self.pointer, host, count):
+            yield int(host[0]), int(count[0])
 
     def reclaim(self) -> list[tuple[int, int]]:
         """Take back what the engine has not allocated: host offset, bytes. Nothing is in flight."""

@@ -75,6 +75,8 @@ bool vb_map_claim(vb_node *map, uint64_t unit, uint64_t expected);
 int vb_map_give(vb_node *map, uint64_t host, uint64_t bytes);
 /* Takes up to `wanted` clusters, at least one if any is left, out of the runs; how many, from *host on. */
 uint64_t vb_map_take(vb_node *map, uint64_t wanted, uint64_t *host);
+/* Clusters out of the runs that a write has failed on, no entry having ever named them; false: no more. */
+bool vb_map_unused(vb_node *map, uint64_t *host, uint64_t *clusters);
 /* Takes back what is left of the runs: 2 pairs of host offset and bytes. Nothing is in flight. */
 void vb_map_reclaim(vb_node *map, uint64_t left[4]);
 /* Up to `max` of C's records that were not taken before; marks the map dirty if there are any. */

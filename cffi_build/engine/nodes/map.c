@@ -181,7 +181,8 @@ static void end_group(struct map_op *op, const struct group *group)
 
         if (op->ret < 0 || !map_log(map, guest, entry, 0)) {
             op->up = true;
-            entry = VB_MAP_BACKING; /* the cluster is lost until the image is checked */
+            entry = VB_MAP_BACKING;
+            map_give_back(map, host, 1);
         }
         publish(map, group->unit + i, entry);
     }
@@ -388,7 +389,8 @@ static void end_copy(struct copy *copy, int ret)
 
     if (ret < 0 || !map_log(map, copy->unit << map->options.unit_bits, entry, 0)) {
         op->up = op->up || ret == 0;
-        entry = VB_MAP_BACKING; /* the cluster is lost until the image is checked */
+        entry = VB_MAP_BACKING;
+        map_give_back(map, copy->host, 1);
     }
     publish(map, copy->unit, entry);
     map_wake(map);

@@ -356,6 +356,44 @@ uint64_t vb_map_take(struct vb_node *node, uint64_t wanted, uint64_t *host)
     return count;
 }
 
+static void put_unused(struct map_node *map, struct map_unused *unused)
+{
+    unused->next = atomic_load_explicit(&map->unused, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak_explicit(&map->unused, &unused->next, unused,
+                                                  memory_order_release, memory_order_relaxed)) {
+    }
+}
+
+void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters)
+{
+    struct map_unused *unused = malloc(sizeof(*unused));
+
+    if (unused) {
+        unused->host = host;
+        unused->clusters = clusters;
+        put_unused(map, unused);
+    }
+}
+
+/* One at a time would race with those who put some in: all are taken, and the rest put back. */
+bool vb_map_unused(struct vb_node *node, uint64_t *host, uint64_t *clusters)
+{
+    struct map_node *map = map_of(node);
+    struct map_unused *unused = atomic_exchange_explicit(&map->unused, NULL, memory_order_acquire);
+
+    if (!unused) {
+        return false;
+    }
+    for (struct map_unused *rest = unused->next, *next; rest; rest = next) {
+        next = rest->next;
+        put_unused(map, rest);
+    }
+    *host = unused->host;
+    *clusters = unused->clusters;
+    free(unused);
+    return true;
+}
+
 void vb_map_reclaim(struct vb_node *node, uint64_t left[4])
 {
     struct map_node *map = map_of(node);
@@ -411,6 +449,10 @@ static void map_destroy(struct vb_node *node)
         free(atomic_load_explicit(&map->tables[i], memory_order_relaxed));
     }
     free(map->tables);
+    for (struct map_unused *unused = atomic_load(&map->unused), *next; unused; unused = next) {
+        next = unused->next;
+        free(unused);
+    }
     free(map->own_log);
     map_threads_free(map);
 }

@@ -18,6 +18,12 @@ struct map_run {
     uint64_t end;
 };
 
+/* Clusters that were taken in vain. */
+struct map_unused {
+    struct map_unused *next;
+    uint64_t host, clusters;
+};
+
 /* Somebody waits for all requests of one thread that have begun before now. */
 struct map_grace;
 
@@ -43,6 +49,7 @@ struct map_node {
     _Atomic(struct map_run *) run, spare;
     _Atomic bool switching;    /* a thread is replacing `run` */
     _Atomic bool low_told;
+    _Atomic(struct map_unused *) unused; /* I/O threads put in, control takes all */
     struct vb_map_log *log;
     struct vb_map_record *records;
     void *own_log;             /* owned; NULL if the log is the caller's */
@@ -62,6 +69,8 @@ bool map_is_dirty(struct map_node *map);
 
 /* I/O thread: up to `wanted` adjacent clusters; how many, 0 if there is none. */
 uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host);
+/* I/O thread: they are not needed after all. Without memory they are lost until the image is checked. */
+void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters);
 
 /* ---- map_thread.c ----------------------------------------------------------------------- */
 

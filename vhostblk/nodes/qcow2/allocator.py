@@ -102,6 +102,7 @@ class Allocator:
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece; the offset of the first. They count as used."""
         async with self._lock:
+            await self._free_unused()
             host = await self.refcounts.reserve(count)
             await self._prepare(host, count, zeroed)
         return host
@@ -127,9 +128,14 @@ class Allocator:
         make its file longer and longer.
         """
         async with self._lock:
+            await self._free_unused()
             host, count = await self.refcounts.reserve_some(min(most, self.most))
             await self._prepare(host, count, zeroed)
         return host, count
+
+    async def _free_unused(self) -> None:
+        """What the engine has taken for writes that failed."""
+        await self.free_pieces(self._handle.unused())
 
     async def _reserve_any(self, most: int) -> tuple[int, int]:
         """The same, also of what the engine has in advance if nothing else is left."""
@@ -281,6 +287,7 @@ class Allocator:
     async def take_back(self) -> list[tuple[int, int]]:
         """Free what the engine has not used of its runs: offset, bytes. Nothing is in flight."""
         bits = self._geometry.cluster_bits
+        await self._free_unused()
         unused = [(host, length) for host, length in self._handle.reclaim() if length]
         unused += [(host, 1 << bits) for host in self._tables]
         self._tables.clear()
