@@ -170,3 +170,20 @@ def test_a_write_that_fails_takes_no_space(backing: bool, length: int) -> None:
         disk.judge(bytes(content))
 
     with_host(test)
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_a_large_write_to_tiny_clusters(compat: str) -> None:
+    """80 000 clusters at once, of which a run has 128."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host, size=48 * MIB, cluster_size=512, compat=compat)
+        await disk.open()
+        data = os.urandom(MIB) * 40
+        async with asyncio.timeout(50):
+            await disk.write(4096, data)
+            await disk.flush()
+        await disk.close()
+        disk.judge((bytes(4096) + data).ljust(48 * MIB, b"\0"))
+
+    with_host(test)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vhostblk.nodes.qcow2.driver import Qcow2
 
 _IN_PLACE = MAP_DATA | MAP_WRITABLE
+_MANY_RUNS = 16
 
 
 @dataclass
@@ -294,7 +295,7 @@ class DataPath:
         if any(entry & MAP_TYPE == MAP_PENDING for entry in entries):
             return None
         nowhere = not entries[0] & OFFSET_MASK and entries[0] & MAP_TYPE in (MAP_ZERO, MAP_BACKING)
-        if nowhere and live.engine_allocates:
+        if nowhere and live.engine_allocates and not self._takes_many_runs(request):
             return True  # the engine copies what is around the guest's data, too
         slice = pinned[cluster // geometry.slice_entries]
         index = cluster % geometry.slice_entries
@@ -305,6 +306,11 @@ class DataPath:
         else:
             wanted = list(range(geometry.units))
         return self.claim(cluster, slice, index, wanted)
+
+    def _takes_many_runs(self, request: Request) -> bool:
+        """Tiny clusters have tiny runs: then a large request is better off with Python's."""
+        live = self._live
+        return request.length >> live.geometry.cluster_bits > _MANY_RUNS * live.allocator.most
 
     def claim(self, cluster: int, slice: Slice, index: int, wanted: list[int]) -> Claim | None:
         """Make units pending; None if somebody else has one of them."""
