@@ -9,7 +9,7 @@ where blocks are, so that reads of what it knows never leave C.
 Writes never go to a place where something is. So the map's entries are never writable, and a
 place stays what it is until the store has asked all maps for a period of grace.
 
-Engine half: cffi_build/engine/nodes/map.c.
+Engine halves: cffi_build/engine/nodes/dedup.c, which hashes what is written, above map.c.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any, ClassVar, Literal
 from vhostblk.dedup.format import HASHES
 from vhostblk.dedup.store import Store, Tuning
 from vhostblk.dedup.tables import PAGE
-from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, MapHandle, new_map
+from vhostblk.engine.dedup import DIGEST, new_dedup
+from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.nodes.dedup.create import DedupCreateOptions, create
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedNode, Request
@@ -161,7 +162,9 @@ class Dedup(HookedNode):
             sink=self._start,
             low=_nothing,
         )
-        self.handle: MapHandle = self.map
+        # OpenSSL has no BLAKE2b of 32 bytes: then hashing is done here.
+        self._hasher = new_dedup(self.engine, self._bits) if store.super.hash == "sha256" else None
+        self.handle = self._hasher or self.map
         self.map.set_dirty(store.dirty)
         store.members.append(self)
 
@@ -169,7 +172,18 @@ class Dedup(HookedNode):
         if self.handle is not None:
             self.store.members.remove(self)
             await self._close_store()
-        await super().close()
+            if self._hasher is not None:
+                self._hasher.free()
+            self.map.free()
+            self.handle = None
+
+    def relink(self) -> None:
+        child = self.child("file")
+        child.refresh()
+        if self.handle is not None:
+            self.map.set_child(0, child.node.effective)
+            if self._hasher is not None:
+                self._hasher.set_child(0, self.map)
 
     async def _close_store(self) -> None:
         shared = self._shared
@@ -325,37 +339,58 @@ class Dedup(HookedNode):
 
     async def _write(self, request: Request) -> None:
         first, end = self._range(request)
+        prints: memoryview | None = None
+        data: bytes | memoryview
+        if self._hasher is not None:
+            data, prints = request.buffers  # a copy of the guest's, and its fingerprints
+        else:
+            # A copy: the guest could change its memory between hashing and writing.
+            data = request.data()
         claim = await self._claim(first, end)
         try:
-            # A copy: the guest could change its memory between hashing and writing.
-            await self._put(request.offset, request.data(), first, end)
+            await self._put(request.offset, data, first, end, prints)
         finally:
             self._release(claim)
         if request.fua:
             await self.store.flush(self.data)
 
-    async def _put(self, offset: int, data: bytes, first: int, end: int) -> None:
-        """Write to claimed blocks, some of them only partly."""
+    async def _put(
+        self,
+        offset: int,
+        data: bytes | memoryview,
+        first: int,
+        end: int,
+        digests: memoryview | None = None,
+    ) -> None:
+        """Write to claimed blocks, some of them only partly: these have no digests yet."""
         size = 1 << self._bits
         before, after = offset - first * size, end * size - offset - len(data)
-        if after and offset + len(data) >= self._size:
-            data += bytes(after)  # beyond the end there is nothing
-            after = 0
         if before or after:
             data = await self._filled(data, before, after, first, end)
         view = memoryview(data)
         name = HASHES[self.store.super.hash]
-        prints = [name(view[at : at + size]) for at in range(0, len(view), size)]
+        if digests is None:
+            prints = [name(view[at : at + size]) for at in range(0, len(view), size)]
+        else:
+            prints = [bytes(digests[at : at + DIGEST]) for at in range(0, len(digests), DIGEST)]
+            if before:
+                prints[0] = name(view[:size])
+            if after:
+                prints[-1] = name(view[-size:])
         numbers = await self.store.write(self.data, self.number, first, view, prints)
         self._show(first, numbers)
 
-    async def _filled(self, data: bytes, before: int, after: int, first: int, end: int) -> bytes:
+    async def _filled(
+        self, data: bytes | memoryview, before: int, after: int, first: int, end: int
+    ) -> bytes:
         """The same with what the blocks at both ends show in front and behind."""
-        parts: list[bytes | bytearray] = [b"", data, b""]
+        parts: list[bytes | bytearray | memoryview] = [b"", data, b""]
         if before:
             old = await self.store.read_block(self.data, self.number, first)
             parts[0] = old[:before]
-        if after:
+        if after and end << self._bits > self._size:
+            parts[2] = bytes(after)  # beyond the end there is nothing
+        elif after:
             if not before or end > first + 1:
                 old = await self.store.read_block(self.data, self.number, end - 1)
             parts[2] = old[len(old) - after :]
