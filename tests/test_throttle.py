@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 from crash.tools import plain_environment
-from frontend import Qmp, Request, Type
+from frontend import Daemon, Device, Qmp, Request, Type
+from frontend import vhostblk as serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import MIB, Guest, Host, refused, with_host
@@ -280,6 +282,100 @@ def test_a_drained_section_waits_for_nobody() -> None:
             await guest.wait(*last)
 
     with_host(test)
+
+
+@pytest.mark.parametrize("drained", ["top", "t", "null"])
+@pytest.mark.parametrize("exported", [True, False])
+def test_background_work_does_not_hold_up_a_drained_section(exported: bool, drained: str) -> None:
+    """What a job has under way passes, too, whether or not a drive is above."""
+
+    async def test(host: Host) -> None:
+        made = await group(host, iops_total=SLOW)
+        await host.null("null")
+        await host.add("throttle", "t", file="null", throttle_group="g")
+        await host.add("raw", "top", file="t")
+        if exported:
+            await host.export("top")
+        graph = host.backend.graph
+
+        async def step() -> None:
+            async with graph.working(graph.node("top")):
+                await asyncio.gather(*(host.read("top", n * 512, 512) for n in range(15)))
+
+        work = asyncio.ensure_future(step())
+        await host.until(lambda: queued(made) >= 12)
+        async with graph.drained([graph.node(drained)]):
+            assert work.done()
+        await work
+        # Afterwards limits hold again.
+        late = asyncio.ensure_future(host.read("top", 0, 512))
+        await host.until(lambda: queued(made) == 1)
+        await limit(host, iops_total=0)
+        await late
+
+    with_host(test)
+
+
+def test_limits_survive_a_kill() -> None:
+    """Changed limits, a filter and its group are there after kill -9; and requests that waited."""
+    words = ("--state", "{dir}/state", "--control", "{dir}/q.sock")
+    tree = (
+        *("--object", "throttle-group,id=g,limits.iops-total=100,limits.iops-total-max=200"),
+        *("--object", "throttle-group,id=own"),
+        *("--blockdev", "raw,node-name=n,file.driver=file,file.filename={dir}/disk.img"),
+        *("--blockdev", "throttle,node-name=low,throttle-group=g,file=n"),
+        "--export",
+        "vhost-user-blk,id=e,node-name=low,addr.type=unix,addr.path={dir}/e.sock,writable=on",
+    )
+
+    def set_limits(qmp: Qmp, id: str, **limits: int) -> None:
+        given = {name.replace("_", "-"): value for name, value in limits.items()}
+        qmp.command("qom-set", path=f"/objects/{id}", property="limits", value=given)
+
+    def all_of(qmp: Qmp) -> dict[str, Any]:
+        return {
+            entry["id"]: {name: value for name, value in entry["limits"].items() if value > 1}
+            for entry in qmp.command("query-throttle-groups")
+        }
+
+    expected = {"g": {"iops-total": 5000, "iops-total-max": 9000}, "own": {"bps-write": 512}}
+    with serve(*tree, *words, files={"disk.img": MIB}) as daemon:
+        with Qmp(daemon.socket("q")) as qmp:
+            set_limits(qmp, "g", iops_total=5000, iops_total_max=9000)
+            set_limits(qmp, "own", bps_write=512)
+            filter = {"driver": "throttle", "node-name": "high", "throttle-group": "own"}
+            qmp.command("block-filter-insert", **{"export-id": "e", "filter": filter})
+            assert all_of(qmp) == expected
+            with Device(daemon.socket("e")) as device:
+                requests = [device.submit(Type.OUT, n, b"x" * 512) for n in range(10)]
+                end = time.monotonic() + 30
+                while _queued(qmp, "own") < 8:
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+                daemon.process.kill()
+                daemon.process.wait()
+                device.reap()
+                assert not all(request.done for request in requests)
+        command = [sys.executable, "-m", "vhostblk", "serve"]
+        command += [word.replace("{dir}", str(daemon.directory)) for word in words]
+        again = Daemon(command, daemon.directory)
+        try:
+            again.wait_line("vhostblk: ready")
+            with Qmp(again.socket("q")) as qmp:
+                assert all_of(qmp) == expected
+                users = {e["id"]: e["users"] for e in qmp.command("query-throttle-groups")}
+                assert users == {"g": ["node 'low'"], "own": ["node 'high'"]}
+                set_limits(qmp, "own", bps_write=0)
+            with Device(again.socket("e")) as device:
+                device.write(0, b"y" * 512)
+                assert device.read(0, 512) == b"y" * 512
+        finally:
+            again.close()
+
+
+def _queued(qmp: Qmp, id: str) -> int:
+    [of] = [e for e in qmp.command("query-throttle-groups") if e["id"] == id]
+    return sum(entry["queued"] for entry in of["statistics"].values())
 
 
 def test_a_guest_that_stops_gets_what_it_asked_for() -> None:

@@ -47,9 +47,10 @@ _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
 
 @dataclass(eq=False)
 class _Releasing:
-    """A section in which the nodes under some drives hold no requests back."""
+    """A section in which nodes, and all under them or under drives, hold no requests back."""
 
     backends: list[BlockBackend]
+    nodes: list[NodeDriver]
     reached: dict[NodeDriver, None]
 
 
@@ -726,7 +727,8 @@ class Graph:
         concerned = dict.fromkeys(above)
         for backend in drives:
             concerned.update(dict.fromkeys(self.below(backend.root)))
-        with self._steps.held(concerned), self.releasing(drives):
+        # Background work on these nodes is let go of, too, where no drive is above.
+        with self._steps.held(concerned), self.releasing(drives, above):
             await self._steps.ended(concerned, PAUSE_PATIENCE)
             begun = time.perf_counter_ns()
             devices = await self._pause(drives)
@@ -778,9 +780,11 @@ class Graph:
             await asyncio.sleep(0)  # for _resume_late()
 
     @contextlib.contextmanager
-    def releasing(self, backends: Iterable[BlockBackend]) -> Iterator[None]:
-        """Inside, no node under these drives holds requests back."""
-        section = _Releasing(list(backends), {})
+    def releasing(
+        self, backends: Iterable[BlockBackend], nodes: Iterable[NodeDriver] = ()
+    ) -> Iterator[None]:
+        """Inside, none of these nodes, and none below them or these drives, holds requests back."""
+        section = _Releasing(list(backends), list(nodes), {})
         self._releasing.append(section)
         try:
             self._release(section)
@@ -794,8 +798,8 @@ class Graph:
                     _call(node.drain_end, f"drain_end() of node '{node.name}'")
 
     def _release(self, section: _Releasing) -> None:
-        for backend in section.backends:
-            for node in self.below(backend.root):
+        for root in [*(backend.root for backend in section.backends), *section.nodes]:
+            for node in self.below(root):
                 if node in section.reached:
                     continue
                 section.reached[node] = None
