@@ -108,7 +108,8 @@ def opens(path: Path, passphrase: bytes, *words: object) -> bool:
         timeout=120,
         env=plain_environment(),
     )
-    assert done.returncode in (0, 2), done.stderr.decode()
+    said = done.stderr.decode()
+    assert done.returncode in (0, 2) or "No usable keyslot" in said, said
     return done.returncode == 0
 
 

@@ -53,7 +53,7 @@ class LuksKeySlotTest(LuksNode):
 async def luks_key_slot_test(context: Context, arguments: LuksKeySlotTest) -> Any:
     """Whether a passphrase opens a key slot, and which one."""
     volume = _volume(context, arguments.node_name)
-    with _Passphrases(context) as passphrases:
+    with _Passphrases(context) as passphrases, _errors_of(arguments.node_name):
         key = passphrases.get("key", arguments.key_secret, arguments.key_data)
         return {"keyslot": await volume.test(key, arguments.keyslot)}
 
@@ -86,7 +86,7 @@ class LuksKeySlotAdd(LuksNewKeySlot):
 async def luks_key_slot_add(context: Context, arguments: LuksKeySlotAdd) -> Any:
     """Let one more passphrase unlock a disk."""
     volume = _writable(context, arguments.node_name)
-    with _Passphrases(context) as passphrases:
+    with _Passphrases(context) as passphrases, _errors_of(arguments.node_name):
         key = passphrases.get("key", arguments.key_secret, arguments.key_data)
         new = passphrases.get("new", arguments.new_secret, arguments.new_data)
         added = await volume.add_passphrase(key, new, arguments.keyslot, arguments.kdf())
@@ -115,7 +115,8 @@ async def luks_key_slot_remove(context: Context, arguments: LuksKeySlotRemove) -
             raise VhostblkError(
                 "Give the key slot or a passphrase, not both", data={"code": "bad-value"}
             )
-        await volume.remove_slot(arguments.keyslot, force=arguments.force)
+        with _errors_of(arguments.node_name):
+            await volume.remove_slot(arguments.keyslot, force=arguments.force)
         return {"keyslots": [arguments.keyslot]}
     with _Passphrases(context) as passphrases:
         old = passphrases.get("old", arguments.old_secret, arguments.old_data)
@@ -137,7 +138,7 @@ class LuksKeySlotRotate(LuksNewKeySlot):
 async def luks_key_slot_rotate(context: Context, arguments: LuksKeySlotRotate) -> Any:
     """Replace a passphrase: the new one works before the old one ceases to."""
     volume = _writable(context, arguments.node_name)
-    with _Passphrases(context) as passphrases:
+    with _Passphrases(context) as passphrases, _errors_of(arguments.node_name):
         old = passphrases.get("old", arguments.old_secret, arguments.old_data)
         new = passphrases.get("new", arguments.new_secret, arguments.new_data)
         return {"keyslot": await volume.rotate(old, new, arguments.keyslot, arguments.kdf())}
@@ -161,6 +162,19 @@ def _writable(context: Context, name: str) -> luks.Volume:
             f"Node '{name}' is read-only", data={"code": "read-only", "node-name": name}
         )
     return volume
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """What the storage says; the node may also have gone while a key was derived."""
+    try:
+        yield
+    except OSError as error:
+        raise VhostblkError(
+            f"The LUKS header of node '{name}' cannot be read or written: {error.strerror}; what "
+            "was to be changed may be changed or not",
+            data={"code": "luks-io", "node-name": name},
+        ) from None
 
 
 class _Passphrases:

@@ -79,6 +79,6 @@ def open_storage(path: str, *, write: bool) -> Iterator[FileStorage]:
 def _lock(fd: int, write: bool) -> None:
     if ofd_locks_work(fd):
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if write else Perm.NONE)
-        shared = Perm.CONSISTENT_READ if write else Perm.ALL
+        shared = Perm.CONSISTENT_READ  # what is being written does not make sense
         ImageLocks(fd).prepare(perm, shared)
     fcntl.flock(fd, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,8 @@ class Volume(abc.ABC):
     def __init__(self, storage: Storage, limits: Limits) -> None:
         self._storage = storage
         self.limits = limits
+        self.step: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+        """Entered around what is written for a change of key slots, without any derivation."""
         self._changing = asyncio.Lock()
 
     # ---- what the versions have
@@ -226,7 +230,8 @@ class Volume(abc.ABC):
         if known is None:
             raise no_slot(f"the header has no digest {name}")
         known.check(self.limits)
-        await self._make_sound()
+        async with self.step():
+            await self._make_sound()
         chosen = kdf_options or KdfOptions()
 
         def work() -> tuple[Slot, bytes]:
@@ -239,7 +244,8 @@ class Volume(abc.ABC):
 
         self.new_slot(number, len(key), name, _NOTHING)  # is there room?
         new, material = await kdf.in_thread(work)
-        await self._store(new, material)
+        async with self.step():
+            await self._store(new, material)
         return new.number
 
     async def add_passphrase(
@@ -296,9 +302,10 @@ class Volume(abc.ABC):
                 else "this is the last key slot: without it nobody can ever read the disk again",
                 "add another one first, or force it",
             )
-        await self._make_sound()
-        for number in numbers:
-            await self._erase(number)
+        async with self.step():
+            await self._make_sound()
+            for number in numbers:
+                await self._erase(number)
 
     async def rotate(
         self,

@@ -98,6 +98,7 @@ class Luks(CryptNode):
         self._cipher: Cipher | None = None
         try:
             self.volume = await luks.open_volume(ChildStorage(self.child(role)))
+            self.volume.step = lambda: self.host.working(self)
             self._segment = self._only_segment()
             self._check_size()
             self._cipher = await self._unlock(secret)
