@@ -205,7 +205,8 @@ class SectorCipher:
             return lambda sector: ((sector << shift) + 1).to_bytes(width, "big")
         if spec.iv == "eboiv":
             encrypt = _ecb(_algorithm(spec.cipher, key))
-            return lambda sector: encrypt(True, little(sector * SECTOR))
+            # The kernel multiplies by the size of a sector what counts 512 bytes.
+            return lambda sector: encrypt(True, little(sector * self._sector_size))
         if spec.iv == "essiv":
             salted = _ecb(_algorithm(spec.cipher, digest(spec.iv_hash, key)))
             return lambda sector: salted(True, little(sector))
