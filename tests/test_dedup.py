@@ -236,3 +236,18 @@ def test_what_cannot_be_opened() -> None:
             await open_disk(host, "again", disk="new", size=MIB, file="other")
 
     with_host(test)
+
+
+def test_no_view_of_a_request_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        rnd = random.Random(9)
+        for _ in range(20):
+            length = 512 * rnd.randint(1, 100)
+            await host.write("disk", 512 * rnd.randint(0, 1000), rnd.randbytes(length))
+        data = rnd.randbytes(64 << 10)
+        await asyncio.gather(*(host.write("disk", at << 16, data) for at in range(8)))
+
+    with_host(test)
+    assert not [record for record in caplog.records if "was kept" in record.message]

@@ -226,6 +226,7 @@ def _text(report: dict[str, Any]) -> str:
     ]
     if nodes:
         lines.append(table(["  NODE", "DRIVER", "SIZE", "ACCESS", "FILE"], nodes) + "\n")
+    lines.append(_dedup_stores(report["nodes"]))
     threads = [
         [
             f"  {thread['id']}",
@@ -238,6 +239,28 @@ def _text(report: dict[str, Any]) -> str:
     if threads:
         lines.append(table(["  I/O THREAD", "TID", "AIO", "CPU %"], threads))
     return "".join(lines)
+
+
+def _dedup_stores(nodes: list[dict[str, Any]]) -> str:
+    """Each store once, however many of its disks are in use."""
+    stores = {node["dedup"]["metadata"]: node["dedup"] for node in nodes if "dedup" in node}
+    rows = [
+        [
+            f"  {name}",
+            size(store["logical"]),
+            size(store["unique"]),
+            size(store["physical"]),
+            f"{store['ratio']:.2f}",
+            count(store["hits"]),
+            size(store["data-free"]),
+            size(store["metadata-size"]),
+        ]
+        for name, store in stores.items()
+    ]
+    if not rows:
+        return ""
+    head = ["  STORE", "LOGICAL", "UNIQUE", "STORED", "RATIO", "HITS", "FREE", "METADATA"]
+    return table(head, rows) + "\n"
 
 
 def _exports(exports: list[dict[str, Any]]) -> str:

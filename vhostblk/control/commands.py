@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from vhostblk.control import introspect, luks, quorum, throttle
+from vhostblk.control import dedup, introspect, luks, quorum, throttle
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
@@ -26,6 +26,7 @@ from vhostblk.transaction import (
 )
 
 registry = Registry()
+registry.include(dedup.registry)
 registry.include(luks.registry)
 registry.include(quorum.registry)
 registry.include(throttle.registry)

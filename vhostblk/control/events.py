@@ -78,6 +78,22 @@ class QuorumLeg(Model):
     reason: str | None = None
 
 
+class DedupFull(Model):
+    """One of the two devices of a dedup store is full: writes fail (`report`) or wait (`hold`)."""
+
+    metadata: str
+    """The directory of the store."""
+    device: Literal["data", "metadata"]
+    action: Literal["report", "hold"]
+
+
+class DedupSpace(Model):
+    """The data device of a dedup store is this full; at 80, 90 and 95 per cent."""
+
+    metadata: str
+    percent: int
+
+
 class BlockImageCorrupted(Model):
     """An image is broken; with `fatal` nothing is written to it any more."""
 
@@ -136,6 +152,8 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
     "VHOSTBLK_FILTER_ERROR": FilterError,
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
+    "DEDUP_FULL": DedupFull,
+    "DEDUP_SPACE": DedupSpace,
 }
 
 

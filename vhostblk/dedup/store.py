@@ -27,7 +27,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,8 @@ _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
 HOLD_INTERVAL = 0.5
 """Seconds until something that failed for want of space is tried again."""
+LEVELS = (80, 90, 95)
+"""Per cent of the data device: when more is in use, there is an event."""
 
 
 class Data(Protocol):
@@ -78,8 +80,16 @@ class Data(Protocol):
         """The range is not needed."""
 
 
+Send = Callable[[int, int, int], Awaitable[Any]]
+"""Writes to an offset of the data device: where in the content, how many bytes."""
+
+
 class Member(Protocol):
     """A disk of the store that is in use."""
+
+    @property
+    def disk(self) -> str:
+        """Which one."""
 
     @property
     def data(self) -> Data:
@@ -158,6 +168,7 @@ class Store:
         self._durable = 0
         self._dirty = False
         self._told_full = False
+        self._told_level = 0
         self._room: asyncio.Future[None] | None = None
         self._lock_fd = -1
 
@@ -372,15 +383,21 @@ class Store:
     # ---- writing
 
     async def write(
-        self, data: Data, disk: int, first: int, content: memoryview, prints: Sequence[bytes]
+        self,
+        data: Data,
+        disk: int,
+        first: int,
+        content: memoryview,
+        prints: Sequence[bytes],
+        send: Send | None = None,
     ) -> list[int]:
         """Whole blocks of a disk, with their fingerprints; which stored blocks these show now.
 
-        Nobody else writes to them meanwhile.
+        Nobody else writes to them meanwhile. `send` is another way to write the content.
         """
         if self.tables.changes > 4 * self.tuning.changes:
             await self._checkpoint(data)  # memory is bounded
-        writing = _Write(self, data, content, prints)
+        writing = _Write(self, data, content, prints, send)
         try:
             await writing.prepare()
             numbers: list[int] = []
@@ -544,6 +561,7 @@ class Store:
     def _watch(self) -> None:
         """Start what is due."""
         tuning, tables = self.tuning, self.tables
+        self._watch_space()
         due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
         if due and not self._checkpointing:
             self._checkpointing = True
@@ -555,6 +573,16 @@ class Store:
         ):
             self._collecting = True
             self._run(self._collect_soon())
+
+    def _watch_space(self) -> None:
+        """Tell the operator while there is still time."""
+        size = self.space.size
+        percent = 100 * (size - self.space.free) // max(1, size)
+        level = max((level for level in LEVELS if percent >= level), default=0)
+        if level > self._told_level:
+            self._tell("DEDUP_SPACE", {"metadata": str(self.directory), "percent": percent})
+        if level > self._told_level or percent < self._told_level - 5:
+            self._told_level = level
 
     def _run(self, work: Any) -> None:
         # Not on behalf of the request that happens to be current.
@@ -666,6 +694,91 @@ class Store:
                 result.bad.append(number)
                 result.say(f"stored block {number} at {block.offset} has another content")
 
+    # ---- what there is
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for the operator; bytes, where nothing else is said."""
+        state, space, size = self.tables.state, self.space, self.super.block_size
+        physical = sum(space.used.values())
+        logical = state.mapped * size
+        counters = self.counters
+        return {
+            "metadata": str(self.directory),
+            "block-size": size,
+            "hash": self.super.hash,
+            "logical": logical,
+            "unique": state.blocks * size,
+            "physical": physical,
+            "ratio": round(logical / physical, 3) if physical else 1.0,
+            "data-size": space.size,
+            "data-free": space.free,
+            "metadata-size": self.tables.size + self.journal.size,
+            "written-blocks": counters.written,
+            "hits": counters.hits,
+            "zero-blocks": counters.zeroes,
+            "stored-blocks": counters.stored,
+            "moved-blocks": counters.moved,
+            "checkpoints": counters.checkpoints,
+            "full": self._told_full,
+        }
+
+    def fragmentation(self, disk: int) -> dict[str, int]:
+        """In how many pieces the blocks of a disk are on the data device."""
+        size, blocks, pieces, end = self.super.block_size, 0, 0, -1
+        last = -1
+        for page, numbers in self.tables.pages(disk):
+            for index, number in enumerate(numbers):
+                block = self.tables.block(number) if number else None
+                if block is None:
+                    continue
+                at = page * PAGE + index
+                blocks += 1
+                if block.offset != end or at != last + 1:
+                    pieces += 1
+                end, last = block.offset + block.space, at
+        return {"blocks": blocks, "extents": pieces, "mean-extent": blocks * size // max(1, pieces)}
+
+    async def delete_disk(self, name: str) -> None:
+        """Give back all that a disk shows, and forget it. It is not in use."""
+        found = self.disk(name)
+        if found is None:
+            raise VhostblkError(
+                f"the dedup store has no disk '{name}'", data={"code": "no-disk", "disk": name}
+            )
+        number, size = found
+        async for _ in self.unmap(number, 0, -(-size // self.super.block_size)):
+            pass
+        self._record([Disk(number, 0, "")])
+        await self.flush(self.members[0].data)
+        await self.checkpoint()
+
+    async def backup(self, directory: Path) -> None:
+        """Copy the metadata while they are in use. `directory` is new."""
+        try:
+            directory.mkdir(mode=0o700)
+        except OSError as error:
+            raise VhostblkError(
+                f"a backup cannot be made in '{directory}': {error.strerror}",
+                data={"code": "backup"},
+            ) from None
+        await self._to_the_end(self._backup(self.members[0].data, directory))
+
+    async def _backup(self, data: Data, directory: Path) -> None:
+        # No checkpoint meanwhile: it would remove the journal that goes on from the copy.
+        async with self._checkpoint_lock:
+            await data.flush()
+            await asyncio.to_thread(self.tables.copy, directory / FILE)
+            first, last = self.tables.state.journal, self.journal.number
+            await asyncio.to_thread(self._copy_journal, first, last, directory)
+
+    def _copy_journal(self, first: int, last: int, directory: Path) -> None:
+        for number in range(first, last + 1):
+            source = self.journal.path(number)
+            if source.exists():
+                _write_file(directory / source.name, source.read_bytes())
+        _write_file(directory / "superblock", self.super.pack())
+        sync_directory(directory)
+
     # ---- garbage collection
 
     async def _collect_soon(self) -> None:
@@ -744,12 +857,18 @@ class _Write:
     """Blocks on their way into the store."""
 
     def __init__(
-        self, store: Store, data: Data, content: memoryview, prints: Sequence[bytes]
+        self,
+        store: Store,
+        data: Data,
+        content: memoryview,
+        prints: Sequence[bytes],
+        send: Send | None,
     ) -> None:
         self._store = store
         self._data = data
         self._content = content
         self._prints = prints
+        self._send = send or self._send_content
         self._numbers = [0] * len(prints)
         self._same: dict[bytes, int] = {}  # where in this request content was first seen
         self._fresh: list[tuple[int, int, int]] = []  # index, offset, length: not published yet
@@ -854,7 +973,7 @@ class _Write:
         store = self._store
         while True:
             try:
-                await self._data.write(offset, self._content[begin : begin + length])
+                await self._send(offset, begin, length)
                 return
             except OSError as error:
                 if error.errno != errno.ENOSPC:
@@ -863,6 +982,9 @@ class _Write:
                 if not store.tuning.hold:
                     raise
                 await asyncio.sleep(HOLD_INTERVAL)
+
+    def _send_content(self, offset: int, begin: int, length: int) -> Awaitable[Any]:
+        return self._data.write(offset, self._content[begin : begin + length])
 
     def numbers(self) -> list[int]:
         """The stored block of each block, once they are published (or about to be)."""

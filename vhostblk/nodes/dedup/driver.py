@@ -20,17 +20,19 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vhostblk.dedup.format import HASHES
-from vhostblk.dedup.store import Store, Tuning
+from vhostblk.dedup.store import Send, Store, Tuning
 from vhostblk.dedup.tables import PAGE
+from vhostblk.engine import IO, OP_WRITE
 from vhostblk.engine.dedup import DIGEST, new_dedup
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.nodes.dedup.create import DedupCreateOptions, create
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
-from vhostblk.nodes.hooks import HookedNode, Request
+from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
 from vhostblk.schema import BlockdevRef, Model, OnOff, Size, VhostblkError
 
 _PAGE_BITS = PAGE.bit_length() - 1
@@ -56,6 +58,27 @@ class DedupOptions(NodeOptions):
     """Bytes of memory for the map of this disk."""
 
 
+class DedupChild(HookedChild):
+    """The data device."""
+
+    def send(self, request: Request, offset: int, position: int, length: int) -> IO:
+        """Write a part of a request's data, `position` bytes from its beginning."""
+        self.check_range(offset, length)
+        assert self._target is not None
+        request._inflight += 1
+        io = self._host.engine.submit(
+            self._target,
+            OP_WRITE,
+            offset,
+            None,
+            length,
+            request=request.handle,
+            buffer_offset=position,
+        )
+        io.owner = request
+        return io
+
+
 class _Shared:
     """A store and the nodes that are its disks."""
 
@@ -74,6 +97,7 @@ class Dedup(HookedNode):
     driver = "dedup"
     Options = DedupOptions
     options: DedupOptions
+    child_class = DedupChild
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole(RoleKind.STORAGE)}
     CreateOptions: ClassVar[type[Model] | None] = DedupCreateOptions
 
@@ -214,6 +238,15 @@ class Dedup(HookedNode):
     def filename(self) -> str:
         return self.child("file").node.filename()
 
+    def describe(self) -> dict[str, Any]:
+        image = {
+            "filename": self.filename(),
+            "format": "dedup",
+            "virtual-size": self._size,
+            "cluster-size": 1 << self._bits,
+        }
+        return {"image": image, "dedup": {"disk": self.options.disk, **self.store.stats()}}
+
     @property
     def allocation_unit(self) -> int:
         return 1 << self._bits
@@ -237,6 +270,11 @@ class Dedup(HookedNode):
         }
 
     # ---- for the store
+
+    @property
+    def disk(self) -> str:
+        """Which disk of the store this is."""
+        return self.options.disk
 
     @property
     def data(self) -> Any:
@@ -348,7 +386,7 @@ class Dedup(HookedNode):
             data = request.data()
         claim = await self._claim(first, end)
         try:
-            await self._put(request.offset, data, first, end, prints)
+            await self._put(request.offset, data, first, end, prints, request)
         finally:
             self._release(claim)
         if request.fua:
@@ -361,12 +399,19 @@ class Dedup(HookedNode):
         first: int,
         end: int,
         digests: memoryview | None = None,
+        request: Request | None = None,
     ) -> None:
-        """Write to claimed blocks, some of them only partly: these have no digests yet."""
+        """Write to claimed blocks, some of them only partly: these have no digests yet.
+
+        With digests, the data are those of `request`.
+        """
         size = 1 << self._bits
         before, after = offset - first * size, end * size - offset - len(data)
+        send: Send | None = None
         if before or after:
             data = await self._filled(data, before, after, first, end)
+        elif digests is not None and request is not None:
+            send = partial(self.data.send, request)
         view = memoryview(data)
         name = HASHES[self.store.super.hash]
         if digests is None:
@@ -377,7 +422,7 @@ class Dedup(HookedNode):
                 prints[0] = name(view[:size])
             if after:
                 prints[-1] = name(view[-size:])
-        numbers = await self.store.write(self.data, self.number, first, view, prints)
+        numbers = await self.store.write(self.data, self.number, first, view, prints, send)
         self._show(first, numbers)
 
     async def _filled(

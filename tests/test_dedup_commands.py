@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Commands about dedup stores: statistics, check and repair, backup, deleting disks, collecting."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
+from in_process import MIB, Host, refused, with_host
+
+from vhostblk.control.commands import registry
+from vhostblk.control.registry import Context
+from vhostblk.dedup.tables import INDEX_KEY
+from vhostblk.engine import OP_DISCARD
+
+
+async def run(host: Host, name: str, **arguments: Any) -> Any:
+    """A QMP command."""
+    command = registry.find(name)
+    given = {key.replace("_", "-"): value for key, value in arguments.items()}
+    return await command.run(Context(host.backend, registry, lambda: None), given)
+
+
+def test_statistics() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=2 * MIB)
+        data = random.Random(1).randbytes(MIB // 2)
+        await host.write("disk", 0, data + data)
+        await host.write("other", MIB, data)
+        await run(host, "dedup-collect", node_name="disk")
+        found = await run(host, "query-dedup", node_name="other")
+        assert (found["logical"], found["unique"]) == (3 * MIB // 2, MIB // 2)
+        assert (found["physical"], found["ratio"]) == (MIB // 2, 3.0)
+        assert found["hits"] == MIB // BLOCK and found["stored-blocks"] == MIB // 2 // BLOCK
+        assert found["data-free"] + found["physical"] <= found["data-size"]
+        [disk, other] = found["disks"]
+        assert (disk["disk"], disk["size"], disk["extents"]) == ("disk", MIB, 2)
+        assert (other["blocks"], other["extents"]) == (MIB // 2 // BLOCK, 1)
+        [node] = [n for n in host.backend.query_named_block_nodes() if n["node-name"] == "disk"]
+        assert node["dedup"]["ratio"] == 3.0
+
+    with_host(test)
+
+
+def test_events_while_there_is_still_time() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=8 * MIB, size=8 * MIB)
+        await open_disk(host)
+        rnd = random.Random(2)
+        for at in range(0, 7 * MIB, SEGMENT):
+            await host.write("disk", at, rnd.randbytes(SEGMENT))
+        percents = [event["percent"] for event in host.named("DEDUP_SPACE")]
+        assert percents and percents == sorted(percents) and percents[0] < 90, percents
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("damage", ["references", "leak", "index", "places", "segments", "state"])
+def test_what_can_be_recomputed_is_repaired(damage: str) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        data = random.Random(3).randbytes(MIB)
+        await host.write("disk", 0, data)
+        await host.write("disk", 0, data[:BLOCK] * 4)
+        store = store_of(host)
+        await store.checkpoint()
+        with store.tables.transaction() as (txn, dbs):
+            spoil(txn, dbs, damage)
+        found = await run(host, "dedup-check", node_name="disk")
+        assert found["leaks"] + found["wrong"] > 0 and found["messages"]
+        assert not found["corruptions"] and not found["repaired"]
+        assert (await run(host, "dedup-check", node_name="disk", repair=True))["repaired"]
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert not found["leaks"] + found["wrong"] + found["corruptions"], found
+        await host.backend.blockdev_del("disk")
+        node = await open_disk(host)
+        assert (await host.read("disk", 0, MIB))[4 * BLOCK :] == data[4 * BLOCK :]
+        assert node.store.tables.state.blocks == MIB // BLOCK - 3
+
+    with_host(test)
+
+
+def spoil(txn: Any, dbs: Any, damage: str) -> None:
+    """Something that a check must find."""
+    key, value = first(txn, dbs["blocks"])
+    if damage == "references":
+        txn.put(key, value[:12] + (99).to_bytes(4, "little") + value[16:], db=dbs["blocks"])
+    elif damage == "leak":
+        gone = (MIB // BLOCK + 5000).to_bytes(8, "big")
+        txn.put(gone, (70 * MIB).to_bytes(8, "little") + value[8:], db=dbs["blocks"])
+    elif damage == "index":
+        txn.put(b"x" * INDEX_KEY, (7777).to_bytes(8, "little"), db=dbs["index"])
+    elif damage == "state":
+        txn.put(b"state", bytes(8), db=dbs["segments"])
+    else:
+        txn.delete(first(txn, dbs[damage])[0], db=dbs[damage])
+
+
+def first(txn: Any, db: Any) -> tuple[bytes, bytes]:
+    with txn.cursor(db) as cursor:
+        assert cursor.first()
+        return cursor.item()
+
+
+def test_bad_content_is_found() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await host.write("disk", 0, random.Random(4).randbytes(MIB))
+        await host.write("data", (64 << 10) + 5 * BLOCK, b"rotten".ljust(512))
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert found["corruptions"] == 1 and "another content" in found["messages"][0]
+
+    with_host(test)
+
+
+def test_equal_content_is_compared_if_wanted() -> None:
+    """What has rotted on the data device is not shared."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host, verify=True)
+        data = random.Random(5).randbytes(MIB // 2)
+        await host.write("disk", 0, data)
+        await host.write("data", (64 << 10) + 5 * BLOCK, b"rotten".ljust(512))
+        await host.write("disk", MIB // 2, data)
+        assert await host.read("disk", MIB // 2, MIB // 2) == data
+        assert store_of(host).tables.state.blocks == MIB // 2 // BLOCK + 1
+
+    with_host(test)
+
+
+def test_a_backup_made_under_load_is_a_store() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        rnd = random.Random(6)
+        data = rnd.randbytes(MIB)
+        await host.write("disk", 0, data)
+        with refused("a backup cannot be made", "exists"):
+            await run(host, "dedup-backup", node_name="disk", directory=host.path("meta"))
+        await run(host, "dedup-backup", node_name="disk", directory=host.path("copy"))
+        await host.write("disk", 0, rnd.randbytes(BLOCK))
+        await host.backend.blockdev_del("disk")
+        shutil.rmtree(host.path("meta"))
+        Path(host.path("copy")).rename(host.path("meta"))
+        await open_disk(host)
+        assert await host.read("disk", 0, MIB) == data
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert not found["corruptions"] and not found["wrong"]
+
+    with_host(test)
+
+
+def test_a_disk_is_deleted() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=MIB)
+        rnd = random.Random(7)
+        data = rnd.randbytes(MIB // 2)
+        await host.write("disk", 0, data)
+        await host.write("other", 0, data + rnd.randbytes(MIB // 2))
+        with refused("is in use"):
+            await run(host, "dedup-disk-delete", node_name="disk", disk="other")
+        await host.backend.blockdev_del("other")
+        with refused("has no disk 'another'"):
+            await run(host, "dedup-disk-delete", node_name="disk", disk="another")
+        await run(host, "dedup-disk-delete", node_name="disk", disk="other")
+        found = await run(host, "query-dedup", node_name="disk")
+        assert [disk["disk"] for disk in found["disks"]] == ["disk"]
+        assert found["unique"] == MIB // 2
+        assert await host.read("disk", 0, MIB // 2) == data
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert not found["corruptions"] + found["leaks"] + found["wrong"]
+
+    with_host(test)
+
+
+def test_garbage_is_collected_when_asked_for() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=8 * MIB, size=4 * MIB)
+        await open_disk(host)
+        rnd = random.Random(8)
+        content = bytearray(rnd.randbytes(4 * MIB))
+        await host.write("disk", 0, bytes(content))
+        handle = host.backend.graph.node("disk").effective
+        for block in range(4 * MIB // BLOCK):
+            if block % 8:
+                offset = block * BLOCK
+                await host.backend.engine.submit(handle, OP_DISCARD, offset, None, BLOCK)
+                content[offset : offset + BLOCK] = bytes(BLOCK)
+        assert await host.read("disk", 0, 4 * MIB) == content
+        assert (await run(host, "dedup-collect", node_name="disk"))["segments"] > 8
+        assert await host.read("disk", 0, 4 * MIB) == content
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert not found["corruptions"] + found["leaks"] + found["wrong"]
+
+    with_host(test)

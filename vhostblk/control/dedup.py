@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Commands about dedup stores, each named by a node that is a disk of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.control.registry import Context, Registry
+from vhostblk.schema import Model, OnOff, VhostblkError
+
+if TYPE_CHECKING:
+    from vhostblk.nodes.dedup import Dedup
+
+registry = Registry()
+command = registry.command
+
+
+class DedupNode(Model):
+    """Arguments of the commands that need nothing but a disk of the store."""
+
+    node_name: str
+    """A disk of the store."""
+
+
+@command("query-dedup")
+async def query_dedup(context: Context, arguments: DedupNode) -> Any:
+    """What a dedup store holds, how much that saves, and its disks with their fragmentation."""
+    node = _dedup(context, arguments.node_name)
+    store = node.store
+    disks = [
+        {"disk": name, "size": size, **store.fragmentation(number)}
+        for number, (size, name) in store.tables.disks().items()
+    ]
+    return {**store.stats(), "disks": disks}
+
+
+@command("dedup-collect")
+async def dedup_collect(context: Context, arguments: DedupNode) -> Any:
+    """Collect garbage now: empty segments that are three quarters full at most."""
+    node = _dedup(context, arguments.node_name)
+    return {"segments": await node.store.collect()}
+
+
+class DedupCheck(DedupNode):
+    """Arguments of dedup-check."""
+
+    repair: OnOff = False
+    """Put right what can be recomputed."""
+    content: OnOff = False
+    """Read all blocks, and compare them with their fingerprints."""
+
+
+@command("dedup-check")
+async def dedup_check(context: Context, arguments: DedupCheck) -> Any:
+    """Recompute everything that can be: references, index, places, segments."""
+    node = _dedup(context, arguments.node_name)
+    found = await node.store.check(node.data, repair=arguments.repair, content=arguments.content)
+    return {
+        "corruptions": found.corruptions,
+        "leaks": found.leaks,
+        "wrong": found.wrong,
+        "repaired": found.repaired,
+        "messages": found.messages,
+    }
+
+
+class DedupBackup(DedupNode):
+    """Arguments of dedup-backup."""
+
+    directory: str
+    """Where to copy the metadata; must not exist."""
+
+
+@command("dedup-backup")
+async def dedup_backup(context: Context, arguments: DedupBackup) -> None:
+    """Copy the metadata of a store while it is in use."""
+    await _dedup(context, arguments.node_name).store.backup(Path(arguments.directory))
+
+
+class DedupDiskDelete(DedupNode):
+    """Arguments of dedup-disk-delete."""
+
+    disk: str
+    """Which disk of the store; no node may be it."""
+
+
+@command("dedup-disk-delete")
+async def dedup_disk_delete(context: Context, arguments: DedupDiskDelete) -> None:
+    """Delete a disk of a store, for good, and give its space back."""
+    store = _dedup(context, arguments.node_name).store
+    for member in store.members:
+        if member.disk == arguments.disk:
+            raise VhostblkError(
+                f"Disk '{arguments.disk}' of the dedup store is in use",
+                data={"code": "in-use", "disk": arguments.disk},
+            )
+    await store.delete_disk(arguments.disk)
+
+
+def _dedup(context: Context, name: str) -> Dedup:
+    from vhostblk.nodes.dedup import Dedup
+
+    node = context.backend.graph.node(name)
+    if not isinstance(node, Dedup):
+        raise VhostblkError(
+            f"Node '{name}' (driver {node.driver}) is no disk of a dedup store",
+            data={"code": "not-dedup", "node-name": name},
+        )
+    return node
