@@ -2,14 +2,18 @@
 /*
  * throttle_bucket.c: see throttle_bucket.h.
  *
- * All atomics are relaxed: each is a number of its own, and nothing else is read because of it.
- * A request that meets a limit half changed is counted with one old and one new number, once.
+ * Ticks of one limit mean nothing under another: a megabyte at a byte a second is twelve days. So a
+ * change says CHANGING, then converts `empty`, then says what the new cost is; and a request reads
+ * `empty` before the cost. If a change comes between that and its compare-and-swap, `empty` is not
+ * what it was, and both are read again; if it reads an `empty` that is converted already, it
+ * reads CHANGING, or the new cost, after it (release, and acquire). All else is relaxed.
  */
 #include "throttle_bucket.h"
 
 #define TICKS_PER_SECOND (1e9 * VB_TICKS_PER_NS)
 /* Nothing is further away than this, two years: sums of debts must not come round to the past. */
 #define FAR ((uint64_t)1 << 62)
+#define CHANGING (-1.0)
 
 static uint64_t ahead(struct vb_leak *leak, uint64_t now)
 {
@@ -20,10 +24,14 @@ static uint64_t ahead(struct vb_leak *leak, uint64_t now)
 
 static uint64_t leak_wait(struct vb_leak *leak, uint64_t now)
 {
+    double cost = atomic_load_explicit(&leak->cost, memory_order_relaxed);
     uint64_t size, level;
 
-    if (atomic_load_explicit(&leak->cost, memory_order_relaxed) == 0) {
+    if (cost == 0) {
         return 0;
+    }
+    if (cost == CHANGING) {
+        return 1; /* whoever waits takes the lock under which it changes, and asks again */
     }
     size = atomic_load_explicit(&leak->size, memory_order_relaxed);
     level = ahead(leak, now);
@@ -37,17 +45,21 @@ static uint64_t later(uint64_t time, double ticks)
 
 static void leak_account(struct vb_leak *leak, uint64_t now, double units)
 {
-    double cost = atomic_load_explicit(&leak->cost, memory_order_relaxed);
     uint64_t old, empty;
+    double cost;
 
-    if (cost == 0) {
+    if (atomic_load_explicit(&leak->cost, memory_order_relaxed) == 0) {
         return;
     }
-    old = atomic_load_explicit(&leak->empty, memory_order_relaxed);
+    old = atomic_load_explicit(&leak->empty, memory_order_acquire);
     do {
+        cost = atomic_load_explicit(&leak->cost, memory_order_relaxed);
+        if (cost == 0 || cost == CHANGING) {
+            return; /* it has passed already, and belongs to neither limit */
+        }
         empty = later(old > now ? old : now, units * cost);
     } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
-                                                    memory_order_relaxed, memory_order_relaxed));
+                                                    memory_order_acquire, memory_order_acquire));
 }
 
 /*
@@ -67,14 +79,17 @@ static void leak_set(struct vb_leak *leak, uint64_t now, double rate, double siz
     double cost = rate != 0 ? TICKS_PER_SECOND / rate : 0;
     double was = atomic_load_explicit(&leak->cost, memory_order_relaxed);
     double old_size = (double)atomic_load_explicit(&leak->size, memory_order_relaxed);
-    uint64_t old = atomic_load_explicit(&leak->empty, memory_order_relaxed), empty;
+    uint64_t old, empty;
 
+    atomic_store_explicit(&leak->cost, CHANGING, memory_order_relaxed);
+    old = atomic_load_explicit(&leak->empty, memory_order_relaxed);
     do {
         double level = was != 0 && old > now ? (double)(old - now) / was : 0;
 
         empty = later(now, was != 0 ? kept(level, old_size / was, size) * cost : 0);
+        empty -= empty == old && empty > 0; /* must be seen to have changed; 0: nothing was there */
     } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
-                                                    memory_order_relaxed, memory_order_relaxed));
+                                                    memory_order_release, memory_order_relaxed));
     atomic_store_explicit(&leak->size, later(0, size * cost), memory_order_relaxed);
     atomic_store_explicit(&leak->cost, cost, memory_order_relaxed);
 }
