@@ -6,15 +6,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crash import newest_tools
-from crash.tools import plain_environment
 from in_process import MIB, Host, refused, with_host
-from luks_headers import cryptsetup, opens, sparse, volume_key
+from luks_headers import cryptsetup, opens, qemu, sparse, volume_key
 
 from vhostblk.luks.ciphers import CipherSpec, SectorCipher
 
@@ -40,25 +38,11 @@ def formatted(path: Path, *words: str, kind: str = "luks2", size: int = DISK) ->
     return path
 
 
-def qemu(directory: Path, *words: str) -> None:
-    """A program of QEMU, with the secret s (behind its first word)."""
-    program, *rest = words
-    key = directory / "key"
-    key.write_bytes(PASSPHRASE)
-    done = subprocess.run(
-        [program, *rest[:1], "--object", f"secret,id=s,file={key}", *rest[1:]],
-        capture_output=True,
-        timeout=120,
-        env=plain_environment(),
-    )
-    assert done.returncode == 0, done.stderr.decode()
-
-
 def qemu_content(directory: Path, path: Path) -> bytes:
     """The disk as QEMU sees it."""
     raw = directory / "plain.raw"
     image = f"driver=luks,key-secret=s,file.filename={path}"
-    qemu(directory, "qemu-img", "convert", "--image-opts", image, "-O", "raw", str(raw))
+    qemu(PASSPHRASE.decode(), "qemu-img", "convert", "--image-opts", image, "-O", "raw", str(raw))
     return raw.read_bytes()
 
 
@@ -128,9 +112,20 @@ def test_volumes_of_cryptsetup(tmp_path: Path, kind: str, words: list[str]) -> N
 def test_volumes_of_qemu(tmp_path: Path, options: str) -> None:
     path = tmp_path / "disk"
     more = f"key-secret=s,iter-time=10{',' if options else ''}{options}"
-    qemu(tmp_path, "qemu-img", "create", "-q", "-f", "luks", "-o", more, str(path), str(DISK))
+    qemu(
+        PASSPHRASE.decode(),
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "luks",
+        "-o",
+        more,
+        str(path),
+        str(DISK),
+    )
     image = f"driver=luks,key-secret=s,file.filename={path}"
-    qemu(tmp_path, "qemu-io", "--image-opts", "-c", "write -P 0x5a 1M 64k", image)
+    qemu(PASSPHRASE.decode(), "qemu-io", "--image-opts", "-c", "write -P 0x5a 1M 64k", image)
     written: list[bytes] = []
 
     async def test(host: Host) -> None:

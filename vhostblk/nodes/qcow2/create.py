@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from vhostblk.luks.options import CreateOptions as LuksCreateOptions
 from vhostblk.nodes.qcow2.geometry import COPIED
 from vhostblk.nodes.qcow2.header import (
     COMPRESSION,
@@ -22,6 +23,7 @@ from vhostblk.nodes.qcow2.header import (
     DATA_FILE_RAW,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
+    EXT_ENCRYPTION,
     EXT_FEATURE_NAMES,
     EXTENDED_L2,
     LAZY_REFCOUNTS,
@@ -51,6 +53,15 @@ class Storage(Protocol):
 
     async def allocate(self, offset: int, length: int) -> None:
         """Take the space of a range, which reads as zeroes afterwards."""
+
+
+class Qcow2EncryptOptions(LuksCreateOptions):
+    """How the new image is to be encrypted."""
+
+    format: Literal["luks"]
+    """The method."""
+    key_secret: str
+    """Id of the secret object with the passphrase."""
 
 
 class Qcow2CreateOptions(Model):
@@ -83,6 +94,8 @@ class Qcow2CreateOptions(Model):
     """How compressed clusters are compressed."""
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
     """What is allocated now: tables, space for the data, or written zeroes."""
+    encrypt: Qcow2EncryptOptions | None = None
+    """Encrypt the data (QEMU reads version luks1 only)."""
 
 
 def check(options: Qcow2CreateOptions) -> None:
@@ -103,6 +116,12 @@ def check(options: Qcow2CreateOptions) -> None:
         ):
             if wanted:
                 raise _error(f"'{parameter}' is only supported with version v3", parameter)
+    if options.encrypt is not None:
+        if options.encrypt.sector_size != SECTOR:
+            raise _error(f"sector-size must be {SECTOR} in a qcow2 image", "encrypt.sector-size")
+        if options.preallocation != "off":
+            raise _error("what is allocated and not written would read as noise, not as zeroes",
+                         "preallocation")  # fmt: skip
     if options.extended_l2 and cluster < 16384:
         raise _error("Extended L2 entries are only supported with cluster sizes of at least "
                      "16384 bytes", "extended-l2")  # fmt: skip
@@ -130,11 +149,12 @@ class Layout:
     l1: range
     l2: range
     data: range
+    encryption: range
     end: int  # clusters in all
 
 
-def plan(options: Qcow2CreateOptions) -> Layout:
-    """The layout; an error if the format's limits are exceeded."""
+def plan(options: Qcow2CreateOptions, encryption_size: int = 0) -> Layout:
+    """The layout, with so many bytes for an encryption header; an error if it is too large."""
     cluster = options.cluster_size
     size = _rounded(options)
     words = 2 if options.extended_l2 else 1
@@ -145,13 +165,14 @@ def plan(options: Qcow2CreateOptions) -> Layout:
                      "use a larger cluster size", "size")  # fmt: skip
     l1 = -(-l1_bytes // cluster)
     l2 = data = 0
+    encryption = -(-encryption_size // cluster)
     if options.preallocation != "off":
         l2 = l1_bytes // 8
         data = guest if options.data_file is None else 0
     per_block = cluster * 8 // options.refcount_bits
     table = blocks = 1
     while True:
-        total = 1 + table + blocks + l1 + l2 + data
+        total = 1 + table + blocks + l1 + l2 + data + encryption
         needed = -(-total // per_block)
         entries = -(-needed * 8 // cluster)
         if (needed, entries) == (blocks, table):
@@ -164,25 +185,31 @@ def plan(options: Qcow2CreateOptions) -> Layout:
                      "cluster size", "size")  # fmt: skip
     parts = []
     at = 1
-    for count in (table, blocks, l1, l2, data):
+    for count in (table, blocks, l1, l2, data, encryption):
         parts.append(range(at, at + count))
         at += count
-    return Layout(parts[0], parts[1], parts[2], parts[3], parts[4], at)
+    return Layout(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], at)
 
 
 async def create(
-    options: Qcow2CreateOptions, file: Storage, data_file: Storage | None, data_name: str | None
+    options: Qcow2CreateOptions,
+    file: Storage,
+    data_file: Storage | None,
+    data_name: str | None,
+    encryption: bytes = b"",
 ) -> None:
     """Write a new image to `file`, whose former contents go.
 
-    `data_name` is what the header says about the data file.
+    `data_name` is what the header says about the data file, `encryption` a LUKS header to put in.
     """
     check(options)
-    layout = plan(options)
+    layout = plan(options, len(encryption))
     cluster = options.cluster_size
     await file.truncate(0)
     await file.truncate(layout.end * cluster)
     await _write_tables(options, layout, file)
+    if encryption:
+        await file.write(layout.encryption.start * cluster, encryption)
     if options.preallocation != "off":
         await _preallocate(options, layout, file, data_file)
     if data_file is not None:
@@ -207,6 +234,7 @@ def _header(options: Qcow2CreateOptions, layout: Layout, data_name: str | None) 
         refcount_table_offset=layout.table.start * cluster,
         refcount_table_clusters=len(layout.table),
         refcount_order=options.refcount_bits.bit_length() - 1,
+        crypt_method=2 if options.encrypt is not None else 0,
         compression_type=COMPRESSION_TYPES.index(options.compression_type),
         backing_file=options.backing_file,
     )
@@ -217,6 +245,9 @@ def _header(options: Qcow2CreateOptions, layout: Layout, data_name: str | None) 
         incompatible |= COMPRESSION
     if options.extended_l2:
         incompatible |= EXTENDED_L2
+    if options.encrypt is not None:
+        place = layout.encryption.start * cluster, len(layout.encryption) * cluster
+        header = header.with_extension(EXT_ENCRYPTION, struct.pack(">QQ", *place))
     header = header.replace(
         incompatible=incompatible,
         compatible=LAZY_REFCOUNTS if options.lazy_refcounts else 0,

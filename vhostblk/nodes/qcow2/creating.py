@@ -7,7 +7,9 @@ import contextlib
 
 from vhostblk.nodes.driver import CreateHost
 from vhostblk.nodes.qcow2 import create
+from vhostblk.nodes.qcow2.encryption import new_luks_header
 from vhostblk.nodes.qcow2.storage import ChildStorage
+from vhostblk.objects.secret import Secret
 
 
 class NewFile(ChildStorage):
@@ -28,4 +30,8 @@ async def create_image(host: CreateHost, options: create.Qcow2CreateOptions) -> 
         if options.data_file is not None:
             data_file = NewFile(await opened.enter_async_context(host.image(options.data_file)))
             name = data_file.child.node.filename()
-        await create.create(options, file, data_file, name)
+        encryption = b""
+        if options.encrypt is not None:
+            secret = opened.enter_context(host.using(options.encrypt.key_secret, Secret))
+            encryption = await new_luks_header(options.encrypt, secret.data)
+        await create.create(options, file, data_file, name, encryption)

@@ -20,6 +20,7 @@ from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
+from vhostblk import luks
 from vhostblk.engine import IO, OP_READ
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle, new_map
 from vhostblk.image import Extent
@@ -36,6 +37,7 @@ from vhostblk.nodes.qcow2.create import Qcow2CreateOptions
 from vhostblk.nodes.qcow2.creating import create_image
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.discard import Discarder
+from vhostblk.nodes.qcow2.encryption import METHODS, EncryptedStorage, open_volume
 from vhostblk.nodes.qcow2.geometry import (
     COMPRESSED,
     COPIED,
@@ -55,7 +57,9 @@ from vhostblk.nodes.qcow2.resize import resize
 from vhostblk.nodes.qcow2.snapshots import Snapshot
 from vhostblk.nodes.qcow2.storage import ChildStorage, background
 from vhostblk.nodes.qcow2.writeback import Writeback
+from vhostblk.objects.secret import Secret
 from vhostblk.schema import Model, VhostblkError
+from vhostblk.secret import SecretBytes
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +155,9 @@ class Qcow2(HookedNode):
         self.stopped = False
         self._written_to = False
         header, token = self.header, 0
-        if header.crypt_method:
-            raise self._error(
-                f"Image '{self.filename()}' is encrypted, which is not supported yet", "encrypted"
-            )
+        self.volume: luks.Volume | None = None
+        self._encrypted: EncryptedStorage | None = None
+        secret = self._secret()
         self.refcounts = await self._load_refcounts()
         if not self.read_only:
             await self._make_writable()
@@ -178,13 +181,22 @@ class Qcow2(HookedNode):
         self.l1_offset = header.l1_table_offset
         self.l1 = await self._load_l1()
         self._know_backing()
+        key = None if secret is None else await self._unlock(secret)
         log: LogFile | None = None
         records: list[Record] = []
         if not self.read_only:
             log, token, records = await journal.open_for(self, header)
-        # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place.
+        if key is not None:
+            with key:
+                self._encrypted = self._encrypt(key)
+            self.data = self._encrypted
+        # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place,
+        # nor one whose zeroes are noise.
         self.engine_allocates = not (
-            self.read_only or self.geometry.extended or self.geometry.external
+            self.read_only
+            or self.geometry.extended
+            or self.geometry.external
+            or self._encrypted is not None
         )
         self.map = self._new_map(log)
         self.handle = self.map
@@ -207,12 +219,49 @@ class Qcow2(HookedNode):
             await self._begin_log(log, token, records)
         except BaseException:
             await self._settle()
-            self.handle = None
-            self.map.free()
+            self._free_halves()
             if log is not None:
                 log.close(remove=False)
             raise
         self._start_cleaning()
+
+    def _secret(self) -> Secret | None:
+        """Where the passphrase is, if one is needed."""
+        method, given = self.header.crypt_method, self.options.encrypt
+        name = METHODS.get(method)
+        if not method:
+            if given is not None:
+                raise self._error(f"Image '{self.filename()}' is not encrypted", "not-encrypted")
+            return None
+        if name != "luks":
+            raise self._error(
+                f"Image '{self.filename()}' is encrypted with '{name}', which is too weak to be "
+                "supported; convert it with qemu-img convert",
+                "encrypted",
+            )
+        if given is None:
+            raise self._error(
+                f"Image '{self.filename()}' is encrypted: give encrypt.format=luks and "
+                "encrypt.key-secret=ID of a secret object",
+                "encrypted",
+            )
+        return self.host.use_object(self, given.key_secret, Secret)
+
+    async def _unlock(self, secret: Secret) -> SecretBytes:
+        try:
+            self.volume = await open_volume(self.file, self.header)
+            _, key = await self.volume.unlock(secret.data)
+        except VhostblkError as error:
+            raise VhostblkError(
+                f"Cannot open node '{self.name}' ({self.filename()}): {error.desc}",
+                data=error.data,
+            ) from None
+        return key
+
+    def _encrypt(self, key: SecretBytes) -> EncryptedStorage:
+        assert self.volume is not None
+        child = self.child(self.data_role)
+        return EncryptedStorage(self.engine, child, self.volume.segment, key)
 
     async def _begin_log(self, log: LogFile | None, token: int, records: list[Record]) -> None:
         """Enter what a predecessor left behind; from now on the image has this log."""
@@ -462,7 +511,11 @@ class Qcow2(HookedNode):
         for child in self.children.values():
             child.refresh()
         if self.handle is not None:
-            self.handle.set_child(0, self.child(self.data_role).node.effective)
+            data = self.child(self.data_role).node.effective
+            if self._encrypted is not None:
+                self._encrypted.relink()
+                data = self._encrypted.handle
+            self.handle.set_child(0, data)
             if "backing" in self.children:
                 self.handle.set_child(1, self.child("backing").node.effective)
 
@@ -487,6 +540,8 @@ class Qcow2(HookedNode):
 
     def transfer(self, role: str, request: Request, offset: int, length: int, position: int) -> IO:
         """Read from a child into a guest's memory, `position` bytes from its beginning."""
+        if role == self.data_role and self._encrypted is not None:
+            return self._encrypted.transfer(request, offset, length, position)
         child = self.children[role]
         assert isinstance(child, Qcow2Child)
         return child.transfer(request, offset, length, position)
@@ -786,10 +841,15 @@ class Qcow2(HookedNode):
             logger.error("image '%s' could not be closed in order: %s", self.filename(), error)
         finally:
             await self._settle()
-            self.handle = None
-            self.map.free()
+            self._free_halves()
             if self.log is not None:
                 self.log.close(remove=not self.header.autoclear & journal.HAS_LOG)
+
+    def _free_halves(self) -> None:
+        self.handle = None
+        self.map.free()
+        if self._encrypted is not None:
+            self._encrypted.free()
 
     async def _settle(self) -> None:
         """Wait for what goes on by itself and asks the engine's half for something."""

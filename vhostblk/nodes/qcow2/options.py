@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vhostblk.nodes.driver import NodeOptions
-from vhostblk.schema import BlockdevRef, OnOff, Size, StrOrList, UInt64, VhostblkError
+from vhostblk.schema import BlockdevRef, Model, OnOff, Size, StrOrList, UInt64, VhostblkError
 
 SLICE_BYTES = 4096
 """L2 entries are read and written in pieces of this size, unless a table is smaller."""
@@ -25,6 +25,15 @@ OVERLAP_CHECKS = (
     "inactive-l2",
     "bitmap-directory",
 )
+
+
+class Qcow2Encryption(Model):
+    """How an image is encrypted."""
+
+    format: Literal["luks"]
+    """The method; QEMU's old 'aes' is not supported."""
+    key_secret: str
+    """Id of the secret object with the passphrase."""
 
 
 class Qcow2Options(NodeOptions):
@@ -60,8 +69,8 @@ class Qcow2Options(NodeOptions):
     """Bytes of reference counts kept in memory."""
     cache_clean_interval: UInt64 | None = None
     """Seconds after which L2 tables that nobody used are dropped; 0 for never."""
-    encrypt: dict[str, Any] | None = None
-    """How the image is encrypted; not supported yet."""
+    encrypt: Qcow2Encryption | None = None
+    """The key of an encrypted image."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,6 @@ class CacheLimits:
 
 def check(options: Qcow2Options) -> None:
     """Refuse what cannot be meant, before anything is opened."""
-    if options.encrypt is not None:
-        raise _error("encrypt", "encryption inside qcow2 is not supported yet")
     if options.discard_no_unref and options.pass_discard_request is False:
         # QEMU's rule is the same one for lazy readers: nothing would happen at all.
         raise _error(
