@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from vhostblk.control import dedup, introspect, luks, quorum, throttle
+from vhostblk.control import dedup, introspect, luks, quorum, stream, throttle
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context, NoArguments, Registry
 from vhostblk.control.version import version_info
@@ -29,6 +29,7 @@ registry = Registry()
 registry.include(dedup.registry)
 registry.include(luks.registry)
 registry.include(quorum.registry)
+registry.include(stream.registry)
 registry.include(throttle.registry)
 command = registry.command
 

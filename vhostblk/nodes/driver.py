@@ -501,6 +501,20 @@ class NodeDriver:
         """
         return False
 
+    async def forget_backing(self) -> None:
+        """The image is not to name a backing file any more: it has everything.
+
+        Nothing is in flight. All data must be durable before the name goes; whatever moment a crash
+        comes at, the image is good with the name or without it.
+        """
+        raise VhostblkError(
+            f"Node '{self.name}' ({self.driver}) cannot let go of its backing file",
+            data={"code": "cannot-change", "node": self.name},
+        )
+
+    async def remember_backing(self) -> None:
+        """Undo the last forget_backing(). Nothing is in flight."""
+
     def children_changed(self) -> None:
         """Children have been added, removed or replaced, here or below, or have another size.
 

@@ -519,6 +519,22 @@ class Qcow2(HookedNode):
             if "backing" in self.children:
                 self.handle.set_child(1, self.child("backing").node.effective)
 
+    async def forget_backing(self) -> None:
+        self.refuse_writes()
+        await self.writeback.flush()
+        await self.file.flush()
+        start = await self.file.read(0, 24)
+        self._forgotten = (start, self.header)
+        # Offset and length of the name; one sector, so all of it or nothing.
+        await self.file.write(0, start[:8] + bytes(12) + start[20:])
+        await self.file.flush()
+        self.header = self.header.replace(backing_file=None)
+
+    async def remember_backing(self) -> None:
+        start, self.header = self._forgotten
+        await self.file.write(0, start)
+        await self.file.flush()
+
     def children_changed(self) -> None:
         before = self.has_backing, self.backing_size
         self._know_backing()

@@ -31,6 +31,7 @@ import logging
 import struct
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from vhostblk.engine import IO, OP_WRITE
@@ -49,8 +50,10 @@ from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.nodes.qed.check import check
 from vhostblk.nodes.qed.create import QedCreateOptions, create
 from vhostblk.nodes.qed.header import (
+    BACKING,
     MAX_L1_BYTES,
     NEED_CHECK,
+    NO_PROBE,
     SECTOR,
     BadImage,
     Header,
@@ -331,6 +334,22 @@ class Qed(HookedNode):
             self.handle.set_child(0, self.child("file").node.effective)
             if "backing" in self.children:
                 self.handle.set_child(1, self.child("backing").node.effective)
+
+    async def forget_backing(self) -> None:
+        await self.flush()
+        self._forgotten = self.header
+        self.header = replace(
+            self.header,
+            features=self.header.features & ~(BACKING | NO_PROBE),
+            backing_offset=0,
+            backing_size=0,
+            backing_file=None,
+        )
+        await write_header(self.file, self.header)
+
+    async def remember_backing(self) -> None:
+        self.header = self._forgotten
+        await write_header(self.file, self.header)
 
     def children_changed(self) -> None:
         before = self.has_backing, self.backing_size

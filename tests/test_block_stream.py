@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""block-stream: a disk that needs its backing files no more, and guests that go on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cor_images import KIB, MIB, NEEDS_TOOLS, Chain, make_chain, tools
+from frontend import Daemon, Qmp, vhostblk
+from in_process import Host, refused, with_host
+
+pytestmark = NEEDS_TOOLS
+
+
+async def start(host: Host, device: str, **options: Any) -> Any:
+    from vhostblk.jobs.stream import start_stream
+
+    async with host.backend.changing():
+        return await start_stream(host.backend, device, "job", **options)
+
+
+async def ended(host: Host, error: str | None = None) -> None:
+    def done() -> list[dict[str, Any]]:
+        return [*host.named("BLOCK_JOB_COMPLETED"), *host.named("BLOCK_JOB_CANCELLED")]
+
+    await host.until(lambda: bool(done()), 40)
+    await host.until(lambda: not list(host.backend.jobs))
+    [event] = done()
+    assert event.get("error") == error
+
+
+def independent(chain: Chain) -> None:
+    """The topmost image has all that the guest sees, and names nothing else."""
+    for path in chain.paths[:-1]:
+        path.unlink()
+    assert "backing" not in tools().img("info", "-f", chain.format, chain.top)
+    chain.check()
+
+
+@pytest.mark.parametrize("formats", [("qcow2",), ("qcow2", "qcow2"), ("qed",)], ids="-".join)
+def test_an_overlay_becomes_independent(formats: tuple[str, ...]) -> None:
+    chains: list[Chain] = []
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, *formats)
+        chains.append(chain)
+        await chain.open()
+        await host.export("top", "e")
+        async with host.device("e") as guest:
+            await start(host, "e")
+            await ended(host)
+            assert await guest.read(0, len(chain.data)) == chain.data
+            assert list(host.backend.graph.node("top").children) == ["file"]
+            # What is free now is free.
+            for node in list(host.backend.graph.nodes.values()):
+                assert node.driver != "copy-on-read"
+            data = os.urandom(4096)
+            await guest.write(MIB + 512, data)
+            chain.data[MIB + 512 : MIB + 512 + 4096] = data
+        await host.backend.close()
+        independent(chain)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize(
+    "options", [{"compat": "0.10"}, {"extended_l2": "on"}, {"cluster_size": 512}]
+)
+def test_kinds_of_qcow2(options: dict[str, Any]) -> None:
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2", **options)
+        await chain.open()
+        await start(host, "top")  # a node, without an export
+        await ended(host)
+        await host.backend.close()
+        independent(chain)
+
+    with_host(test)
+
+
+def test_all_legs_of_a_quorum_below_filters() -> None:
+    chains: list[Chain] = []
+
+    async def test(host: Host) -> None:
+        for name in "abc":
+            chain = make_chain(host, "qcow2", name=name, seed=7)
+            chains.append(chain)
+            await chain.open(name)
+        await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2)
+        await host.add("delay", "d", file="q")
+        await host.export("d", "e")
+        await start(host, "e", filter_node_name="streaming")
+        [drive] = host.backend.query_block_graph()["drives"][:1]
+        assert drive["filters"] == ["d", "streaming", "q"]
+        await ended(host)
+        [drive] = host.backend.query_block_graph()["drives"]
+        assert drive["filters"] == ["d", "q"]
+        await host.backend.close()
+        for chain in chains:
+            independent(chain)
+
+    with_host(test)
+
+
+def test_guests_write_and_snapshots_are_taken_meanwhile() -> None:
+    """What was copied never lands on top of what was written; a new overlay is streamed, too."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rnd = random.Random(seed)
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2", size=8 * MIB)
+        await chain.open()
+        await host.export("top", "e")
+        async with host.device("e") as guest:
+            job = await start(host, "e", speed=8 * MIB)
+            for number in range(150):
+                length = rnd.choice((512, 4 * KIB, 64 * KIB, 100 * KIB))
+                offset = rnd.randrange(0, len(chain.data) - length, 512)
+                data = rnd.randbytes(length)
+                await guest.write(offset, data)
+                chain.data[offset : offset + length] = data
+                if number in (30, 60):
+                    overlay = host.path(f"snapshot{number}.qcow2")
+                    given = {"device": "e", "snapshot-file": overlay, "format": "qcow2"}
+                    await host.backend.transaction([("blockdev-snapshot-sync", given)])
+                    chain.paths.append(Path(overlay))
+                    chain.formats.append("qcow2")
+            if list(host.backend.jobs):
+                job.set_speed(0)
+            await ended(host)
+            for offset in range(0, len(chain.data), MIB):
+                assert await guest.read(offset, MIB) == chain.data[offset : offset + MIB]
+        await host.backend.close()
+        independent(chain)
+
+    with_host(test)
+
+
+def test_it_can_be_given_up() -> None:
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        await chain.open()
+        job = await start(host, "top", speed=64 * KIB)
+        await host.until(lambda: job.current_progress > 0)
+        job.cancel()
+        await host.until(lambda: bool(host.named("BLOCK_JOB_CANCELLED")))
+        await host.until(lambda: not list(host.backend.jobs))
+        assert list(host.backend.graph.node("top").children) == ["file", "backing"]
+        assert all(n.driver != "copy-on-read" for n in host.backend.graph.nodes.values())
+        await host.backend.close()
+        assert "backing file" in tools().img("info", "-f", chain.format, chain.top)
+        chain.check()
+
+    with_host(test)
+
+
+def test_an_overlay_that_is_full() -> None:
+    """With on-error=enospc the job waits for space; the backing file stays until all is there."""
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        file = {"driver": "file", "filename": str(chain.top)}
+        broken = {"driver": "error-inject", "node-name": "full", "operations": ["write"]}
+        broken |= {"errno": "ENOSPC", "skip": 3}
+        await host.add("qcow2", "top", file={**broken, "file": file})
+        job = await start(host, "top", on_error="enospc")
+        await host.until(lambda: job.io_status == "nospace")
+        assert list(host.backend.graph.node("top").children) == ["file", "backing"]
+        await host.backend.transaction([("block-filter-remove", {"node-name": "full"})])
+        job.resume()
+        await ended(host)
+        await host.backend.close()
+        independent(chain)
+
+    with_host(test)
+
+
+def test_what_is_refused() -> None:
+    async def test(host: Host) -> None:
+        await host.null("null")
+        with refused("has no backing file"):
+            await start(host, "null")
+        assert list(host.backend.graph.nodes) == ["null"]
+        with refused("nobody"):
+            await start(host, "nobody")
+
+    with_host(test)
+
+
+# ---- kill -9
+
+
+def serve(directory: Path, first: bool) -> Daemon:
+    words = ["--state", str(directory / "state"), "--control", str(directory / "q.sock")]
+    if first:
+        file = f"file.driver=file,file.filename={directory / 'image.0.qcow2'}"
+        words += ["--blockdev", f"qcow2,node-name=top,{file}"]
+        address = f"addr.type=unix,addr.path={directory / 'e.sock'}"
+        words += ["--export", f"vhost-user-blk,id=e,node-name=top,writable=on,{address}"]
+    return vhostblk(*words)
+
+
+def test_it_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """Killed again and again, it comes to its end, and every state on the way is good."""
+    chains: list[Chain] = []
+
+    async def make(host: Host) -> None:
+        chain = make_chain(host, "qcow2", size=8 * MIB)
+        chain.paths = [path.rename(tmp_path / path.name) for path in chain.paths]
+        tools().img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", chain.paths[0], chain.top)
+        chains.append(chain)
+        await asyncio.sleep(0)
+
+    with_host(make)
+    [chain] = chains
+    daemon = serve(tmp_path, True)
+    with Qmp(str(tmp_path / "q.sock")) as qmp:
+        qmp.command("block-stream", device="e", **{"job-id": "job"}, speed=2 * MIB)
+    kills = 0
+    while True:
+        time.sleep(0.3 + kills * 0.1)
+        daemon.kill()
+        kills += 1
+        assert tools().check(chain.top).corruptions == 0
+        daemon = serve(tmp_path, False)
+        with Qmp(str(tmp_path / "q.sock")) as qmp:
+            [job] = qmp.command("query-block-jobs") or [None]
+            if job is None:
+                break
+            if kills >= 4:
+                qmp.command("block-job-set-speed", device="job", speed=0)
+                end = time.monotonic() + 60
+                while qmp.command("query-block-jobs"):
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
+                break
+    assert kills >= 2, "it was never there after a kill"
+    assert daemon.terminate() == 0
+    daemon.close()
+    independent(chain)

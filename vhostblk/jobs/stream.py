@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""block-stream: a disk becomes independent of what is behind it, while its guest runs.
+
+A `copy-on-read` filter is put above the overlays of the disk, all legs of a quorum at once, and
+driven from one end to the other; what guests write or read meanwhile counts, too. When the overlays
+have everything, they let go of their backing files, in their headers and in the graph, in one
+pause.
+
+Until then nothing is lost by stopping at any moment: the filter, like every filter, is in the
+state file, and what has been copied is in the overlays. A restarted job asks those what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.jobs.block_job import BlockJob, reason
+from vhostblk.jobs.restart import restartable
+from vhostblk.nodes._chain import backing_of, backing_role
+from vhostblk.nodes.copy_on_read import PORTION, CopyFailed, CopyOnRead
+from vhostblk.schema import VhostblkError
+
+if TYPE_CHECKING:
+    from vhostblk.backend import Backend
+    from vhostblk.nodes.driver import NodeDriver
+
+
+class StreamJob(BlockJob):
+    """Copies all that the overlays below a filter do not have."""
+
+    job_type = "stream"
+
+    def __init__(self, id: str, backend: Backend, filter: CopyOnRead, **options: Any) -> None:
+        super().__init__(id, **options)
+        self._backend = backend
+        self._filter = filter
+        self._complete: object = None  # the filter's generation when nothing was missing
+        self.total_progress = filter.size
+
+    def state_options(self) -> dict[str, Any]:
+        return {"filter-node-name": self._filter.name, **self.block_options()}
+
+    # ---- the work
+
+    async def run(self) -> None:
+        self.busy = True
+        async with self._attached():
+            while self._complete is not self._filter.generation:
+                await self._copy_all()
+                await self._look_for_more()
+
+    @contextlib.asynccontextmanager
+    async def _attached(self) -> AsyncIterator[None]:
+        """Inside, the overlays are open for writing, and the filter stays."""
+        from vhostblk.graph import BlockBackend
+        from vhostblk.nodes.driver import Perm
+
+        graph = self._backend.graph
+        drive = BlockBackend(
+            graph,
+            self.id,
+            self._filter,
+            perm=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
+            shared=Perm.ALL,
+            what="job",
+        )
+        async with graph.lock:
+            graph.attach(drive)
+        try:
+            yield
+        finally:
+            async with graph.lock:
+                graph.detach(drive)
+
+    async def _copy_all(self) -> None:
+        """From one end to the other."""
+        skipped = 0
+        offset = 0
+        while offset < self._filter.size:
+            self.total_progress = self._filter.size
+            copied = 0
+            try:
+                async with self._backend.graph.working(self._filter):
+                    offset, copied = await self._filter.copy_from(offset, self.portion(PORTION))
+            except CopyFailed as error:
+                if not self.failed(error, error.operation):
+                    raise
+                if self.on_error == "ignore":
+                    skipped += self._filter.region
+                    offset += self._filter.region
+            self.current_progress = min(offset, self.total_progress)
+            await self.pace(copied)
+        if skipped:
+            raise OSError(errno.EIO, f"up to {skipped} bytes could not be copied")
+
+    async def _look_for_more(self) -> None:
+        """Ask the overlays, which may be others since a snapshot was taken."""
+        generation = self._filter.generation
+        offset = 0
+        while offset < self._filter.size:
+            async with self._backend.graph.working(self._filter):
+                offset, missing = await self._filter.still_missing(offset)
+            if missing or generation is not self._filter.generation:
+                return
+            await self.pace()
+        self._complete = generation
+
+    # ---- the end
+
+    async def commit(self) -> None:
+        try:
+            async with self._backend.changing():
+                await self._let_go()
+        except (VhostblkError, OSError) as error:
+            # The overlays have everything, and still name what they do not need any more.
+            self.error = error.desc if isinstance(error, VhostblkError) else reason(error)
+
+    async def _let_go(self) -> None:
+        """No overlay has a backing file any more, and the filter goes."""
+        graph = self._backend.graph
+        async with graph.change() as change:
+            if self._complete is not self._filter.generation:
+                raise VhostblkError(
+                    "an overlay has changed since everything was copied; start the job again",
+                    data={"code": "stream-again"},
+                )
+            for leg in self._filter.targets:
+                role = backing_role(leg.node)
+                assert role is not None
+                change.set_child(leg.node, role, None)
+                change.inside(leg.node.forget_backing, leg.node.remember_backing)
+            self._take_filter_out(change)
+
+    async def clean(self) -> None:
+        graph = self._backend.graph
+        if self.stopping or graph.nodes.get(self._filter.name) is not self._filter:
+            return  # it goes on after a restart, or is done
+        async with self._backend.changing(), graph.change() as change:
+            self._take_filter_out(change)
+
+    def _take_filter_out(self, change: Any) -> None:
+        change.remove_filter(self._filter)
+        if self._backend.graph.is_owned(self._filter):
+            change.delete(self._filter)
+
+
+def _place(backend: Backend, device: str) -> NodeDriver:
+    """Where the filter belongs: above the overlay, or above what has several of them below."""
+    graph = backend.graph
+    try:
+        node = graph.backend(device).root
+    except VhostblkError:
+        node = graph.node(device)
+    while node.is_filter and len(node.children) == 1:
+        node = next(iter(node.children.values())).node
+    return node
+
+
+async def start_stream(
+    backend: Backend,
+    device: str,
+    id: str | None = None,
+    filter_node_name: str | None = None,
+    **options: Any,
+) -> StreamJob:
+    """Begin to stream a disk; the caller records it (`backend.changing()`)."""
+    place = _place(backend, device)
+    id = id or device
+    backend.jobs.check_id(id)
+    name = filter_node_name or f"{id}-copy-on-read"
+    async with backend.graph.change() as change:
+        filter = await change.add({"driver": "copy-on-read", "node-name": name, "file": place.name})
+        change.insert_filter_above(filter, place)
+    assert isinstance(filter, CopyOnRead)
+    job = StreamJob(id, backend, filter, **options)
+    try:
+        if not any(backing_of(leg.node) is not None for leg in filter.targets):
+            raise VhostblkError(
+                f"Node '{place.name}' has no backing file, and nothing below it has one",
+                data={"code": "no-backing", "node": place.name},
+            )
+        backend.jobs.start(job)
+    except BaseException:
+        async with backend.graph.change() as change:
+            change.remove_filter(filter)
+            change.delete(filter)
+        raise
+    return job
+
+
+@restartable("stream")
+async def _restart(backend: Backend, id: str, options: dict[str, Any]) -> None:
+    filter = backend.graph.node(options["filter-node-name"])
+    if not isinstance(filter, CopyOnRead):
+        raise VhostblkError(
+            f"Node '{filter.name}' is no copy-on-read filter", data={"code": "bad-job"}
+        )
+    names = ("speed", "on-error", "auto-finalize", "auto-dismiss")
+    given = {name.replace("-", "_"): options[name] for name in names if name in options}
+    async with backend.changing():
+        job = StreamJob(id, backend, filter, **given)
+        backend.jobs.start(job)
+        if options.get("paused"):
+            job.pause()
