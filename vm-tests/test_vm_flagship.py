@@ -27,10 +27,9 @@ LEGS = 3
 SIZE = 192 * MIB
 BLOCKS = 1024  # of the file that stamp.c writes to: 4 MiB
 RECONNECT_SECONDS = 30
-NOTICED_SECONDS = 30
+HEAL_SECONDS = 60
 FIRST_KEY, SECOND_KEY = "of the first day", "of a later day"
-ROTTEN_CLUSTERS = 64
-HEADER = 4 * MIB  # LUKS's, and more: guests cannot read it
+ROTTEN_EXTENTS = 64
 
 
 def secret(name: str, key: str) -> str:
@@ -97,7 +96,6 @@ class RootDisk:
                 secret("key0", FIRST_KEY),
                 secret("key1", SECOND_KEY),
             ),
-            quorum="vote-threshold=2,rewrite-corrupted=on",
             filters=("luks,key-secret=key0", "throttle,throttle-group=limits"),
             state=workspace.path / "state.json",
         )
@@ -160,27 +158,52 @@ class RootDisk:
         wait_until(self.disk.connected, "QEMU to be back", RECONNECT_SECONDS)
 
     def rot(self, leg: int) -> None:
-        """Bytes on disk change: clusters of a leg's newest image that the guest has written to."""
+        """Bytes on disk change: clusters of a leg's newest image, LUKS's header among them."""
         image = self.tree.chains[leg][-1]
         extents = json.loads(qemu_img("map", "-U", "-f", "qcow2", "--output=json", image))
-        own = [
-            extent
-            for extent in extents
-            if extent["depth"] == 0 and extent["data"] and extent["start"] >= HEADER
-        ]
+        own = [extent for extent in extents if extent["depth"] == 0 and extent["data"]]
         assert own, f"nothing has been written to {image}"
         with image.open("r+b") as file:
-            for extent in own[:ROTTEN_CLUSTERS]:
+            for extent in own[:ROTTEN_EXTENTS]:
                 file.seek(extent["offset"])
                 file.write(b"rotten" * (extent["length"] // 6))
 
-    def heal(self, leg: int) -> None:
-        """All of the disk is read, and what is outvoted is written anew."""
+    def is_found_out(self, leg: int) -> None:
+        """The guest reads everything, and gets what the others have."""
         node = self.node_of(leg)
         self.guest.check("dd if=/dev/vda of=/dev/null bs=1M iflag=direct", 120)
         self.disk.backend.qmp.wait_event(
-            "QUORUM_REPORT_BAD", NOTICED_SECONDS, where=lambda data: data["node-name"] == node
+            "QUORUM_REPORT_BAD", HEAL_SECONDS, where=lambda data: data["node-name"] == node
         )
+
+    def rebuild(self, leg: int) -> None:
+        """It goes and comes back as a new leg, which is not believed before all of it is right.
+
+        The backend dies meanwhile, and its successor goes on.
+        """
+        node = self.node_of(leg)
+        (quorum,) = self.command("query-quorum")
+        (child,) = (entry["child"] for entry in quorum["legs"] if entry["node-name"] == node)
+        self.command("x-blockdev-change", parent="quorum", child=child)
+        self.command("x-blockdev-change", parent="quorum", node=node)
+        self.restart()
+        wait_until(self.in_sync, "the leg to be rebuilt", HEAL_SECONDS, every=0.2)
+
+    def in_sync(self) -> bool:
+        (quorum,) = self.command("query-quorum")
+        return all(leg["state"] == "in-sync" for leg in quorum["legs"])
+
+    def scrub(self) -> tuple[int, int]:
+        """All legs are compared and repaired: bytes that were wrong, bytes that were written."""
+        self.command("quorum-scrub", node_name="quorum", job_id="scrub", auto_dismiss=False)
+        (job,) = wait_until(self._scrubbed, "the end of the scrub", HEAL_SECONDS, every=0.2)
+        assert "error" not in job, job
+        self.command("job-dismiss", id="scrub")
+        return job["found"], job["repaired"]
+
+    def _scrubbed(self) -> list[dict[str, Any]]:
+        jobs = self.command("query-block-jobs")
+        return [job for job in jobs if job["device"] == "scrub" and job["status"] == "concluded"]
 
     def node_of(self, leg: int) -> str:
         """The newest image's."""
@@ -254,11 +277,17 @@ def test_everything_happens_to_a_root_disk(
         root.add_key()
         root.progress.wait(200)
         root.rot(1)
-        root.heal(1)
-        root.progress.wait(200)
-        root.restart()
+        root.is_found_out(1)
+        root.rebuild(1)
         root.progress.wait(200)
         root.snapshot()
+
+        root.progress.wait(200)
+        root.rot(2)
+        found, repaired = root.scrub()
+        assert found and repaired
+        assert root.scrub() == (0, 0)
+        root.restart()
         root.progress.wait(200)
         digest = root.finish(record_property)
     finally:

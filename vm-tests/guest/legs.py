@@ -128,8 +128,10 @@ class Legs:
         )
         self.pauses.append(result["pause-us"])
         assert len(result["snapshots"]) == len(self.chains)
-        for chain, taken in zip(self.chains, result["snapshots"], strict=True):
-            chain.append(Path(taken["filename"]))
+        # In whatever order: a leg that was taken out and put back is the last one.
+        taken = {image.name: image for image in (Path(t["filename"]) for t in result["snapshots"])}
+        for number, chain in enumerate(self.chains):
+            chain.append(taken[f"{name}.leg{number}.qcow2"])
         return result
 
     def adopt(self, disk: ServedDisk) -> bool:
