@@ -251,3 +251,35 @@ def test_no_view_of_a_request_is_kept(caplog: pytest.LogCaptureFixture) -> None:
 
     with_host(test)
     assert not [record for record in caplog.records if "was kept" in record.message]
+
+
+@pytest.mark.parametrize("block", [4096, 65536])
+def test_compressed_blocks(block: int) -> None:
+    async def test(host: Host) -> None:
+        await create(host, block_size=block, size=2 * MIB)
+        await open_disk(host, compress="zstd")
+        rnd = random.Random(10)
+        content = bytearray()
+        while len(content) < 2 * MIB:  # some can be compressed, some cannot
+            content += rnd.randbytes(64) * 64 if rnd.random() < 0.8 else rnd.randbytes(4096)
+        await host.write("disk", 0, bytes(content))
+        for _ in range(30):
+            length = 512 * rnd.randint(1, 200)
+            offset = 512 * rnd.randint(0, (2 * MIB - length) // 512)
+            data = bytes(length - 300) + rnd.randbytes(300)
+            await host.write("disk", offset, data)
+            content[offset : offset + length] = data
+        assert await host.read("disk", 0, 2 * MIB) == content
+        store = store_of(host)
+        await store.collect()
+        stats = store.stats()
+        assert stats["physical"] < 0.8 * stats["unique"]
+        await sound(host)
+        await host.backend.blockdev_del("disk")
+        await open_disk(host)  # without: what is compressed is read all the same
+        assert await host.read("disk", 0, 2 * MIB) == content
+        await host.write("disk", 0, bytes(content[MIB:]))
+        assert await host.read("disk", 0, MIB) == content[MIB:]
+        await sound(host)
+
+    with_host(test)

@@ -204,3 +204,30 @@ def test_garbage_is_collected_when_asked_for() -> None:
         assert not found["corruptions"] + found["leaks"] + found["wrong"]
 
     with_host(test)
+
+
+def test_a_disk_is_defragmented() -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=16 * MIB, size=4 * MIB)
+        await open_disk(host)
+        rnd = random.Random(9)
+        content = bytearray(4 * MIB)
+        places = list(range(0, 4 * MIB, BLOCK))
+        rnd.shuffle(places)
+        for at in places:
+            content[at : at + BLOCK] = rnd.randbytes(BLOCK)
+            await host.write("disk", at, bytes(content[at : at + BLOCK]))
+        before = (await run(host, "query-dedup", node_name="disk"))["disks"][0]
+        assert before["extents"] > 900
+        await run(host, "dedup-defragment", node_name="disk", job_id="d")
+        await host.until(lambda: bool(host.named("BLOCK_JOB_COMPLETED")))
+        assert "error" not in host.named("BLOCK_JOB_COMPLETED")[0]
+        assert await host.read("disk", 0, 4 * MIB) == content
+        store = store_of(host)
+        await store.checkpoint()
+        after = (await run(host, "query-dedup", node_name="disk"))["disks"][0]
+        assert after["extents"] <= 4 * MIB // SEGMENT + 1
+        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert not found["corruptions"] + found["leaks"] + found["wrong"]
+
+    with_host(test)

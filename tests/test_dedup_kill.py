@@ -31,10 +31,10 @@ SEGMENT_BITS = 18
 
 
 def make_store(directory: Path, block_bits: int, disks: int) -> None:
-    """A store with room for somewhat more than all its disks."""
+    """A store with room for all its disks and what is under way."""
     path = directory / "data.raw"
     with open(path, "wb") as file:
-        file.truncate(disks * SIZE * 3 // 2)
+        file.truncate(disks * SIZE * 2)
 
     async def make() -> None:
         data = FileData(path)

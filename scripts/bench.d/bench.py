@@ -101,6 +101,8 @@ def _job_options(row: Row, setting: Setting) -> list[str]:
     options += ["--queues", str(job.queues)]
     if job.span:
         options += ["--range", f"{job.span}M"]
+    if job.unique:
+        options.append("--unique")
     if setting.count or row.count:
         options += ["--count", str(setting.count or row.count)]
     else:

@@ -18,6 +18,7 @@ struct queue {
     pthread_t thread;
     struct blkioq *q;
     char *buffers;
+    uint64_t written; /* pieces of unique data */
     unsigned index;
     uint64_t blocks;
     struct tally *tally;
@@ -38,6 +39,10 @@ static void submit(struct queue *queue, uint64_t *state, uintptr_t slot)
     uint64_t offset = next_offset(&job, queue->blocks, state);
     char *buffer = queue->buffers + slot * job.block;
 
+    if (job.unique) { /* no 4 KiB are like any others */
+        for (uint64_t at = 0; at < job.block; at += 4096)
+            memcpy(buffer + at, &(uint64_t[]){queue->index, ++queue->written}, 16);
+    }
     if (job.write)
         blkioq_write(queue->q, offset, buffer, job.block, (void *)slot, 0);
     else

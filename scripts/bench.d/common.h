@@ -28,7 +28,7 @@
 
 struct job {
     const char *path;
-    bool write, random, poll, direct, idle;
+    bool write, random, poll, direct, idle, unique;
     uint64_t block, range, count; /* count: requests per queue; 0 means until the time is over */
     double seconds, warmup;
     unsigned depth, queues;
@@ -191,13 +191,13 @@ static inline struct job parse_job(int argc, char **argv)
     struct job job = {
         .random = true, .block = 4096, .depth = 32, .queues = 1, .seconds = 1, .warmup = 0.2, .cpu = -1,
     };
-    enum { JOB = 1, BLOCK, DEPTH, QUEUES, SECONDS, WARMUP, COUNT, RANGE, CPU, POLL, DIRECT, IDLE };
+    enum { JOB = 1, BLOCK, DEPTH, QUEUES, SECONDS, WARMUP, COUNT, RANGE, CPU, POLL, DIRECT, IDLE, UNIQUE };
     static const struct option options[] = {
         {"job", 1, 0, JOB},         {"block-size", 1, 0, BLOCK}, {"depth", 1, 0, DEPTH},
         {"queues", 1, 0, QUEUES},   {"seconds", 1, 0, SECONDS},  {"warmup", 1, 0, WARMUP},
         {"count", 1, 0, COUNT},     {"range", 1, 0, RANGE},      {"cpu", 1, 0, CPU},
         {"poll", 0, 0, POLL},       {"direct", 0, 0, DIRECT},    {"idle", 0, 0, IDLE},
-        {0, 0, 0, 0},
+        {"unique", 0, 0, UNIQUE},   {0, 0, 0, 0},
     };
     int c, which;
 
@@ -243,13 +243,16 @@ static inline struct job parse_job(int argc, char **argv)
         case IDLE:
             job.idle = true;
             break;
+        case UNIQUE: /* the client only */
+            job.unique = true;
+            break;
         default:
             exit(2);
         }
     }
     if (optind != argc - 1)
         die("usage: %s [--job randread|randwrite|read|write] [--block-size N] [--depth N] [--queues N] "
-            "[--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] [--direct] [--idle] PATH",
+            "[--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] [--direct] [--unique] [--idle] PATH",
             argv[0]);
     job.path = argv[optind];
     if (!job.depth || job.depth > MAX_DEPTH || !job.queues || job.queues > MAX_QUEUES)

@@ -6,6 +6,9 @@ An image that a run changes is made anew before each run; the others once.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import os
 import shutil
 import subprocess
 from enum import Enum
@@ -19,6 +22,8 @@ class Image(Enum):
     EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
     OVERLAY = "overlay"  # nothing of its own, on a filled backing file
     LEGS = "legs"  # the same three times: also at {image}.b and {image}.c
+    DEDUP = "dedup"  # the data device of an empty dedup store; metadata in {image}.meta
+    DEDUP_FILLED = "dedup-filled"  # the same with the data on its disk
     LUKS = "luks"  # the data encrypted, with QEMU's defaults (LUKS1, AES-256 in XTS mode)
 
 
@@ -32,7 +37,7 @@ class ImageError(Exception):
 
 def path_of(image: Image, file: Path) -> Path:
     """Beside the raw file with the data."""
-    suffix = "img" if image is Image.LUKS else "qcow2"
+    suffix = "qcow2" if image not in (Image.LUKS, Image.DEDUP, Image.DEDUP_FILLED) else "img"
     return file.with_name(f"{file.stem}-{image.value}.{suffix}")
 
 
@@ -58,10 +63,43 @@ def prepare(image: Image, file: Path) -> None:
         filled = path_of(Image.FILLED, file)
         prepare(Image.FILLED, file)
         _qemu_img("create", "-q", "-f", "qcow2", "-b", str(filled), "-F", "qcow2", str(path))
+    elif image is Image.DEDUP or (image is Image.DEDUP_FILLED and not path.exists()):
+        asyncio.run(_make_store(path, file if image is Image.DEDUP_FILLED else None))
     elif image is Image.LUKS and not path.exists():
         secret = ("--object", f"secret,id=key,data={PASSPHRASE}")
         options = ("-O", "luks", "-o", "key-secret=key,iter-time=10")
         _qemu_img("convert", "-q", *secret, *options, str(file), str(path))
+
+
+async def _make_store(path: Path, content: Path | None) -> None:
+    from vhostblk.dedup.file import FileData
+    from vhostblk.dedup.format import Superblock
+    from vhostblk.dedup.store import Store, Tuning
+
+    metadata = Path(f"{path}.meta")
+    shutil.rmtree(metadata, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as made:
+        made.truncate(1 << 30)
+    data = FileData(path)
+    bits = 12 if content is not None else 16
+    super = Superblock(bits, 22, "sha256", os.urandom(16))
+    await Store.create(metadata, data, super)
+    store = Store(metadata, Tuning())
+    await store.open(data)
+    size = content.stat().st_size if content is not None else 1 << 30
+    disk = store.set_disk("disk", size)
+    if content is not None:
+        with open(content, "rb") as file:
+            at = 0
+            while piece := file.read(1 << 20):
+                prints = [
+                    hashlib.sha256(piece[i : i + 4096]).digest() for i in range(0, len(piece), 4096)
+                ]
+                await store.write(data, disk, at >> 12, memoryview(piece), prints)
+                at += len(piece)
+    await store.close(data)
+    data.close()
 
 
 def forget(file: Path) -> None:
@@ -69,6 +107,7 @@ def forget(file: Path) -> None:
     for image in Image:
         for path in legs_of(path_of(image, file)):
             path.unlink(missing_ok=True)
+            shutil.rmtree(f"{path}.meta", ignore_errors=True)
 
 
 def _qemu_img(*arguments: str) -> None:

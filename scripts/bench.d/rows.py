@@ -49,6 +49,7 @@ class Job:
     block: int = 4096
     queues: int = 1
     span: int = 0  # MiB at the start of the disk that the requests go to; 0: all of it
+    unique: bool = False  # no two pieces of 4 KiB that are written are the same
     poll: bool = False  # the client spins on the used ring, so that its waking up is not measured
 
     def __str__(self) -> str:
@@ -128,6 +129,21 @@ LUKS_DAEMONS = (
     Daemon("aio=io_uring", luks(",aio=io_uring")),
     Daemon("aio=threads", luks(",aio=threads")),
 )
+
+
+def dedup(delay: str = "") -> tuple[str, ...]:
+    """A dedup disk on the row's data device, which is as slow as a disk if wanted."""
+    below = "delayed" if delay else "data"
+    return (
+        "driver=file,node-name=data,filename={image}",
+        *((f"driver=delay,node-name=delayed,file=data,{delay}",) if delay else ()),
+        f"driver=dedup,node-name=disk,file={below},metadata={{image}}.meta",
+    )
+
+
+DISK_LATENCY = 4_000_000  # ns
+DISK_LIKE = f"read-ns={DISK_LATENCY},write-ns={DISK_LATENCY}"
+DEDUP_COUNT = FILE_SIZE // 65536
 THROTTLED = (
     NULL.replace("node-name=disk", "node-name=null"),
     "driver=throttle,node-name=disk,throttle-group=limits,file=null",
@@ -347,6 +363,48 @@ ROWS: tuple[Row, ...] = (
         )
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
+    ),
+    # Against the same file without deduplication. As many requests as the file is long.
+    *(
+        Row(
+            name=f"dedup-write-{'unique' if unique else 'duplicate'}",
+            title=f"dedup, {'unique' if unique else 'duplicate'} data",
+            nodes=dedup(),
+            compare=Compare.IOPS,
+            target=0.5 if unique else 1.0,
+            job=Job("write", depth=8, block=65536, unique=unique),
+            daemons=FILE_DAEMONS,
+            image=Image.DEDUP,
+            count=DEDUP_COUNT,
+        )
+        for unique in (True, False)
+    ),
+    Row(
+        name="dedup-randread",
+        title="dedup, hot set",
+        nodes=dedup(),
+        compare=Compare.IOPS,
+        target=1.0,
+        job=Job(span=16),
+        daemons=FILE_DAEMONS,
+        image=Image.DEDUP_FILLED,
+    ),
+    # The data device answers as slowly as a disk; what it has already is not written to it.
+    Row(
+        name="dedup-slow-duplicate",
+        title="dedup of duplicate data on a device of 4 ms",
+        nodes=dedup(DISK_LIKE),
+        compare=Compare.IOPS,
+        target=5.0,
+        job=Job("write", depth=8, block=65536),
+        daemons=(
+            Daemon(
+                "null-co of 4 ms",
+                (f"driver=null-co,node-name=disk,size={GIB},latency-ns={DISK_LATENCY}",),
+            ),
+        ),
+        image=Image.DEDUP,
+        count=DEDUP_COUNT,
     ),
     # A limit that is looked at for each request and never reached.
     Row(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.control.registry import Context, Registry
-from vhostblk.schema import Model, OnOff, VhostblkError
+from vhostblk.schema import Model, OnOff, UInt64, VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.nodes.dedup import Dedup
@@ -28,8 +28,9 @@ async def query_dedup(context: Context, arguments: DedupNode) -> Any:
     """What a dedup store holds, how much that saves, and its disks with their fragmentation."""
     node = _dedup(context, arguments.node_name)
     store = node.store
+    await store.checkpoint()
     disks = [
-        {"disk": name, "size": size, **store.fragmentation(number)}
+        {"disk": name, "size": size, **(await store.fragmentation(number))}
         for number, (size, name) in store.tables.disks().items()
     ]
     return {**store.stats(), "disks": disks}
@@ -96,6 +97,26 @@ async def dedup_disk_delete(context: Context, arguments: DedupDiskDelete) -> Non
                 data={"code": "in-use", "disk": arguments.disk},
             )
     await store.delete_disk(arguments.disk)
+
+
+class DedupDefragment(DedupNode):
+    """Arguments of dedup-defragment."""
+
+    job_id: str | None = None
+    """What the job is called."""
+    speed: UInt64 = 0
+    """Bytes per second; 0: no limit."""
+
+
+@command("dedup-defragment")
+async def dedup_defragment(context: Context, arguments: DedupDefragment) -> Any:
+    """Begin a job that writes the blocks of a disk again, in its order."""
+    from vhostblk.jobs.dedup import DefragmentJob
+
+    node = _dedup(context, arguments.node_name)
+    id = arguments.job_id or f"defragment-{node.name}"
+    context.backend.jobs.start(DefragmentJob(id, context.backend, node, speed=arguments.speed))
+    return {"job-id": id}
 
 
 def _dedup(context: Context, name: str) -> Dedup:

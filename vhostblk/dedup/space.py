@@ -74,7 +74,9 @@ class Space:
         """Bytes of all segments."""
         return self.count << self._super.segment_bits
 
-    def allocate(self, wanted: int, *, moving: bool = False) -> tuple[int, int]:
+    def allocate(
+        self, wanted: int, *, moving: bool = False, reserve: int = RESERVE
+    ) -> tuple[int, int]:
         """Up to `wanted` bytes at the head, at least a block if one is wanted: offset, bytes.
 
         Blocks that are moved have a head of their own: guests' writes would fill up what the
@@ -86,7 +88,7 @@ class Space:
         left = super.segment_at(segment + 1) - head if segment >= 0 else 0
         block = min(wanted, super.block_size)
         if left < block:
-            if len(self._free) <= (0 if moving else RESERVE):
+            if len(self._free) <= reserve:
                 raise NoSpace
             segment = heapq.heappop(self._free)
             self.used[segment] = 0

@@ -27,13 +27,22 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vhostblk.dedup.check import Check, Result
+from vhostblk.dedup.compression import compress, decompress
 from vhostblk.dedup.format import (
     HASHES,
     SUPERBLOCK,
@@ -121,6 +130,8 @@ class Tuning:
     """A checkpoint is made after that many changes."""
     journal: int = 64 << 20
     """Or when the journal has that many bytes."""
+    compress: bool = False
+    """Blocks are compressed with zstd if that makes them smaller."""
     verify: bool = False
     """Compare what has the same fingerprint byte by byte."""
     hold: bool = False
@@ -169,6 +180,8 @@ class Store:
         self._dirty = False
         self._told_full = False
         self._told_level = 0
+        self._storing = self._waiting = 0  # writes under way, and those that wait for space
+        self._not_before = 0.0  # background work that has failed is not begun again before
         self._room: asyncio.Future[None] | None = None
         self._lock_fd = -1
 
@@ -364,10 +377,10 @@ class Store:
 
     async def read(self, data: Data, block: Block) -> bytes | bytearray:
         """The content of a stored block."""
-        content: bytearray = await data.read(block.offset, block.length)
+        content: bytearray = await data.read(block.offset, block.space)
         if block.length == self.super.block_size:
             return content
-        return _decompress(content, self.super.block_size)
+        return decompress(content[: block.length], self.super.block_size)
 
     async def read_block(self, data: Data, disk: int, index: int) -> bytes | bytearray:
         """What a block of a disk shows."""
@@ -398,11 +411,13 @@ class Store:
         if self.tables.changes > 4 * self.tuning.changes:
             await self._checkpoint(data)  # memory is bounded
         writing = _Write(self, data, content, prints, send)
+        self._storing += 1
         try:
             await writing.prepare()
             numbers: list[int] = []
             await self._until(lambda: self._publish(writing, disk, first, numbers))
         finally:
+            self._storing -= 1
             writing.end()
         self._watch()
         return numbers
@@ -471,14 +486,22 @@ class Store:
             try:
                 return self.space.allocate(wanted)
             except NoSpace:
-                if await self._make_room(data):
-                    continue
+                self._waiting += 1
+                try:
+                    if await self.make_room(data):
+                        continue
+                    if self._storing > self._waiting:
+                        # Others are about to finish, and what they overwrite becomes free.
+                        await asyncio.sleep(0.01)
+                        continue
+                finally:
+                    self._waiting -= 1
                 self._full("data")
                 if not self.tuning.hold:
                     raise
                 await self._wait_for_room()
 
-    async def _make_room(self, data: Data) -> bool:
+    async def make_room(self, data: Data) -> bool:
         """Whether there is a free segment now that is not kept for garbage collection."""
         space, limit = self.space, self.super.segment_size - self.super.block_size
         async with self._room_lock:
@@ -560,6 +583,8 @@ class Store:
 
     def _watch(self) -> None:
         """Start what is due."""
+        if not self.members or time.monotonic() < self._not_before:
+            return
         tuning, tables = self.tuning, self.tables
         self._watch_space()
         due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
@@ -599,11 +624,11 @@ class Store:
 
     async def _checkpoint_soon(self) -> None:
         try:
-            member = self.members[0]
-            async with member.working():
-                await self._checkpoint(member.data)
-        except (OSError, IndexError) as error:
+            if self.members:
+                await self.checkpoint()
+        except OSError as error:
             logger.warning("dedup store '%s': no checkpoint: %s", self.directory, error)
+            self._not_before = time.monotonic() + 1.0
         finally:
             self._checkpointing = False
 
@@ -722,12 +747,13 @@ class Store:
             "full": self._told_full,
         }
 
-    def fragmentation(self, disk: int) -> dict[str, int]:
+    async def fragmentation(self, disk: int) -> dict[str, int]:
         """In how many pieces the blocks of a disk are on the data device."""
-        size, blocks, pieces, end = self.super.block_size, 0, 0, -1
-        last = -1
-        for page, numbers in self.tables.pages(disk):
-            for index, number in enumerate(numbers):
+        size, blocks, pieces, end, last = self.super.block_size, 0, 0, -1, -1
+        for count, page in enumerate([page for page, _ in self.tables.pages(disk)]):
+            if count % 64 == 63:
+                await asyncio.sleep(0)  # others want to live
+            for index, number in enumerate(self.tables.page(disk, page)):
                 block = self.tables.block(number) if number else None
                 if block is None:
                     continue
@@ -792,6 +818,7 @@ class Store:
                     return
         except OSError as error:
             logger.warning("dedup store '%s': garbage collection: %s", self.directory, error)
+            self._not_before = time.monotonic() + 1.0
         finally:
             self._collecting = False
 
@@ -818,6 +845,8 @@ class Store:
             before = self.space.free_segments
             budget = self.super.segment_size
             for segment in self.space.worst(limit)[:most]:
+                if segment not in self.space.worst(limit):
+                    continue  # it has become free meanwhile, or is filled again
                 budget -= self.space.used[segment]
                 if budget < 0 and most > 1:
                     break
@@ -828,29 +857,69 @@ class Store:
 
     async def _move_segment(self, data: Data, segment: int) -> None:
         start, end = self.super.segment_at(segment), self.super.segment_at(segment + 1)
-        for _, number in self.tables.places(start, end):
-            await self.move(data, number, start, end)
+        numbers = [number for _, number in self.tables.places(start, end)]
+        most = max(1, _PORTION >> self.super.block_bits)
+        for at in range(0, len(numbers), most):
+            await self._move_blocks(data, numbers[at : at + most], start, end, 0)
 
-    async def move(self, data: Data, number: int, start: int, end: int) -> bool:
-        """Copy a block that is between two offsets to the head of the log."""
-        block = self.tables.block(number)
-        if block is None or not start <= block.offset < end:
-            return False
+    async def _move_blocks(
+        self, data: Data, numbers: list[int], start: int, end: int, reserve: int
+    ) -> int:
+        """Copy blocks that are between two offsets to the log, in this order; how many."""
+        blocks = [(number, self.tables.block(number)) for number in numbers]
+        wanted = [(n, block) for n, block in blocks if block and start <= block.offset < end]
         with self.reading():
-            content: bytearray = await data.read(block.offset, block.length)
-        offset, length = self.space.allocate(block.length, moving=True)
+            contents = await _all(data.read(block.offset, block.space) for _, block in wanted)
+        offsets: list[int] = []
         try:
-            assert length == block.length
-            await data.write(offset, content)
-            now = self.tables.block(number)
-            if now is None or now.offset != block.offset:
-                return False  # it has gone meanwhile
-            self._record([Stored(number, offset, block.length, block.fingerprint)])
+            for _, block in wanted:
+                offsets.append(self.space.allocate(block.length, moving=True, reserve=reserve)[0])
+            await _all(data.write(at, piece) for at, piece in _joined(offsets, contents))
+            moved: list[Record] = [
+                Stored(number, at, block.length, block.fingerprint)
+                for (number, block), at in zip(wanted, offsets, strict=True)
+                if self._is_still(number, block)  # else it has gone meanwhile
+            ]
+            if moved:
+                self._record(moved)
         finally:
-            self.space.landed(offset)
+            for at in offsets:
+                self.space.landed(at)
         self._moved = True
-        self.counters.moved += 1
-        return True
+        self.counters.moved += len(moved)
+        return len(moved)
+
+    def _is_still(self, number: int, block: Block) -> bool:
+        now = self.tables.block(number)
+        return now is not None and now.offset == block.offset
+
+    # ---- defragmentation
+
+    def scattered(self, disk: int, page: int) -> list[int]:
+        """The blocks that a page of a disk shows, if they are in more pieces than need be."""
+        numbers = [number for number in self.tables.page(disk, page) if number]
+        pieces, end, segment = 0, -1, -1
+        for number in numbers:
+            block = self.tables.block(number)
+            if block is None or block.offset == end:
+                end = block.offset + block.space if block else end
+                continue
+            # The end of a segment is nobody's fault.
+            follows = block.offset == self.super.segment_at(segment + 1)
+            pieces += 0 if follows and pieces else 1
+            segment = self.super.segment_of(block.offset)
+            end = block.offset + block.space
+        return list(dict.fromkeys(numbers)) if pieces > 1 else []
+
+    async def gather(self, data: Data, numbers: list[int]) -> int:
+        """Write blocks again, one after the other; how many bytes."""
+        return await self._to_the_end(self._gather(data, numbers))
+
+    async def _gather(self, data: Data, numbers: list[int]) -> int:
+        async with self._collect_lock:
+            moved = await self._move_blocks(data, numbers, 0, 1 << 63, RESERVE)
+        self._watch()
+        return moved << self.super.block_bits
 
 
 class _Write:
@@ -887,7 +956,9 @@ class _Write:
                 self._classify(index, fresh, waiting)
             if store.tuning.verify:
                 fresh += await self._verify(pending, fresh, waiting)
-            if fresh:
+            if fresh and store.tuning.compress:
+                await self._store_compressed(sorted(fresh))
+            elif fresh:
                 await self._store_blocks(sorted(fresh))
             if not waiting:
                 return
@@ -959,21 +1030,28 @@ class _Write:
             self._fresh += [(fresh[at + i], offset + i * size, size) for i in range(count)]
             parts.append((offset, fresh[at] * size, length))
             at += count
-        if len(parts) == 1:
-            await self._write(*parts[0])
-            return
-        results = await asyncio.gather(
-            *(self._write(*part) for part in parts), return_exceptions=True
-        )
-        for error in results:
-            if error is not None:
-                raise error
+        await _all(self._write(partial(self._send, *part)) for part in parts)
 
-    async def _write(self, offset: int, begin: int, length: int) -> None:
+    async def _store_compressed(self, fresh: list[int]) -> None:
+        """The same, each block for itself, and neighbours in the log in one piece."""
+        store, size, content = self._store, self._store.super.block_size, self._content
+        pieces = await asyncio.to_thread(
+            lambda: [compress(content[index * size : (index + 1) * size]) for index in fresh]
+        )
+        offsets: list[int] = []
+        for index, (piece, length) in zip(fresh, pieces, strict=True):
+            offset, _ = await store.allocate(self._data, len(piece))
+            self._flying.append(offset)
+            offsets.append(offset)
+            self._fresh.append((index, offset, length))
+        joined = _joined(offsets, [piece for piece, _ in pieces])
+        await _all(self._write(partial(self._data.write, *part)) for part in joined)
+
+    async def _write(self, attempt: Callable[[], Awaitable[Any]]) -> None:
         store = self._store
         while True:
             try:
-                await self._send(offset, begin, length)
+                await attempt()
                 return
             except OSError as error:
                 if error.errno != errno.ENOSPC:
@@ -1034,6 +1112,29 @@ class _Write:
         self._pinned.clear()
 
 
+async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Wait for all of them, even if one fails: they use memory, or a place."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _joined(offsets: list[int], contents: list[bytearray]) -> Iterator[tuple[int, bytearray]]:
+    """Neighbours as one piece."""
+    start, piece = 0, bytearray()
+    for offset, content in zip(offsets, contents, strict=True):
+        if piece and start + len(piece) == offset:
+            piece += content
+            continue
+        if piece:
+            yield start, piece
+        start, piece = offset, bytearray(content)
+    if piece:
+        yield start, piece
+
+
 def _future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
 
@@ -1049,7 +1150,3 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _decompress(data: bytearray, size: int) -> bytes:
-    raise NotImplementedError

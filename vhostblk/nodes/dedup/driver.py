@@ -54,6 +54,8 @@ class DedupOptions(NodeOptions):
     """Compare blocks byte by byte before taking them for equal. For all disks of the store."""
     on_enospc: Literal["report", "hold"] = "report"
     """When the store is full, writes fail, or wait until there is space."""
+    compress: Literal["off", "zstd"] = "off"
+    """Whether new blocks are compressed. For all disks of the store."""
     cache_size: Size = 32 << 20
     """Bytes of memory for the map of this disk."""
 
@@ -131,6 +133,7 @@ class Dedup(HookedNode):
         if shared is None:
             tuning = Tuning(
                 verify=self.options.verify,
+                compress=self.options.compress == "zstd",
                 hold=self.options.on_enospc == "hold",
                 discard=self.options.discard == "unmap",
             )
