@@ -81,16 +81,17 @@ class TestFilters:
 
 class TestSnapshots:
     @pytest.mark.timeout(240)
-    @pytest.mark.parametrize("legs", [1, 3])
-    @pytest.mark.parametrize("kills", [False, True], ids=["running", "killed-between"])
+    @pytest.mark.parametrize(
+        ("legs", "kills"), [(3, False), (1, True)], ids=["three-legs", "one-leg-killed-between"]
+    )
     def test_twenty_snapshots(
         self,
         guest: Guest,
         disks: DiskServer,
         workspace: Workspace,
         record_property: object,
-        kills: bool,
         legs: int,
+        kills: bool,
     ) -> None:
         """A filter on top, and snapshots below it; killed, the backend comes back the same."""
         tree = Legs(workspace, legs, BLOCKS)
