@@ -22,14 +22,11 @@
 
 /* The limits that a direction has to keep; in the order of VB_THROTTLE_LIMITS. */
 enum { BPS_TOTAL, BPS_READ, BPS_WRITE, IOPS_TOTAL, IOPS_READ, IOPS_WRITE, FLUSHES };
-#define MOST_BUCKETS 4
-static const struct {
-    uint8_t count;
-    uint8_t index[MOST_BUCKETS];
-} buckets_of[VB_THROTTLE_DIRECTIONS] = {
-    [THROTTLE_READ] = {4, {BPS_TOTAL, BPS_READ, IOPS_TOTAL, IOPS_READ}},
-    [THROTTLE_WRITE] = {4, {BPS_TOTAL, BPS_WRITE, IOPS_TOTAL, IOPS_WRITE}},
-    [THROTTLE_FLUSH] = {1, {FLUSHES}},
+#define BIT(limit) (1u << (limit))
+static const uint32_t limits_of[VB_THROTTLE_DIRECTIONS] = {
+    [THROTTLE_READ] = BIT(BPS_TOTAL) | BIT(BPS_READ) | BIT(IOPS_TOTAL) | BIT(IOPS_READ),
+    [THROTTLE_WRITE] = BIT(BPS_TOTAL) | BIT(BPS_WRITE) | BIT(IOPS_TOTAL) | BIT(IOPS_WRITE),
+    [THROTTLE_FLUSH] = BIT(FLUSHES),
 };
 
 /* What a thread has in the group. Its own, but for what is said to be others'. */
@@ -51,6 +48,7 @@ struct direction {
 
 struct vb_throttle_group {
     struct vb_bucket buckets[VB_THROTTLE_LIMITS];
+    _Atomic uint32_t limited; /* bits of the buckets that have a limit: no other is looked at */
     _Atomic uint64_t iops_size;
     uint64_t base_ns; /* when ticks began */
     _Atomic uint32_t references;
@@ -68,30 +66,41 @@ static uint64_t ticks(const struct vb_throttle_group *group, uint64_t ns)
     return ns > group->base_ns ? (ns - group->base_ns) * VB_TICKS_PER_NS : 0;
 }
 
+/* The limits to be kept, as bits. */
+static uint32_t limits_for(struct vb_throttle_group *group, enum throttle_direction direction)
+{
+    return atomic_load_explicit(&group->limited, memory_order_relaxed) & limits_of[direction];
+}
+
 static uint64_t wait_of(struct vb_throttle_group *group, enum throttle_direction direction,
                         uint64_t now)
 {
     uint64_t longest = 0;
 
-    for (unsigned i = 0; i < buckets_of[direction].count; i++) {
-        uint64_t wait = vb_bucket_wait(&group->buckets[buckets_of[direction].index[i]], now);
+    for (uint32_t left = limits_for(group, direction); left; left &= left - 1) {
+        uint64_t wait = vb_bucket_wait(&group->buckets[__builtin_ctz(left)], now);
 
         longest = wait > longest ? wait : longest;
     }
     return longest;
 }
 
+static double operations_of(struct vb_throttle_group *group, uint64_t bytes)
+{
+    uint64_t size = atomic_load_explicit(&group->iops_size, memory_order_relaxed);
+
+    return size && bytes > size ? (double)bytes / (double)size : 1;
+}
+
 static void account(struct vb_throttle_group *group, enum throttle_direction direction,
                     const struct vb_request *request, uint64_t now)
 {
-    uint64_t size = atomic_load_explicit(&group->iops_size, memory_order_relaxed);
-    double bytes = (double)request->bytes;
-    double operations = size && request->bytes > size ? bytes / (double)size : 1;
+    for (uint32_t left = limits_for(group, direction); left; left &= left - 1) {
+        unsigned limit = (unsigned)__builtin_ctz(left);
+        double units = limit < IOPS_TOTAL ? (double)request->bytes
+                                          : operations_of(group, request->bytes);
 
-    for (unsigned i = 0; i < buckets_of[direction].count; i++) {
-        unsigned index = buckets_of[direction].index[i];
-
-        vb_bucket_account(&group->buckets[index], now, index < IOPS_TOTAL ? bytes : operations);
+        vb_bucket_account(&group->buckets[limit], now, units);
     }
 }
 
@@ -413,12 +422,16 @@ static void kick(struct vb_throttle_group *group)
 
 void vb_throttle_group_set(struct vb_throttle_group *group, const struct vb_throttle_limits *limits)
 {
+    uint32_t limited = 0;
+
     pthread_mutex_lock(&group->lock);
     for (unsigned i = 0; i < VB_THROTTLE_LIMITS; i++) {
         struct vb_throttle_limit limit = {limits->avg[i], limits->max[i], limits->burst_length[i]};
 
         vb_bucket_set(&group->buckets[i], ticks(group, vb_clock_ns()), limit);
+        limited |= limit.avg ? BIT(i) : 0;
     }
+    atomic_store_explicit(&group->limited, limited, memory_order_relaxed);
     atomic_store_explicit(&group->iops_size, limits->iops_size, memory_order_relaxed);
     kick(group); /* with the lock: until a request is let go its thread is there */
     pthread_mutex_unlock(&group->lock);
