@@ -283,3 +283,25 @@ def test_compressed_blocks(block: int) -> None:
         await sound(host)
 
     with_host(test)
+
+
+def test_where_data_are() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        await host.write("disk", 4 * BLOCK, random.Random(11).randbytes(8 * BLOCK))
+        await host.write("disk", 40 * BLOCK + 512, b"x" * 512)
+        found = [extent async for extent in node.extents(512, MIB - 512)]
+        assert [(e.start, e.length, e.zero, e.data) for e in found][:4] == [
+            (512, 4 * BLOCK - 512, True, False),
+            (4 * BLOCK, 8 * BLOCK, False, True),
+            (12 * BLOCK, 28 * BLOCK, True, False),
+            (40 * BLOCK, BLOCK, False, True),
+        ]
+        assert sum(e.length for e in found) == MIB - 512
+        assert found[1].filename == host.path("data.raw")
+        assert await host.read("data", found[1].offset or 0, BLOCK) == await host.read(
+            "disk", 4 * BLOCK, BLOCK
+        )
+
+    with_host(test)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,8 @@ from vhostblk.dedup.tables import PAGE
 from vhostblk.engine import IO, OP_WRITE
 from vhostblk.engine.dedup import DIGEST, new_dedup
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
+from vhostblk.image import Extent
+from vhostblk.image.extent import merged
 from vhostblk.nodes.dedup.create import DedupCreateOptions, create
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
@@ -239,11 +242,41 @@ class Dedup(HookedNode):
         return self._size
 
     def filename(self) -> str:
-        return self.child("file").node.filename()
+        # For the header of an overlay: its data device's name alone would lead to other data.
+        below = self.child("file").node
+        name = {
+            "driver": "dedup",
+            "disk": self.options.disk,
+            "metadata": self._directory,
+            "file": {"driver": below.driver, "filename": below.filename()},
+        }
+        return f"json:{json.dumps(name)}" if below.filename() else ""
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        size, end = 1 << self._bits, offset + length
+        name = self.child("file").node.filename()
+        for page in range(offset // size // PAGE, (end - 1) // size // PAGE + 1):
+            numbers = self.store.tables.page(self.number, page)
+            found = []
+            for index, number in enumerate(numbers):
+                at = (page * PAGE + index) * size
+                begin, stop = max(at, offset), min(at + size, end)
+                if begin < stop:
+                    found.append(self._extent(number, begin, stop - begin, begin - at, name))
+            for extent in merged(found):
+                yield extent
+
+    def _extent(self, number: int, start: int, length: int, skip: int, name: str) -> Extent:
+        block = self.store.tables.block(number) if number else None
+        if block is None:
+            return Extent(start, length, present=bool(number), zero=not number, data=False)
+        if block.length < 1 << self._bits:
+            return Extent(start, length, compressed=True)
+        return Extent(start, length, offset=block.offset + skip, filename=name)
 
     def describe(self) -> dict[str, Any]:
         image = {
-            "filename": self.filename(),
+            "filename": self.child("file").node.filename(),
             "format": "dedup",
             "virtual-size": self._size,
             "cluster-size": 1 << self._bits,
