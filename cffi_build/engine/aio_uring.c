@@ -194,7 +194,7 @@ static void prepare(struct io_uring_sqe *sqe, struct vb_aio *aio)
         break;
     }
     io_uring_sqe_set_data(sqe, aio);
-    if (aio->large) { /* or the kernel copies from the page cache right in our system call */
+    if (aio->elsewhere) { /* or the kernel does it right in our system call */
         io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
     }
 }

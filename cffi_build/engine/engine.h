@@ -185,7 +185,7 @@ struct vb_aio {
     const struct iovec *iov;
     uint64_t offset;
     uint64_t length;           /* fallocate */
-    bool large;                /* would keep the thread busy even if it need not wait */
+    bool elsewhere;            /* would keep the thread busy even if it says not to wait */
     int result;                /* bytes, or negative errno; short transfers are the caller's to continue */
     void (*done)(struct vb_aio *aio);
     struct vb_iothread *thread; /* set by vb_aio_submit */

@@ -15,6 +15,8 @@
  *  - Where RWF_NOWAIT works (most file systems' reads, few ones' writes) the kernel
  *    says -EAGAIN instead of waiting.
  *  - On tmpfs and its like nothing waits for a disk.
+ *  - What another process or host serves (FUSE, NFS) is never tried: not even RWF_NOWAIT keeps the
+ *    kernel from waiting for it.
  *  - Else we try and measure: see struct inline_history.
  * Never inline: O_DIRECT, synchronisation, allocation, and large requests, during
  * which other queues of this thread would starve.
@@ -33,6 +35,13 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
+
+#ifndef CIFS_SUPER_MAGIC
+#define CIFS_SUPER_MAGIC 0xFF534D42
+#endif
+#ifndef SMB2_SUPER_MAGIC
+#define SMB2_SUPER_MAGIC 0xFE534D42
+#endif
 
 #define INLINE_MAX (1u << 20) /* bytes */
 #define BOUNCE_MAX (1u << 20) /* bytes of aligned memory per request */
@@ -70,6 +79,7 @@ struct file_node {
     bool read_only, direct, no_flush, discard_unmap;
     bool regular;        /* not a block device */
     bool in_memory;      /* tmpfs: inline whatever it says */
+    bool remote;         /* another process or host serves it, and may stop: never inline */
     uint32_t detect_zeroes;
     uint32_t memory_align, request_align;
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
@@ -535,8 +545,9 @@ static void transfer(struct file_io *io)
  */
 static void start_transfer(struct file_io *io)
 {
-    io->aio.large = !io->file->direct && io->request->bytes > INLINE_MAX;
-    io->queued = io->file->direct || io->aio.large;
+    io->aio.elsewhere =
+        io->file->remote || (!io->file->direct && io->request->bytes > INLINE_MAX);
+    io->queued = io->file->direct || io->aio.elsewhere;
     io->sync = !io->file->direct && wants_fua(io);
     transfer(io);
 }
@@ -801,6 +812,30 @@ static bool lives_in_memory(int fd)
             status.f_type == HUGETLBFS_MAGIC);
 }
 
+/*
+ * A server that has died or stands still stops whoever is in a system call, perhaps for ever. That
+ * must not be this thread, which has other files to serve: other legs of a quorum, for one.
+ */
+static bool lives_elsewhere(int fd)
+{
+    struct statfs status;
+
+    if (fstatfs(fd, &status) < 0) {
+        return false;
+    }
+    switch ((uint32_t)status.f_type) {
+    case FUSE_SUPER_MAGIC:
+    case NFS_SUPER_MAGIC:
+    case CIFS_SUPER_MAGIC:
+    case SMB2_SUPER_MAGIC:
+    case V9FS_MAGIC:
+    case CEPH_SUPER_MAGIC:
+        return true;
+    default:
+        return false;
+    }
+}
+
 struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_options *options,
                                  char *error)
 {
@@ -827,6 +862,7 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     file->request_align = options->request_align;
     file->regular = S_ISREG(status.st_mode);
     file->in_memory = file->regular && lives_in_memory(options->fd);
+    file->remote = file->regular && lives_elsewhere(options->fd);
     if (!file->direct) {
         vb_file_map_open(&file->map, options->fd);
     }
