@@ -247,7 +247,7 @@ def test_a_spare_takes_the_place(hangs: bool) -> None:
     async def test(host: Host) -> None:
         await host.add("file", "small", filename=host.file("small", MIB // 2))
         await host.add("file", "s", filename=host.file("s"))
-        node = await quorum(host, spares=["nobody", "small", "s"], leg_timeout=200)
+        node = await quorum(host, spares=["nobody", "small", "s"], leg_timeout=1000)
         await host.export("q")
         async with host.device() as guest:
             await guest.write(0, os.urandom(MIB))

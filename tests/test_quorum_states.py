@@ -118,7 +118,7 @@ def test_not_enough_legs() -> None:
 
 def test_a_leg_that_hangs() -> None:
     async def test(host: Host) -> None:
-        node = await quorum(host, leg_timeout=100)
+        node = await quorum(host, leg_timeout=1000)
         await host.export("q")
         async with host.device() as guest:
             await guest.write(0, b"1" * BLOCK)

@@ -174,15 +174,17 @@ class Quorum(NodeDriver):
         records: list[LegRecord | None] = [None] * len(nodes)
         if recorded is not None:
             records = recognise(nodes, recorded.legs)
-        if recorded is None or not any(records):
-            if recorded is not None:
-                logger.warning(
-                    "quorum '%s': '%s' is about other legs; these are taken to be equal",
-                    self.name,
-                    self._metadata_path(),
-                )
+        if recorded is None:
             self._make_legs([(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes], 1)
             return
+        if not any(records):
+            path = self._metadata_path()
+            names = ", ".join(leg.node_name for leg in recorded.legs)
+            raise VhostblkError(
+                f"'{path}' says which of the legs {names} are in sync, and none of them is among "
+                f"the children of quorum '{self.name}': remove it if those are equal",
+                data={"code": "quorum-metadata", "path": path, "node": self.name},
+            )
         made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]] = []
         for node, record in zip(nodes, records, strict=True):
             if record is None:

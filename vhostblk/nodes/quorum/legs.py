@@ -15,7 +15,9 @@ The engine does what concerns requests, errors and timeouts among them; the rest
 from __future__ import annotations
 
 import os
+import stat
 from enum import Enum
+from weakref import WeakKeyDictionary
 
 from vhostblk.engine.quorum import (
     LEG_FAILED,
@@ -160,9 +162,28 @@ def identity(node: NodeDriver) -> list[str]:
         if children:
             waiting += reversed(children)
         else:
-            name = current.filename()
-            found[os.path.realpath(name) if name else f"node:{current.name}"] = None
+            if current not in _FILES:
+                _FILES[current] = _file_of(current)
+            found[_FILES[current]] = None
     return list(found)
+
+
+# Found out when a node is new, and so answers. Later its storage may hang whoever asks.
+_FILES: WeakKeyDictionary[NodeDriver, str] = WeakKeyDictionary()
+
+
+def _file_of(node: NodeDriver) -> str:
+    """A file by its name and its inode: another file under the name has other data."""
+    name = node.filename()
+    if not name:
+        return f"node:{node.name}"
+    path = os.path.realpath(name)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    # The inode of a block device is that of its name, which is made anew when the host starts.
+    return f"{path}#{status.st_ino}" if stat.S_ISREG(status.st_mode) else path
 
 
 def is_same_leg(leg: Leg, node: NodeDriver) -> bool:
