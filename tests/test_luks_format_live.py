@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,12 @@ def test_the_command_line_on_a_node(
         "rotate", "--key-file", "two", "--new-key-file", "one", *cheap
     )
     assert "last key slot" in vhostblk("remove", "--key-file", "one", status=4)
+    assert "job 'reencrypt-disk' has begun" in vhostblk("reencrypt", "--speed", "1G", *cheap)
+    with ControlClient(str(short_dir / "qmp.sock")) as client:
+        deadline = time.monotonic() + 30
+        while client.execute("query-block-jobs"):
+            assert time.monotonic() < deadline
+    assert "opens key slot" in vhostblk("test", "--key-file", "one")
     assert "works on files" in vhostblk("repair", status=2)
     # The file itself is in use.
     done = subprocess.run([sys.executable, "-m", "vhostblk", "luks", "list", str(path)],

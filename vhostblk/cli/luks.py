@@ -53,6 +53,7 @@ def configure(parser: Parser) -> None:
         ("add", "let one more passphrase unlock the disk", _add),
         ("remove", "destroy a key slot, or all that a passphrase opens", _remove),
         ("rotate", "replace a passphrase; the new one works before the old one ceases to", _rotate),
+        ("reencrypt", "give a disk in use another key, or its first one, or go on", _reencrypt),
         ("repair", "write the damaged one of the two copies of a LUKS2 header again", _nothing),
     ):
         below = commands.add_parser(
@@ -101,6 +102,14 @@ def _rotate(parser: Parser) -> None:
     _new(parser)
 
 
+def _reencrypt(parser: Parser) -> None:
+    parser.add_argument("--secret", action="append", default=[], metavar="ID", help="a secret "
+                        "object with a passphrase for the new key, besides the disk's own; may be "
+                        "repeated")  # fmt: skip
+    parser.add_argument("--speed", metavar="SIZE", help="at most so much per second")
+    configure_kdf(parser)
+
+
 def _slot(parser: Parser, text: str) -> None:
     parser.add_argument("--slot", metavar="N", type=int, help=text)
 
@@ -140,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_live(args: argparse.Namespace) -> bool:
-    if args.name is not None or args.socket is not None:
+    if args.luks_command == "reencrypt" or args.name is not None or args.socket is not None:
         return True
     if os.path.exists(args.target):
         return False
@@ -223,6 +232,10 @@ def _on_node(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
 
         if command == "list":
             return ask("list", {})
+        if command == "reencrypt":
+            given |= {"secrets": args.secret, "speed": _speed(args), **_costs(args)}
+            begun: dict[str, Any] = client.execute("luks-reencrypt", given)
+            return begun
         if command == "remove":
             more: dict[str, Any] = {"force": args.force}
             if slot is None:
@@ -233,6 +246,13 @@ def _on_node(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
             return ask("test", {"key-data": key})
         new = {"new-data": _base64(_new_key(args, secrets)), **_costs(args)}
         return ask(command, {"key-data" if command == "add" else "old-data": key, **new})
+
+
+def _speed(args: argparse.Namespace) -> int:
+    try:
+        return parse_size(args.speed or "0")
+    except ValueError as error:
+        raise CliError(f"--speed: {error}", status=USAGE) from None
 
 
 def _base64(secret: SecretBytes) -> str:
@@ -272,6 +292,11 @@ def _text(args: argparse.Namespace, result: dict[str, Any]) -> str:
         if not result["repaired"]:
             return f"{args.target}: nothing to repair\n"
         return "".join(f"{args.target}: repaired: {text}\n" for text in result["damage"])
+    if command == "reencrypt":
+        return (
+            f"{args.target}: job '{result['job-id']}' has begun; 'vhostblk qmp query-block-jobs' "
+            "says how far it is\n"
+        )
     if command == "remove":
         slots = ", ".join(map(str, result["keyslots"]))
         return f"{args.target}: key slot {slots} destroyed\n"

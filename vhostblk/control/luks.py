@@ -16,9 +16,10 @@ from typing import Any
 
 from vhostblk import luks
 from vhostblk.control.registry import Context, Registry
+from vhostblk.jobs.block_job import OnError
 from vhostblk.luks.options import KdfOptions
 from vhostblk.objects.secret import Secret
-from vhostblk.schema import Model, OnOff, UInt32, VhostblkError
+from vhostblk.schema import Model, OnOff, UInt32, UInt64, VhostblkError
 from vhostblk.secret import SecretBytes, forbid_core_dumps
 
 registry = Registry()
@@ -66,10 +67,6 @@ class LuksNewKeySlot(LuksNode, KdfOptions):
     new_data: str | None = None
     """Or the new passphrase itself, in base64."""
 
-    def kdf(self) -> KdfOptions:
-        """What trying the new passphrase is to cost."""
-        return KdfOptions(**{name: getattr(self, name) for name in KdfOptions.model_fields})
-
 
 class LuksKeySlotAdd(LuksNewKeySlot):
     """Arguments of luks-key-slot-add."""
@@ -89,7 +86,7 @@ async def luks_key_slot_add(context: Context, arguments: LuksKeySlotAdd) -> Any:
     with _Passphrases(context) as passphrases, _errors_of(arguments.node_name):
         key = passphrases.get("key", arguments.key_secret, arguments.key_data)
         new = passphrases.get("new", arguments.new_secret, arguments.new_data)
-        added = await volume.add_passphrase(key, new, arguments.keyslot, arguments.kdf())
+        added = await volume.add_passphrase(key, new, arguments.keyslot, _kdf(arguments))
         return {"keyslot": added}
 
 
@@ -141,7 +138,45 @@ async def luks_key_slot_rotate(context: Context, arguments: LuksKeySlotRotate) -
     with _Passphrases(context) as passphrases, _errors_of(arguments.node_name):
         old = passphrases.get("old", arguments.old_secret, arguments.old_data)
         new = passphrases.get("new", arguments.new_secret, arguments.new_data)
-        return {"keyslot": await volume.rotate(old, new, arguments.keyslot, arguments.kdf())}
+        return {"keyslot": await volume.rotate(old, new, arguments.keyslot, _kdf(arguments))}
+
+
+class LuksReencrypt(LuksNode, KdfOptions):
+    """Arguments of luks-reencrypt."""
+
+    job_id: str | None = None
+    """What the job is called; reencrypt-NODE if absent."""
+    secrets: tuple[str, ...] = ()
+    """Passphrases that the new key is to have, besides that of the node."""
+    speed: UInt64 = 0
+    """Bytes per second; 0: no limit."""
+    on_error: OnError = "report"
+    """What happens when something cannot be read or written."""
+    auto_finalize: OnOff = True
+    auto_dismiss: OnOff = True
+
+
+@command("luks-reencrypt")
+async def luks_reencrypt(context: Context, arguments: LuksReencrypt) -> Any:
+    """Begin a job that gives a disk another key, or its first one; or have it go on."""
+    from vhostblk.jobs.luks_reencrypt import find_node, start_reencryption
+
+    backend = context.backend
+    async with backend.changing():
+        node = find_node(backend, arguments.node_name)
+        # What opens the node now has to open it at the next start.
+        secrets = dict.fromkeys([node.options.key_secret, *arguments.secrets])
+        names = ("speed", "on_error", "auto_finalize", "auto_dismiss")
+        options = {name: getattr(arguments, name) for name in names}
+        job = start_reencryption(
+            backend, node, list(secrets), arguments.job_id, kdf=_kdf(arguments), **options
+        )
+    return {"job-id": job.id}
+
+
+def _kdf(arguments: KdfOptions) -> KdfOptions:
+    """What trying the new passphrase is to cost."""
+    return KdfOptions(**{name: getattr(arguments, name) for name in KdfOptions.model_fields})
 
 
 def _volume(context: Context, name: str) -> luks.Volume:

@@ -359,7 +359,12 @@ class Change:
 
     def _set_inner(self, filter: NodeDriver, inner: str, node: NodeDriver) -> None:
         kind = filter.child_roles.get(inner.split(".")[0])
-        if kind is None or kind.kind is not RoleKind.FILTERED:
+        # What has nothing but the disk in its storage (luks, with its header elsewhere) can be
+        # put above that as well.
+        whole = filter.is_filter and filter.data_shift() == 0
+        if kind is None or not (
+            kind.kind is RoleKind.FILTERED or (kind.kind is RoleKind.STORAGE and whole)
+        ):
             raise VhostblkError(
                 f"Node '{filter.name}' cannot be put above '{node.name}': driver "
                 f"'{filter.driver}' has no child '{inner}' whose data it passes on",

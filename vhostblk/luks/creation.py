@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from typing import Any
 
 from vhostblk.luks import binary2, hashes, kdf, luks1, luks2
 from vhostblk.luks.choices import check, cipher_of, kdf_of
@@ -37,11 +38,13 @@ async def create(
     *,
     detached: bool = False,
     key: SecretBytes | None = None,
+    pending: bool = False,
 ) -> Volume:
     """Write a header whose first key slot is for `passphrase`.
 
     The data start at the offset of the volume's segment: behind the header, or at 0 of another
-    storage if it is detached. `key` is the volume key, a random one if there is none.
+    storage if it is detached. `key` is the volume key, a random one if there is none. With
+    `pending` the header says that nothing of the disk has been encrypted yet (reencryption.py).
     """
     check(options)
     if options.uuid is not None and not _UUID.match(options.uuid):
@@ -52,11 +55,13 @@ async def create(
     spec, key_size = cipher_of(options)
     if key is not None and len(key) != key_size:
         raise bad_option("cipher-alg", f"its key has {key_size} bytes, not {len(key)}")
+    if pending and (options.version == "luks1" or not detached):
+        raise bad_option("in-place", "it needs version=luks2 and a detached header")
     own = key or random_key(key_size)
     try:
         if options.version == "luks1":
             return await _create1(storage, words, options, detached, own, spec)
-        return await _create2(storage, words, options, detached, own, spec)
+        return await _create2(storage, words, options, detached, own, spec, pending)
     finally:
         if key is None:
             own.close()
@@ -104,6 +109,7 @@ async def _create2(
     detached: bool,
     key: SecretBytes,
     spec: CipherSpec,
+    pending: bool,
 ) -> Volume:
     if options.metadata_size not in binary2.SIZES:
         sizes = ", ".join(str(size) for size in binary2.SIZES)
@@ -121,7 +127,7 @@ async def _create2(
     end = 2 * options.metadata_size + area
     payload = _payload(options, end, detached, options.sector_size)
 
-    def work() -> tuple[binary2.Binary, dict[str, object], Slot, bytes]:
+    def work() -> tuple[binary2.Binary, dict[str, Any], Slot, bytes]:
         length = hashes.digest_size(options.hash_alg)
         binary, metadata = luks2.empty(
             options, spec, payload, area, _digest(key, options.hash_alg, length)
@@ -137,9 +143,24 @@ async def _create2(
     await write_zeroes(storage, 0, end)
     await storage.flush()
     await storage.write(slot.area_offset, material)
+    if pending:
+        metadata = await _pending(storage, binary, metadata)
     await storage.flush()
     copy = await binary2.write(storage, binary, metadata)
     return Luks2(storage, Limits(), binary2.Found(copy))
+
+
+async def _pending(
+    storage: Storage, binary: binary2.Binary, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """The metadata for a disk that is not encrypted yet; the log of how far it is, on disk."""
+    from vhostblk.luks import reencryption
+    from vhostblk.nodes._zone_log import ZoneLog
+
+    made = Luks2(storage, Limits(), binary2.Found(binary2.Copy(binary, metadata)))
+    log, run = reencryption.place_for_log(made), reencryption.new_run()
+    await ZoneLog(storage, *log, run).create()
+    return reencryption.pending(metadata, run, log)
 
 
 def _payload(options: CreateOptions, end: int, detached: bool, sector_size: int) -> int:

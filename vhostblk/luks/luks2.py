@@ -27,6 +27,7 @@ from vhostblk.secret import SecretBytes
 ALIGN = 4096  # of areas
 LARGEST_AREA = json2.LARGEST_AREA
 DEFAULT_AREA_CIPHER = ("aes-xts-plain64", 64)
+REENCRYPTION = "vhostblk-reencrypt"  # a requirement of ours (reencryption.py)
 DIGEST_MILLISECONDS = 125  # of PBKDF2 for the digest of a random key, as cryptsetup does
 
 
@@ -75,11 +76,24 @@ class Luks2(Volume):
 
     @property
     def key_size(self) -> int:
-        wanted = self.segment.digest
+        wanted = self.disk_digest
         for slot in self.active():
             if slot.digest == wanted:
                 return slot.key_size
         return 0  # without a key slot nobody can say
+
+    @property
+    def disk_digest(self) -> str:
+        if self.is_reencrypting:
+            # Whoever is to read the disk in future needs the new key.
+            for segment in self.segments:
+                if "backup-final" in segment.flags:
+                    return segment.digest
+        return self.segment.digest
+
+    @property
+    def is_reencrypting(self) -> bool:
+        return REENCRYPTION in self.requirements
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -182,9 +196,9 @@ class Luks2(Volume):
 
     def _area_cipher(self) -> tuple[str, int]:
         """What the areas of new slots are encrypted with: as the disk, or as others have it."""
-        segment = self.segment
+        wanted = self.disk_digest
         for slot in self.active():
-            if slot.digest == segment.digest:
+            if slot.digest == wanted:
                 return slot.cipher, slot.area_key_size
         return DEFAULT_AREA_CIPHER
 
@@ -220,17 +234,20 @@ class Luks2(Volume):
         # First what the passphrase unlocks: whatever happens then, it does not any more.
         name = str(number)
         place = self._metadata["keyslots"][name]["area"]
-        offset, size = int(place["offset"]), int(place["size"])
-        for at in range(offset, offset + size, 1 << 20):
-            length = min(1 << 20, offset + size - at)
-            await self._storage.write(at, os.urandom(length))
-        await self._storage.flush()
+        await self.destroy_area(int(place["offset"]), int(place["size"]))
         metadata = self.metadata
         del metadata["keyslots"][name]
         for kind in ("digests", "tokens"):
             for entry in metadata[kind].values():
                 entry["keyslots"] = [other for other in entry["keyslots"] if other != name]
         await self._write(metadata)
+
+    async def destroy_area(self, offset: int, size: int) -> None:
+        """Overwrite it with noise."""
+        for at in range(offset, offset + size, 1 << 20):
+            length = min(1 << 20, offset + size - at)
+            await self._storage.write(at, os.urandom(length))
+        await self._storage.flush()
 
 
 def new_digest(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.luks import choices, kdf
-from vhostblk.luks.errors import bad_passphrase, no_slot, too_costly
+from vhostblk.luks.errors import bad_passphrase, error, no_slot, too_costly
 from vhostblk.luks.kdf import Limits
 from vhostblk.luks.options import KdfOptions
 from vhostblk.luks.slots import Digest, Slot, SlotInfo, material_size
@@ -126,6 +126,20 @@ class Volume(abc.ABC):
         """The disk, or its first part."""
         return next(s for s in self.segments if not any(f.startswith("backup") for f in s.flags))
 
+    @property
+    def disk_digest(self) -> str:
+        """The digest of the key that the disk is read with."""
+        return self.segment.digest
+
+    @property
+    def is_reencrypting(self) -> bool:
+        """Whether the disk has two keys at the moment."""
+        return False
+
+    def _check_idle(self) -> None:
+        if self.is_reencrypting:
+            raise error("luks-busy", "the disk is being re-encrypted", "wait until that is done")
+
     async def unlock(
         self,
         passphrase: Buffer | SecretBytes,
@@ -185,7 +199,7 @@ class Volume(abc.ABC):
         if number is not None:
             found = self._find(number)
             return [found] if digest in (None, found.digest) else []
-        wanted = self.segment.digest if digest is None else digest
+        wanted = self.disk_digest if digest is None else digest
         return [slot for slot in self.active() if slot.digest == wanted and slot.priority]
 
     def _find(self, number: int) -> Slot:
@@ -222,10 +236,11 @@ class Volume(abc.ABC):
         kdf_options: KdfOptions | None,
         digest: str | None,
     ) -> int:
+        self._check_idle()
         words = _view(passphrase)
         if not len(words):
             raise no_slot("the new passphrase is empty")
-        name = self.segment.digest if digest is None else digest
+        name = self.disk_digest if digest is None else digest
         known = self.digests.get(name)
         if known is None:
             raise no_slot(f"the header has no digest {name}")
@@ -271,7 +286,7 @@ class Volume(abc.ABC):
         """Destroy all slots that the passphrase opens; their numbers."""
         async with self._changing:
             numbers = []
-            wanted = self.segment.digest
+            wanted = self.disk_digest
             for slot in self.active():
                 if slot.digest != wanted:
                     continue
@@ -289,11 +304,12 @@ class Volume(abc.ABC):
             return sorted(numbers)
 
     async def _remove(self, numbers: list[int], force: bool) -> None:
+        self._check_idle()
         used = {info.number for info in self.slots() if info.active}
         for number in numbers:
             if number not in used:
                 self._find(number)
-        disk = self.segment.digest
+        disk = self.disk_digest
         left = [slot for slot in self.active() if slot.digest == disk]
         if not force and left and all(slot.number in numbers for slot in left):
             raise no_slot(
@@ -346,6 +362,8 @@ def describe(volume: Volume) -> dict[str, Any]:
         "payload-offset": segment.offset,
         "slots": [slot.describe() for slot in volume.slots()],
     }
+    if volume.is_reencrypting:
+        told["reencrypting"] = True
     if volume.damage:
         told["damage"] = list(volume.damage)
     return told

@@ -18,14 +18,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from vhostblk import luks
-from vhostblk.engine.crypt import Cipher, CipherSpec, Half, new_cipher
 from vhostblk.image import Extent
 from vhostblk.luks.options import CreateOptions
-from vhostblk.nodes._crypt import CryptNode
-from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, RoleKind
+from vhostblk.nodes._reencrypt import REQUIREMENTS, ReencryptingNode
+from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.objects.secret import Secret
-from vhostblk.schema import BlockdevRef, Size, VhostblkError
+from vhostblk.schema import BlockdevRef, OnOff, Size, VhostblkError
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +48,15 @@ class LuksCreateOptions(CreateOptions):
     """The node to write the volume to."""
     header: BlockdevRef | None = None
     """The node that is to have the header, instead of `file`."""
+    in_place: OnOff = False
+    """Make `header` only, for what `file` has now, which luks-reencrypt is going to encrypt."""
     size: Size
     """Bytes of the disk."""
     key_secret: str
     """Id of the secret object with the passphrase."""
 
 
-class Luks(CryptNode):
+class Luks(ReencryptingNode):
     """A disk encrypted with LUKS."""
 
     driver = "luks"
@@ -80,6 +81,9 @@ class Luks(CryptNode):
             )
         async with contextlib.AsyncExitStack() as opened:
             secret = opened.enter_context(host.using(options.key_secret, Secret))
+            if options.in_place:
+                await cls._create_in_place(host, options, secret)
+                return
             file = ChildStorage(await opened.enter_async_context(host.image(options.file)))
             header = file
             if options.header is not None:
@@ -90,19 +94,35 @@ class Luks(CryptNode):
             await file.ensure(volume.segment.offset + options.size)
             await file.flush()
 
+    @staticmethod
+    async def _create_in_place(
+        host: CreateHost, options: LuksCreateOptions, secret: Secret
+    ) -> None:
+        """The header alone: a guest may be using the disk."""
+        if options.header is None:
+            raise VhostblkError(
+                "Parameter 'header' is missing: a disk that is encrypted in place has no room for "
+                "a header",
+                data={"code": "missing-parameter", "parameter": "header"},
+            )
+        async with host.image(options.header) as child:
+            storage = ChildStorage(child)
+            await luks.create(storage, secret.data, options, detached=True, pending=True)
+
     # ---- life
 
     async def open(self) -> None:
         secret = self.host.use_object(self, self.options.key_secret, Secret)
         role = "header" if "header" in self.children else "file"
-        self._cipher: Cipher | None = None
+        self._prepare_ciphers()
         try:
-            self.volume = await luks.open_volume(ChildStorage(self.child(role)))
+            self.volume = await luks.open_volume(self.header, requirements=REQUIREMENTS)
             self.volume.step = lambda: self.host.working(self)
             self._segment = self._only_segment()
             self._check_size()
-            self._cipher = await self._unlock(secret)
+            await self.open_crypt(secret.data)
         except VhostblkError as error:
+            self._free_ciphers()
             raise VhostblkError(
                 f"Cannot open node '{self.name}' ({self.child(role).node.filename()}): "
                 f"{error.desc}",
@@ -110,7 +130,6 @@ class Luks(CryptNode):
             ) from None
         for damage in self.volume.damage:
             logger.warning("node '%s' (luks): %s", self.name, damage)
-        self.start_crypt(self._half, discard=self._discards)
 
     def _only_segment(self) -> luks.Segment:
         """The disk. One in several parts has a requirement that open_volume() refuses."""
@@ -122,40 +141,26 @@ class Luks(CryptNode):
             )
         return found[0]
 
-    async def _unlock(self, secret: Secret) -> Cipher | None:
-        segment = self._segment
-        slot, key = await self.volume.unlock(secret.data)
-        logger.info("node '%s' (luks): unlocked with key slot %d", self.name, slot)
-        with key:
-            if not segment.cipher:
-                return None
-            return new_cipher(
-                self.engine,
-                CipherSpec.parse(segment.cipher),
-                key.view(),
-                sector_size=segment.sector_size,
-                iv_offset=segment.iv_offset,
-            )
-
     async def close(self) -> None:
         await super().close()
-        if self._cipher is not None:
-            self._cipher.free()
-            self._cipher = None
+        self._free_ciphers()
 
     # ---- options
 
-    @property
-    def _half(self) -> Half:
-        return Half(self._cipher, self._segment.offset)
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        if role is self.child_roles["file"] and "header" in self.children:
+            # Nothing of ours is in there: it is written when the disk is, and the node can be
+            # inserted above a disk in use, which is then encrypted.
+            return perm | Perm.CONSISTENT_READ, shared
+        return super().child_permissions(role, perm, shared)
 
     @property
-    def _discards(self) -> bool:
+    def discards(self) -> bool:
         return self.options.discard == "unmap"
 
     def _exchange(self) -> None:
         super()._exchange()
-        self.set_layout(self._half, discard=self._discards)
+        self.set_as_it_is()
 
     # ---- what it is
 
