@@ -195,6 +195,23 @@ def test_bad_options_are_refused() -> None:
     with_host(test)
 
 
+def test_blkverify() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host, "ab", vote_threshold=2, blkverify=True)
+        truth = content(host, "a")
+        assert await host.read("q", 0, MIB) == truth
+        await host.write("q", 4096, b"x" * 4096)
+        assert content(host, "a") == content(host, "b") != truth
+        spoil(host, "b", 0)
+        with pytest.raises(OSError):
+            await host.read("q", 0, 4096)
+        await host.until(lambda: bool(host.named("QUORUM_FAILURE")))
+        assert await host.read("q", 4096, 4096) == b"x" * 4096
+        assert states(node) == {"a": "in-sync", "b": "in-sync"}
+
+    with_host(test)
+
+
 def test_options_and_legs_change_under_a_guest() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host, "ab", vote_threshold=2)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""quorum: the file in which states survive, and the commands that show and change them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from in_process import MIB, Host, refused
+from quorum_legs import BLOCK, Faulty, quorum, restart, run, states, until_states
+
+from vhostblk.control.commands import registry
+from vhostblk.control.registry import Context
+from vhostblk.schema import VhostblkError
+
+
+async def command(host: Host, name: str, **arguments: Any) -> Any:
+    """As a client would."""
+    context = Context(host.backend, registry, lambda: None)
+    given = {key.replace("_", "-"): value for key, value in arguments.items()}
+    return await registry.find(name).run(context, given)
+
+
+def test_a_file_that_is_damaged() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        Faulty.faults["a"] = {"write": errno.EIO}
+        await host.write("q", 0, b"1" * 512)
+        await restart(host)
+        path = Path(host.path("states"))
+        good = path.read_bytes()
+        for bad, text in (
+            (b"", "is damaged"),
+            (good[:100], "is damaged"),
+            (good[:-4096], "and should have"),
+            (b"QFI\xfb" + good[4:], "no metadata of a quorum"),
+            (good[:8] + b"\2" + good[9:], "version 2"),
+        ):
+            path.write_bytes(bad)
+            with refused("Quorum metadata", text):
+                await quorum(host)
+            for node in ("c", "b", "a", "file-c", "file-b", "file-a"):
+                await host.backend.blockdev_del(node)
+        path.write_bytes(good)
+        assert states(await quorum(host, auto_rebuild=False)) == "sii"
+
+    run(test)
+
+
+def test_nonsense_is_an_error_and_nothing_worse() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await restart(host)
+        path = Path(host.path("states"))
+        good = path.read_bytes()
+        chance = random.Random(1)
+        for leg in "abc":
+            await host.add("file", leg, filename=host.path(leg))
+        options = {"children": list("abc"), "vote_threshold": 2, "auto_rebuild": False,
+                   "metadata_file": str(path)}  # fmt: skip
+        for _ in range(60):
+            damaged = bytearray(good)
+            for _ in range(chance.randrange(1, 8)):
+                damaged[chance.randrange(5000)] = chance.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                node = await host.add("quorum", "q", **options)
+            except VhostblkError:
+                continue
+            assert set(states(node)) <= {"i", "s"}
+            await host.backend.blockdev_del("q")
+
+    run(test)
+
+
+def test_a_file_about_other_legs() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await restart(host)
+        for leg in "abc":
+            os.rename(host.path(leg), host.path(f"old-{leg}"))
+        with refused("none of them is among the children", "remove it if those are equal"):
+            await quorum(host)
+        for node in ("c", "b", "a", "file-c", "file-b", "file-a"):
+            await host.backend.blockdev_del(node)
+        # One that is known: the others have to prove themselves.
+        os.rename(host.path("old-b"), host.path("b"))
+        assert states(await quorum(host, auto_rebuild=False)) == "sis"
+
+    run(test)
+
+
+def test_a_file_that_is_in_use() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        for leg in "def":
+            await host.add("file", leg, filename=host.file(leg))
+        with refused("is in use by another quorum"):
+            await host.add("quorum", "r", children=list("def"), vote_threshold=2,
+                           metadata_file=host.path("states"))  # fmt: skip
+
+    run(test)
+
+
+def test_legs_in_another_order_and_overlays_keep_their_states() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        Faulty.faults["c"] = {"write": errno.EIO}
+        await host.write("q", 3 * BLOCK, b"1" * 512)
+        await restart(host)
+        node = await quorum(host, "cab", auto_rebuild=False)
+        assert states(node) == "sii" and node.describe_legs()[0]["missed-bytes"] == BLOCK
+        await host.export("q")
+        await host.backend.transaction([("blockdev-snapshot-sync", {"device": "e"})])
+        assert states(node) == "sii" and node.describe_legs()[0]["missed-bytes"] == BLOCK
+        async with host.device() as guest:
+            await guest.write(0, b"2" * BLOCK)
+        assert node.describe_legs()[0]["missed-bytes"] == 2 * BLOCK
+
+    run(test)
+
+
+def test_a_larger_disk() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        Faulty.faults["c"] = {"write": errno.EIO}
+        await host.write("q", 0, b"1" * 512)
+        await host.backend.block_resize("q", 2 * MIB)
+        assert states(node) == "iif" and node.size == 2 * MIB
+        assert node.describe_legs()[2]["missed-bytes"] == BLOCK + MIB
+        await host.write("q", 2 * MIB - 512, b"2" * 512)
+        Faulty.faults.clear()
+        await command(host, "quorum-rebuild", node_name="q", leg="children.2")
+        await until_states(host, node, "iii")
+        assert await host.read("c", 2 * MIB - 512, 512) == b"2" * 512
+
+    run(test)
+
+
+def test_commands() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.add("file", "d", filename=host.file("d"))
+        await host.write("q", 0, os.urandom(MIB))
+        assert await command(host, "query-quorum") == [
+            {
+                "node-name": "q",
+                "vote-threshold": 2,
+                "legs": [
+                    {"child": f"children.{i}", "node-name": leg, "state": "in-sync",
+                     "missed-bytes": 0}
+                    for i, leg in enumerate("abc")
+                ],
+            }
+        ]  # fmt: skip
+        await command(host, "x-blockdev-change", parent="q", node="d")
+        await until_states(host, node, "iiii")
+        await command(host, "x-blockdev-change", parent="q", child="children.0")
+        await command(host, "x-blockdev-change", parent="q", child="b")
+        assert [leg.node.name for leg in node.legs] == ["c", "d"]
+        with refused("threshold may not exceed children count"):
+            await command(host, "x-blockdev-change", parent="q", child="children.3")
+        with refused("parameters child and node are in conflict"):
+            await command(host, "x-blockdev-change", parent="q", child="c", node="a")
+        with refused("Either child or node must be specified"):
+            await command(host, "x-blockdev-change", parent="q")
+        with refused("has no leg 'a'; its legs: c, d"):
+            await command(host, "quorum-rebuild", node_name="q", leg="a")
+        with refused("Node 'd' is a 'file' and no quorum"):
+            await command(host, "quorum-scrub", node_name="d")
+        await command(host, "x-blockdev-change", parent="q", node="a")
+        await until_states(host, node, "iii")
+        job = await command(host, "quorum-scrub", node_name="q", speed=1)
+        [entry] = host.backend.query_block_jobs()
+        assert entry["device"] == job["job-id"] and entry["type"] == "quorum-scrub"
+
+    run(test)
+
+
+def test_a_place_that_cannot_be_written() -> None:
+    async def test(host: Host) -> None:
+        with refused("Quorum metadata", "cannot be written: No such file or directory"):
+            await quorum(host, metadata_file=host.path("nowhere/states"))
+
+    run(test)
