@@ -24,6 +24,7 @@ class Image(Enum):
     LEGS = "legs"  # the same three times: also at {image}.b and {image}.c
     DEDUP = "dedup"  # the data device of an empty dedup store; metadata in {image}.meta
     DEDUP_FILLED = "dedup-filled"  # the same with the data on its disk
+    FLAGSHIP = "flagship"  # LEGS, of which each has the encrypted data of LUKS
     LUKS = "luks"  # the data encrypted, with QEMU's defaults (LUKS1, AES-256 in XTS mode)
 
 
@@ -57,6 +58,12 @@ def prepare(image: Image, file: Path) -> None:
         _qemu_img("convert", "-q", "-S", "0", "-O", "qcow2", str(file), str(path))
     elif image is Image.LEGS and not path.exists():
         _qemu_img("convert", "-q", "-S", "0", "-O", "qcow2", str(file), str(path))
+        for leg in legs_of(path)[1:]:
+            shutil.copyfile(path, leg)
+    elif image is Image.FLAGSHIP and not path.exists():
+        prepare(Image.LUKS, file)
+        encrypted = str(path_of(Image.LUKS, file))
+        _qemu_img("convert", "-q", "-S", "0", "-f", "raw", "-O", "qcow2", encrypted, str(path))
         for leg in legs_of(path)[1:]:
             shutil.copyfile(path, leg)
     elif image is Image.OVERLAY and not path.exists():

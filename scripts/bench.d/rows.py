@@ -121,6 +121,19 @@ def quorum(file: str = "") -> tuple[str, ...]:
     return (*legs, f"driver=quorum,node-name=disk,vote-threshold=2,{children}")
 
 
+def flagship(file: str = "") -> tuple[str, ...]:
+    """Limits (never reached) and encryption above three legs."""
+    return (
+        *(node.replace("node-name=disk", "node-name=legs") for node in quorum(file)),
+        "driver=luks,node-name=plain,file=legs,key-secret=key",
+        "driver=throttle,node-name=disk,throttle-group=limits,file=plain",
+    )
+
+
+FLAGSHIP_DAEMONS = (
+    Daemon("aio=io_uring", flagship("aio=io_uring")),
+    Daemon("aio=threads", flagship("aio=threads")),
+)
 QUORUM_DAEMONS = (
     Daemon("aio=io_uring", quorum("aio=io_uring")),
     Daemon("aio=threads", quorum("aio=threads")),
@@ -360,6 +373,29 @@ ROWS: tuple[Row, ...] = (
             ),
             daemons=QUORUM_DAEMONS,
             image=Image.LEGS,
+        )
+        for block in (4096, 65536)
+        for what in ("randread", "randwrite")
+    ),
+    *(
+        Row(
+            name=f"flagship-{what}{'-64k' if block > 4096 else ''}",
+            title="throttle, luks, quorum of three qcow2",
+            nodes=flagship(),
+            compare=Compare.IOPS,
+            target=8.0 if block > 4096 else 6.0 if what == "randread" else 4.0,
+            job=Job(
+                what,
+                depth=8 if block > 4096 else 32,
+                block=block,
+                span=16 if what == "randwrite" else 0,
+            ),
+            objects=(
+                f"secret,id=key,data={PASSPHRASE}",
+                "throttle-group,id=limits,x-iops-total=100000000",
+            ),
+            daemons=FLAGSHIP_DAEMONS,
+            image=Image.FLAGSHIP,
         )
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
