@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from backend_process import BackendProcess
+from crash import newest_tools
 from in_process import Guest, Host, refused, with_host
 from luks_headers import MIB, cryptsetup, opens, run, volume_key
 
@@ -367,6 +368,48 @@ def test_kill_9_until_it_is_done(
     assert content_of(path, 16 * MIB) == content
     assert opens(path, ONE)
     assert volume_key(path, ONE, short_dir / "k") != old
+
+
+def test_snapshots_meanwhile(tmp_path: Path) -> None:
+    """Header, log and data lie in one chain: each image of it is a moment, and can be read."""
+    tools = newest_tools()
+    raw = formatted(tmp_path / "raw")
+    tools.img("convert", "-f", "raw", "-O", "qcow2", raw, tmp_path / "0.qcow2")
+    content = os.urandom(DISK)
+    count = 5
+
+    async def test(host: Host) -> None:
+        file = {"driver": "file", "filename": str(tmp_path / "0.qcow2")}
+        await host.add("qcow2", "q", file=file)
+        await disk(host, raw, file="q")
+        await host.write("disk", 0, content)
+        await host.export("disk", "e")
+        await command(host, "luks-reencrypt", speed=MIB // 2, **CHEAP)
+        job = host.backend.block_job("reencrypt-disk")
+        await host.until(lambda: job.current_progress > 0, 30)
+        for number in range(1, count + 1):
+            overlay = str(tmp_path / f"{number}.qcow2")
+            given = {"device": "e", "snapshot-file": overlay, "format": "qcow2"}
+            await host.backend.transaction([("blockdev-snapshot-sync", given)])
+            await asyncio.sleep(0.03 * number)
+        job.set_speed(0)
+        await until_done(host)
+        assert ended_well(host)
+        assert await host.read("disk", 0, DISK) == content
+
+    with_host(test)
+    for number in range(count + 1):
+        image = tmp_path / f"{number}.qcow2"
+        assert tools.check(image).corruptions == 0
+        plain = tmp_path / "plain"
+        plain.write_bytes(tools.content(image))
+
+        async def look(host: Host) -> None:
+            # Writable: what a snapshot has caught in the middle of a zone is finished first.
+            await disk(host, plain)  # noqa: B023
+            assert await host.read("disk", 0, DISK) == content
+
+        with_host(look)
 
 
 def test_a_header_made_in_place_needs_luks2_and_a_place_of_its_own(tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ class Qcow2(HookedNode):
     async def _unlock(self, secret: Secret) -> SecretBytes:
         try:
             self.volume = await open_volume(self.file, self.header)
+            self.volume.step = lambda: self.host.working(self)
             _, key = await self.volume.unlock(secret.data)
         except VhostblkError as error:
             raise VhostblkError(
