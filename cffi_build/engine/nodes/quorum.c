@@ -10,17 +10,18 @@
  *
  * A leg fails a change that enough others have done: it has missed something.
  *   1. Its dirty map and then its state say so, both in memory that outlives the process.
- *   2. The request goes up to Python, which brings both to the disk, and so does every other request
- *      that misses this leg meanwhile.
+ *   2. The request goes up to Python, which brings both to the disk, and so does every other
+ *      request that misses this leg meanwhile.
  *   3. Python says that it is recorded, and completes them.
- * Afterwards only the dirty map grows. It has to be on disk when the guest's next flush is complete,
- * which therefore writes it, too: what was not flushed may be lost in a power cut, on any leg.
+ * Afterwards only the dirty map grows. It has to be on disk when the guest's next flush is
+ * complete, which therefore writes it, too: what was not flushed may be lost in a power cut, on
+ * any leg.
  *
  * Reads. Guests may write to their buffers at any time, so versions are compared in memory of
- * our own. But the first version goes straight to the guest: nearly always the others are found to be
- * equal to it, and it is in its place. If they are not, perhaps because the guest has written there,
- * all legs are asked again, and nothing but the winner reaches the guest. With a timeout that
- * is not done: a leg that was given up could write to the guest's memory much later.
+ * our own. Without a timeout the first version goes straight to the guest: nearly always the
+ * others are found to be equal to it, and it is in its place. If they are not, perhaps because the
+ * guest has written there, all legs are asked again, and nothing but the winner reaches the
+ * guest. With a timeout, a leg that was given up could write to the guest's memory much later.
  *
  * Writes. The data are copied once, and the legs get the copy: legs that write what the guest
  * is changing at the same time would differ ever after. Late legs live from that copy, too.
@@ -49,7 +50,7 @@ struct report {
     uint64_t offset, bytes;
 };
 
-/* ---- telling Python ------------------------------------------------------------------- */
+/* ---- telling Python -------------------------------------------------------------------------- */
 
 static void fill_report(struct vb_message *message, void *context)
 {
@@ -109,7 +110,7 @@ static void retire(const struct op *op, uint32_t leg, int ret)
     }
 }
 
-/* ---- requests and their parts --------------------------------------------------------------- */
+/* ---- requests and their parts ---------------------------------------------------------------- */
 
 static uint32_t bit(uint32_t leg)
 {
@@ -271,7 +272,7 @@ static void fail(struct op *op, int ret)
     complete(op, ret);
 }
 
-/* ---- changes ---------------------------------------------------------------------------------- */
+/* ---- changes --------------------------------------------------------------------------------- */
 
 /* These legs do not have the change. */
 static void mark_missed(struct op *op, uint32_t legs)
@@ -370,7 +371,7 @@ static void change_answered(struct op *op)
     }
 }
 
-/* ---- flushes that write the dirty maps, too -------------------------------------------------------- */
+/* ---- flushes that write the dirty maps, too -------------------------------------------------- */
 
 static void synced(struct vb_aio *aio)
 {
@@ -405,7 +406,7 @@ static void start_sync(struct op *op)
     vb_aio_submit(op->thread, &op->sync);
 }
 
-/* ---- who is asked ------------------------------------------------------------------------------------- */
+/* ---- who is asked ---------------------------------------------------------------------------- */
 
 static void choose_legs(struct op *op)
 {
@@ -466,7 +467,7 @@ static void start_change(struct quorum_node *quorum, struct vb_request *request)
     submit_parts(op);
 }
 
-/* ---- votes on what was read ---------------------------------------------------------------- */
+/* ---- votes on what was read ------------------------------------------------------------------ */
 
 /* Walks the guest's buffers next to `memory`: compares, or copies to the guest. */
 static bool same_as_guest(const struct vb_request *request, const unsigned char *memory)
@@ -623,7 +624,7 @@ static void start_read(struct quorum_node *quorum, struct vb_request *request, b
     submit_parts(op);
 }
 
-/* ---- one leg after the other -------------------------------------------------------------------- */
+/* ---- one leg after the other ----------------------------------------------------------------- */
 
 /* The next of op->voters that has not been asked yet. */
 static void ask_next(struct op *op)
@@ -682,7 +683,7 @@ static void start_fifo(struct quorum_node *quorum, struct vb_request *request)
     ask_next(op);
 }
 
-/* ---- what legs answer ------------------------------------------------------------------------------ */
+/* ---- what legs answer ------------------------------------------------------------------------ */
 
 static void answered(struct op *op, uint32_t leg, int ret)
 {
@@ -730,8 +731,8 @@ static void part_done(struct vb_request *request)
 }
 
 /*
- * Whatever it was: the leg is out, since this request may still get to it, and what comes later must
- * not be overwritten by it. Nothing is copied to it before all strays have come back.
+ * Whatever it was: the leg is out, since this request may still get to it, and what comes later
+ * must not be overwritten by it. Nothing is copied to it before all strays have come back.
  */
 void op_give_up(struct op *op, uint32_t leg)
 {
@@ -748,7 +749,7 @@ void op_give_up(struct op *op, uint32_t leg)
     answered(op, leg, -ETIMEDOUT);
 }
 
-/* ---- the node ------------------------------------------------------------------------------------- */
+/* ---- the node -------------------------------------------------------------------------------- */
 
 void quorum_submit(struct vb_node *node, struct vb_request *request)
 {

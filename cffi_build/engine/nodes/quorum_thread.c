@@ -31,7 +31,7 @@ static void *must_alloc(size_t size)
     return memory;
 }
 
-/* ---- held requests ----------------------------------------------------------------------- */
+/* ---- held requests --------------------------------------------------------------------------- */
 
 /* In the scratch of a request that waits. */
 struct held {
@@ -146,7 +146,8 @@ static _Atomic uint64_t *member(uint64_t *value)
     return (_Atomic uint64_t *)value;
 }
 
-static struct vb_quorum_late *late_entry(struct quorum_node *quorum, unsigned thread, unsigned entry)
+static struct vb_quorum_late *late_entry(struct quorum_node *quorum, unsigned thread,
+                                         unsigned entry)
 {
     struct vb_quorum_late *table = (struct vb_quorum_late *)(uintptr_t)quorum->options.lates;
 
@@ -191,7 +192,7 @@ uint32_t quorum_late_legs(struct quorum_node *quorum, uint64_t offset, uint64_t 
     return legs;
 }
 
-/* Everything about it is known before the guest is told: a read, a write, and a successor see it. */
+/* All of it is known before the guest is told: a read, a write, and a successor see it. */
 bool quorum_late_begin(struct op *op)
 {
     struct quorum_node *quorum = op->quorum;
@@ -244,7 +245,7 @@ void vb_quorum_hold_early(struct vb_node *node, bool hold)
     }
 }
 
-/* ---- grace ------------------------------------------------------------------------------------- */
+/* ---- grace ----------------------------------------------------------------------------------- */
 
 /* One thread's part of a question. */
 struct thread_grace {
@@ -361,7 +362,7 @@ void quorum_end(struct op *op)
     }
 }
 
-/* ---- locks --------------------------------------------------------------------------------------- */
+/* ---- locks ----------------------------------------------------------------------------------- */
 
 int vb_quorum_lock(struct vb_node *node, uint64_t offset, uint64_t bytes, uint64_t cookie)
 {
@@ -391,7 +392,7 @@ void vb_quorum_unlock(struct vb_node *node, int lock)
     quorum_wake(quorum);
 }
 
-/* ---- timeouts ---------------------------------------------------------------------------------------- */
+/* ---- timeouts -------------------------------------------------------------------------------- */
 
 static void arm(struct quorum_thread *here, uint64_t deadline_ns)
 {
@@ -494,7 +495,7 @@ void quorum_unwatch(struct op *op)
     }
 }
 
-/* ---- life ------------------------------------------------------------------------------------------------ */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static void run_end(struct vb_message *message, void *context)
 {
@@ -529,7 +530,7 @@ struct quorum_thread *quorum_thread(struct quorum_node *quorum, struct vb_iothre
     return here;
 }
 
-/* Nothing is in flight. A wake-up may still be on its way: freed behind it, by the thread itself. */
+/* Nothing is in flight. A wake-up may be on its way: freed behind it, by the thread itself. */
 void quorum_threads_free(struct quorum_node *quorum)
 {
     for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
