@@ -103,7 +103,7 @@ def test_guests_that_live_on(short_dir: Path, start_backend: Start, block_bits: 
             load.work(100)
             load.settle()
             load.check()
-    assert backend.stop() == 0
+    assert backend.stop() == 0, "\n".join(backend.log[-80:])
     result = check(short_dir)
     assert result.sound, result.messages
 
@@ -129,5 +129,5 @@ def test_flushed_and_killed_at_once(short_dir: Path, start_backend: Start) -> No
         step = 256 << 10
         read = b"".join(device.read(at, step) for at in range(0, SIZE, step))
         assert read == content
-    assert backend.stop() == 0
+    assert backend.stop() == 0, "\n".join(backend.log[-80:])
     assert check(short_dir).sound

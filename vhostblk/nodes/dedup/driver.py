@@ -523,6 +523,10 @@ class Dedup(HookedNode):
     async def truncate(self, size: int) -> None:
         if size < self._size:
             await self._unmap(-(-size >> self._bits), -(-self._size >> self._bits))
+            block_end = -(-size >> self._bits) << self._bits
+            if size < block_end:
+                # Else what is cut off would be back when the disk grows.
+                await self._zero_edges(size, min(block_end, self._size))
         self.store.set_disk(self.options.disk, size)
         await self.store.flush(self.data)
         self._size = size

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dedup disks that are resized, and metadata on a file system that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dedup_lab import BLOCK, create, open_disk, store_of
+from in_process import MIB, Host, with_host
+
+from vhostblk.engine import OP_FLUSH
+
+
+async def sound(host: Host) -> None:
+    store = store_of(host)
+    found = await store.check(store.members[0].data, repair=False, content=True)
+    assert found.sound, found.messages
+
+
+def test_resizing() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        data = random.Random(1).randbytes(MIB)
+        await host.write("disk", 0, data)
+        await host.backend.block_resize("disk", 2 * MIB)
+        assert await host.read("disk", 0, 2 * MIB) == data + bytes(MIB)
+        await host.backend.block_resize("disk", MIB // 2)
+        await host.backend.block_resize("disk", MIB)
+        assert await host.read("disk", 0, MIB) == data[: MIB // 2] + bytes(MIB // 2)
+        await sound(host)
+        await host.backend.blockdev_del("disk")
+        node = await open_disk(host)
+        assert node.size == MIB
+
+    with_host(test)
+
+
+def test_resizing_in_the_middle_of_a_block() -> None:
+    """What a disk that has become shorter has lost does not come back when it grows."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await host.write("disk", 0, b"x" * MIB)
+        await host.backend.block_resize("disk", BLOCK + 512)
+        await host.backend.block_resize("disk", MIB)
+        expected = (b"x" * (BLOCK + 512)).ljust(MIB, b"\0")
+        assert await host.read("disk", 0, MIB) == expected
+        await sound(host)
+
+    with_host(test)
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Path]:
+    """A few MiB, for the metadata."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    command = ["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("action", ["report", "hold"])
+def test_metadata_device_full(small_file_system: Path, action: str) -> None:
+    """Writes fail, or wait; nothing that was written is lost; they go on when there is space."""
+
+    async def test(host: Host) -> None:
+        meta = str(small_file_system / "meta")
+        await create(host, size=64 * MIB, data=64 * MIB, metadata=meta, segment_size=MIB)
+        await open_disk(host, metadata=meta, on_enospc=action)
+        store_of(host).tuning.changes = 200
+        ballast = small_file_system / "ballast"
+        rnd = random.Random(2)
+        content: dict[int, bytes] = {}
+        for at in range(0, 4 * MIB, BLOCK):
+            content[at] = rnd.randbytes(BLOCK)
+            await host.write("disk", at, content[at])
+        fill_up(ballast)
+
+        async def write_more() -> None:
+            for at in range(4 * MIB, 12 * MIB, BLOCK):
+                data = rnd.randbytes(BLOCK)
+                await host.write("disk", at, data)
+                content[at] = data
+
+        writing = asyncio.create_task(write_more())
+        await host.until(lambda: bool(host.named("DEDUP_FULL")))
+        assert host.named("DEDUP_FULL")[0]["device"] == "metadata"
+        if action == "report":
+            with pytest.raises(OSError) as caught:
+                await writing
+            assert caught.value.errno == 28
+        await check(host, content)
+        ballast.unlink()
+        if action == "hold":
+            await asyncio.sleep(0.6)
+            stopped = len(content)
+            await host.until(lambda: writing.done() or len(content) > stopped)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+        data = rnd.randbytes(BLOCK)
+        await host.write("disk", 0, data)
+        content[0] = data
+        handle = host.backend.graph.node("disk").effective
+        await host.backend.engine.submit(handle, OP_FLUSH)
+        await check(host, content)
+        await sound(host)
+
+    with_host(test)
+
+
+def fill_up(path: Path) -> None:
+    """All that the file system has left."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+async def check(host: Host, content: dict[int, Any]) -> None:
+    for at, data in list(content.items()):
+        assert await host.read("disk", at, BLOCK) == data, at
