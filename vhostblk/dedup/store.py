@@ -173,13 +173,13 @@ class Store:
         self._background: set[asyncio.Task[None]] = set()
         self._protected: set[asyncio.Task[Any]] = set()
         self._checkpointing = self._collecting = False
-        self._writing_tables = False
         self._lost: list[tuple[int, int]] = []
         self._moved = False
         self._durable = 0
         self._dirty = False
         self._told_full = False
         self._told_level = 0
+        self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
         self._not_before = 0.0  # background work that has failed is not begun again before
         self._room: asyncio.Future[None] | None = None
@@ -740,12 +740,22 @@ class Store:
             "metadata-size": self.tables.size + self.journal.size,
             "written-blocks": counters.written,
             "hits": counters.hits,
+            "hits-per-second": self._hit_rate(),
             "zero-blocks": counters.zeroes,
             "stored-blocks": counters.stored,
             "moved-blocks": counters.moved,
             "checkpoints": counters.checkpoints,
             "full": self._told_full,
         }
+
+    def _hit_rate(self) -> float:
+        """Since somebody asked last, at least a second ago."""
+        now, hits = time.monotonic(), self.counters.hits
+        then, before, rate = self._rate
+        if now - then >= 1.0:
+            rate = round((hits - before) / (now - then), 1)
+            self._rate = now, hits, rate
+        return rate
 
     async def fragmentation(self, disk: int) -> dict[str, int]:
         """In how many pieces the blocks of a disk are on the data device."""
