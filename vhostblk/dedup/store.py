@@ -1124,7 +1124,10 @@ class _Write:
 
 async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
     """Wait for all of them, even if one fails: they use memory, or a place."""
-    results = await asyncio.gather(*work, return_exceptions=True)
+    all_of_it = list(work)
+    if len(all_of_it) == 1:  # most often; without a task
+        return [await all_of_it[0]]
+    results = await asyncio.gather(*all_of_it, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
