@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from in_process import MIB, Host, refused
 from quorum_legs import BLOCK, Faulty, quorum, restart, run, states, until_states
 
@@ -178,6 +179,45 @@ def test_commands() -> None:
         assert entry["device"] == job["job-id"] and entry["type"] == "quorum-scrub"
 
     run(test)
+
+
+def test_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, b"1" * 512)  # nobody is out: nothing has to be recorded
+        Faulty.faults["c"] = {"write": errno.EIO}
+
+        def fsync(fd: int) -> None:
+            raise OSError(errno.EIO, "the disk is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            # Who would be told that it is safe could be wrong after a power cut.
+            with pytest.raises(OSError):
+                await host.write("q", 0, b"2" * 512)
+            assert states(node) == "iif"
+            with pytest.raises(OSError):
+                await host.write("q", 0, b"3" * 512)
+            assert await host.read("q", 0, 512) == b"3" * 512
+        await host.until(lambda: node.legs[2].handle.recorded)
+        await host.write("q", 0, b"4" * 512)
+        assert await host.read("q", 0, 512) == b"4" * 512
+
+    run(test)
+
+
+def test_a_disk_that_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(host: Host) -> None:
+        def fsync(fd: int) -> None:
+            raise OSError(errno.EIO, "the disk is gone")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        await quorum(host)
+        Faulty.faults["c"] = {"write": errno.EIO}
+        with pytest.raises(OSError):
+            await host.write("q", 0, b"2" * 512)
+
+    run(test)  # which ends
 
 
 def test_a_place_that_cannot_be_written() -> None:

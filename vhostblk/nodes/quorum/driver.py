@@ -102,6 +102,7 @@ class Quorum(NodeDriver):
         self._votes: set[asyncio.Task[None]] = set()
         self._former: list[Leg] = []
         self._holding = False
+        self._closing = False
         self._arrival: asyncio.Task[None] | None = None
         self.metadata: Metadata | None = None
         self.legs: list[Leg] = []
@@ -123,6 +124,7 @@ class Quorum(NodeDriver):
         self._tell_states()
 
     async def close(self) -> None:
+        self._closing = True
         for task in (self._looking, *self._votes):
             if task is not None:
                 task.cancel()
@@ -609,6 +611,8 @@ class Quorum(NodeDriver):
                         leg.handle.recorded = True
                 for handle in waiting:
                     self.engine.complete(handle, ret)
+                if ret and self._closing:
+                    break
                 if ret:
                     await asyncio.sleep(0.2)
         finally:
