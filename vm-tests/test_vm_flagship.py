@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from guest import DiskServer, Guest, GuestImages, ServedDisk, Workspace, wait_until
+from guest.backend import vhostblk_command
 from guest.disks import MIB, check_ext4, read_ext4
 from guest.fio import fio
 from guest.legs import Legs, Progress, qemu_img, report
@@ -82,9 +84,14 @@ class RootDisk:
     ) -> None:
         self._workspace = workspace
         container = workspace.path / "container.luks"
-        qemu_img(
-            *("create", "-q", "-f", "luks", "--object", secret("key", FIRST_KEY)),
-            *("-o", "key-secret=key,iter-time=100", container, str(SIZE)),
+        passphrase = workspace.path / "passphrase"
+        passphrase.write_text(FIRST_KEY)
+        # Of the kind that QEMU can read.
+        create = ["create", "-f", "luks", "-o", "version=luks1,iter-time=100"]
+        subprocess.run(
+            [*vhostblk_command(), *create, "--key-file", passphrase, container, str(SIZE)],
+            check=True,
+            timeout=60,
         )
         self.tree = Legs(workspace, LEGS, content=container)
         container.unlink()
