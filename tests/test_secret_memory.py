@@ -22,6 +22,9 @@ from vhostblk.control.client import ControlClient, Refused
 from vhostblk.luks.file import open_storage
 from vhostblk.secret import SecretBytes
 
+# A sanitizer has terabytes of memory of its own, which nobody can search.
+MAY_LOOK = os.geteuid() == 0 and "LD_PRELOAD" not in os.environ
+
 # A process that unlocks and changes a header step by step, and waits for a line before each.
 SCRIPT = """
 import asyncio, sys
@@ -68,7 +71,7 @@ def places(pid: int, secret: bytes) -> int:
     return sum(content.count(secret) for _, content in memory_of(pid))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may look into such a process")
+@pytest.mark.skipif(not MAY_LOOK, reason="only root may look into such a process")
 @pytest.mark.parametrize(
     "options",
     [
@@ -175,7 +178,7 @@ def test_nothing_is_written_or_told(
     state = (short_dir / "state.json").read_text()
     assert '"id": "s"' in state
     pid = backend.process.pid
-    if os.geteuid() == 0:
+    if MAY_LOOK:
         # The disk is in use: its key is in the engine's cipher, expanded, and nowhere as it is.
         assert places(pid, key) == 0
     assert backend.stop() == 0
