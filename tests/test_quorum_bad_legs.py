@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash.tools import plain_environment
 from in_process import MIB, Host
 from quorum_legs import BLOCK, content, run, states, until_states
 
@@ -96,7 +97,7 @@ class FuseLeg:
         directory.mkdir()
         self.path = str(directory / "leg")
         command = ["nbdfuse", self.path, "--command", "nbdkit", "-s", "memory", str(SIZE)]
-        self.process = subprocess.Popen(command, start_new_session=True)
+        self.process = subprocess.Popen(command, start_new_session=True, env=plain_environment())
         end = time.monotonic() + 20
         while not os.path.exists(self.path) or os.stat(self.path).st_size != SIZE:
             assert self.process.poll() is None and time.monotonic() < end
@@ -109,7 +110,12 @@ class FuseLeg:
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
         self.process.wait()
-        subprocess.run(["umount", "-l", str(self.directory)], check=False, capture_output=True)
+        subprocess.run(
+            ["umount", "-l", str(self.directory)],
+            check=False,
+            capture_output=True,
+            env=plain_environment(),
+        )
 
 
 @pytest.fixture
@@ -208,7 +214,11 @@ def test_the_file_of_a_leg_vanishes() -> None:
 def test_the_disk_of_a_leg_is_full(tmp_path: Path) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE // 2}", "none", mount], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE // 2}", "none", mount],
+        check=True,
+        env=plain_environment(),
+    )
 
     async def test(host: Host) -> None:
         with open(mount / "leg", "wb") as file:
@@ -218,7 +228,11 @@ def test_the_disk_of_a_leg_is_full(tmp_path: Path) -> None:
             await host.until(lambda: states(node) == "iif" or guest.task.done(), 30)
             await guest.more(host)
             assert "No space left" in node.describe_legs()[2]["reason"]
-            subprocess.run(["mount", "-o", f"remount,size={2 * SIZE}", mount], check=True)
+            subprocess.run(
+                ["mount", "-o", f"remount,size={2 * SIZE}", mount],
+                check=True,
+                env=plain_environment(),
+            )
             async with host.backend.changing():
                 start_rebuild(host.backend, node, node.leg("c"))
             await until_states(host, node, "iii")
@@ -228,7 +242,7 @@ def test_the_disk_of_a_leg_is_full(tmp_path: Path) -> None:
     try:
         run(test)
     finally:
-        subprocess.run(["umount", "-l", mount], check=True)
+        subprocess.run(["umount", "-l", mount], check=True, env=plain_environment())
 
 
 def test_a_leg_of_qcow2_is_overwritten() -> None:
@@ -236,7 +250,11 @@ def test_a_leg_of_qcow2_is_overwritten() -> None:
         legs = []
         for leg in "abc":
             path = host.path(f"{leg}.qcow2")
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
+            subprocess.run(
+                ["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)],
+                check=True,
+                env=plain_environment(),
+            )
             legs.append({"driver": "qcow2", "node-name": leg,
                          "file": {"driver": "file", "filename": path}})  # fmt: skip
         await host.add("quorum", "q", children=legs, vote_threshold=2, rewrite_corrupted=True)
