@@ -133,3 +133,33 @@ def fill_up(path: Path) -> None:
 async def check(host: Host, content: dict[int, Any]) -> None:
     for at, data in list(content.items()):
         assert await host.read("disk", at, BLOCK) == data, at
+
+
+def test_a_journal_that_could_not_be_synced_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second fdatasync() may report success although the kernel has given up the pages."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        store = store_of(host)
+        handle = host.backend.graph.node("disk").effective
+        submit = host.backend.engine.submit
+        data = random.Random(3).randbytes(4 * BLOCK)
+        await host.write("disk", 0, data)
+
+        def failing(fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("vhostblk.dedup.journal.os.fdatasync", failing)
+            with pytest.raises(OSError):
+                await submit(handle, OP_FLUSH)
+        before = store.counters.checkpoints
+        await submit(handle, OP_FLUSH)
+        assert store.counters.checkpoints == before + 1 and not store.tables.changes
+        assert await host.read("disk", 0, 4 * BLOCK) == data
+        await sound(host)
+
+    with_host(test)

@@ -113,7 +113,11 @@ class Journal:
 
         def sync() -> None:
             if directory is not None:
-                sync_directory(directory)
+                try:
+                    sync_directory(directory)
+                except OSError:
+                    self._directory_changed = True
+                    raise
             for fd in files:
                 os.fdatasync(fd)
 

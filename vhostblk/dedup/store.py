@@ -124,7 +124,7 @@ class Member(Protocol):
 class Tuning:
     """How a store behaves, apart from what is on disk."""
 
-    metadata_size: int = 64 << 30
+    metadata_size: int = 256 << 30
     """The most that the database may grow to."""
     changes: int = 32768
     """A checkpoint is made after that many changes."""
@@ -177,6 +177,7 @@ class Store:
         self._moved = False
         self._durable = 0
         self._dirty = False
+        self._journal_failed = False
         self._told_full = False
         self._told_level = 0
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
@@ -219,6 +220,7 @@ class Store:
         try:
             self.super = await self._read_superblock(data)
             self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
+            sync_directory(self.directory)  # the database may be new
         except BaseException:
             self._unlock()
             raise
@@ -558,6 +560,10 @@ class Store:
             await self._to_the_end(self._flush(data))
 
     async def _flush(self, data: Data) -> None:
+        while self._journal_failed and (self.tables.frozen or self.tables.changes):
+            # Syncing it once more might succeed without having written what is lost.
+            await self._checkpoint(data)
+        self._journal_failed = False
         wanted = self.journal.next_frame
         async with self._flush_lock:
             if self._durable >= wanted:
@@ -567,7 +573,11 @@ class Store:
             await self._until(lambda: self.journal.append([Marked(frame)]))
             alone = self.journal.next_frame == frame + 1
             older = self.journal.older
-            await asyncio.to_thread(self.journal.syncing())
+            try:
+                await asyncio.to_thread(self.journal.syncing())
+            except OSError:
+                self._journal_failed = True
+                raise
             self.journal.let_go(older)
             # What came between `frame` and the mark may have missed the data device's flush.
             self._durable = frame + 1 if alone else frame

@@ -59,6 +59,8 @@ class DedupOptions(NodeOptions):
     """When the store is full, writes fail, or wait until there is space."""
     compress: Literal["off", "zstd"] = "off"
     """Whether new blocks are compressed. For all disks of the store."""
+    metadata_size: Size = 256 << 30
+    """The most that the database may grow to. For all disks of the store."""
     cache_size: Size = 32 << 20
     """Bytes of memory for the map of this disk."""
 
@@ -135,6 +137,7 @@ class Dedup(HookedNode):
         shared = _Shared.stores.get(self._key)
         if shared is None:
             tuning = Tuning(
+                metadata_size=self.options.metadata_size,
                 verify=self.options.verify,
                 compress=self.options.compress == "zstd",
                 hold=self.options.on_enospc == "hold",
