@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import os
@@ -283,5 +284,37 @@ def test_a_boundary_that_moves_under_a_guest() -> None:
                     return bytes(await guest.read(*args))
 
         await asyncio.gather(*(writes(Turns(), queue) for queue in range(4)))
+
+    with_host(test, RawKey)
+
+
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_cached_reads_are_decrypted_where_they_are(sector_size: int) -> None:
+    """Without a system call, in whatever pieces; a file that is cut off does no harm."""
+
+    async def test(host: Host) -> None:
+        await disk(host, sector_size=sector_size)
+        expected = plain(host, "f", sector_size=sector_size)
+
+        def mapped() -> int:
+            return sum(thread.info().mapped_ios for thread in host.backend.engine.iothreads)
+
+        async def check(offset: int, length: int) -> None:
+            data = await submit(host, OP_READ, offset, length)
+            assert data == expected[offset : offset + length]
+
+        await check(0, 128 << 10)  # now they are known to be in memory
+        before = mapped()
+        for offset, length in ((0, 65536), (4096, 4096), (512, 1024), (3584, 60928), (0, 131072)):
+            await check(offset, length)
+        assert mapped() == before + 5
+        encrypted = Path(host.path("f")).read_bytes()
+        os.truncate(host.path("f"), 8192)
+        # Whatever comes of what is not there any more, it comes in order.
+        with contextlib.suppress(OSError):
+            await submit(host, OP_READ, 65536, 32768)
+        await check(0, 8192)
+        Path(host.path("f")).write_bytes(encrypted)
+        await check(0, 131072)
 
     with_host(test, RawKey)

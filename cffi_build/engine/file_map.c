@@ -152,7 +152,7 @@ static bool remembered(struct vb_file_map *map, uint64_t page)
 
 void vb_file_map_seen(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 {
-    if (!map->base || bytes > VB_FILE_MAP_MAX || offset + bytes > map->length) {
+    if (!map->base || bytes > VB_FILE_MAP_TAKE_MAX || offset + bytes > map->length) {
         return;
     }
     for (uint64_t page = offset >> PAGE_BITS; page <= (offset + bytes - 1) >> PAGE_BITS; page++) {
@@ -177,7 +177,7 @@ void vb_file_map_forget(struct vb_file_map *map)
 
 bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 {
-    if (!map->base || bytes > VB_FILE_MAP_MAX || offset + bytes > map->length ||
+    if (!map->base || offset + bytes > map->length ||
         atomic_load_explicit(&map->lost, memory_order_relaxed)) {
         return false;
     }
@@ -205,20 +205,28 @@ static void note_use(struct vb_file_map *map, struct vb_iothread *thread)
     }
 }
 
-bool vb_file_map_read(struct vb_file_map *map, struct vb_iothread *thread, const struct iovec *iov,
-                      uint32_t niov, uint64_t offset)
+static void copy(const struct vb_request *request, const unsigned char *from)
 {
-    const unsigned char *from = map->base + offset;
-
-    note_use(map, thread);
-    copying = map;
-    atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
     vb_guest_write_begin();
-    for (uint32_t i = 0; i < niov; i++) {
-        memcpy(iov[i].iov_base, from, iov[i].iov_len);
-        from += iov[i].iov_len;
+    for (uint32_t i = 0; i < request->niov; i++) {
+        memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);
+        from += request->iov[i].iov_len;
     }
     vb_guest_write_end();
+}
+
+bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request)
+{
+    const unsigned char *from = map->base + request->offset;
+
+    note_use(map, request->thread);
+    copying = map;
+    atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
+    if (request->flags & VB_REQ_TAKE) {
+        request->take(request, from);
+    } else {
+        copy(request, from);
+    }
     atomic_signal_fence(memory_order_seq_cst);
     copying = NULL;
     /* Set before zero pages appear, so whoever has copied one of those sees it. */

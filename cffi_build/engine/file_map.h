@@ -5,8 +5,10 @@
 
 #include "engine.h"
 
-/* Bytes. For larger reads a system call costs little in proportion. */
-#define VB_FILE_MAP_MAX 16384u
+/* Bytes that are copied at most. For larger reads a system call costs little in proportion. */
+#define VB_FILE_MAP_COPY_MAX 16384u
+/* Bytes that may be taken without being copied (VB_REQ_TAKE). */
+#define VB_FILE_MAP_TAKE_MAX 131072u
 
 /* Zeroed memory is one that is not in use: no file system or no file for it. */
 struct vb_file_map {
@@ -29,9 +31,8 @@ bool vb_file_map_waited(struct vb_iothread *thread);
 /* A copy has waited for the disk: nothing is known to be in memory. */
 void vb_file_map_forget(struct vb_file_map *map);
 bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
-/* Copies what vb_file_map_has() into the iovec; false: what was copied is worthless. */
-bool vb_file_map_read(struct vb_file_map *map, struct vb_iothread *thread, const struct iovec *iov,
-                      uint32_t niov, uint64_t offset);
+/* Copies what vb_file_map_has() into the iovec, or has it taken; false: what was read is worthless. */
+bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request);
 
 /* The signal handler: is it SIGBUS because a mapping of a file is gone? Then it is dealt with. */
 bool vb_file_map_fault(uintptr_t address);

@@ -59,11 +59,14 @@ struct crypt_op {
     uint64_t done;          /* bytes of the request */
     uint64_t begin, end;    /* of this step on the disk, whole sectors */
     unsigned char *memory;  /* owned; room for one step */
+    int ret;                /* of a step whose data were taken */
     size_t memory_size;
     struct iovec iov;       /* the step's */
     uint32_t epoch;
     uint32_t index;         /* where `done` is in the request's iovec */
     size_t skip;
+    uint32_t next_index;    /* the same behind a step whose data were taken */
+    size_t next_skip;
 };
 
 _Static_assert(sizeof(struct crypt_op) <= VB_SCRATCH_SIZE, "scratch too small");
@@ -245,6 +248,7 @@ static int transform(struct crypt_op *op, bool encrypt, uint64_t offset, const v
 }
 
 static void step(struct crypt_op *op);
+static void read_taken(struct vb_request *part, const void *data);
 
 static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_request *part))
 {
@@ -260,6 +264,10 @@ static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_r
     part->niov = 1;
     part->done = done;
     part->owner = op;
+    if (part->op == VB_OP_READ) {
+        part->flags |= VB_REQ_TAKE;
+        part->take = read_taken;
+    }
     return part;
 }
 
@@ -282,10 +290,11 @@ static void copy_out(struct crypt_op *op, const unsigned char *from, size_t byte
 }
 
 /* Sectors that the guest does not want all of, or in more than one place. */
-static int decrypt_pieces(struct crypt_op *op, uint64_t offset, size_t head, size_t bytes)
+static int decrypt_pieces(struct crypt_op *op, const unsigned char *from, uint64_t offset,
+                          size_t head, size_t bytes)
 {
     unsigned char *sector = op->memory + (offset - op->begin);
-    int ret = transform(op, false, offset, sector, sector, op->crypt->layout.sector_size);
+    int ret = transform(op, false, offset, from, sector, op->crypt->layout.sector_size);
 
     if (ret == 0) {
         copy_out(op, sector + head, bytes);
@@ -293,8 +302,8 @@ static int decrypt_pieces(struct crypt_op *op, uint64_t offset, size_t head, siz
     return ret;
 }
 
-/* What has been read, into guest memory. */
-static int decrypt_step(struct crypt_op *op)
+/* What has been read, `data` from the beginning of the step on, into guest memory. */
+static int decrypt_step(struct crypt_op *op, const unsigned char *data)
 {
     uint64_t size = op->crypt->layout.sector_size;
     uint64_t at = op->request->offset + op->done, end = op->request->offset + op->request->bytes;
@@ -307,27 +316,49 @@ static int decrypt_step(struct crypt_op *op)
         n = (row < end - at ? row : end - at) & ~(size - 1);
         if (head > 0 || n == 0) {
             n = size - head < end - at ? size - head : end - at;
-            ret = decrypt_pieces(op, at - head, head, n);
+            ret = decrypt_pieces(op, data + (at - head - op->begin), at - head, head, n);
         } else {
             unsigned char *to = next_piece(op, &n);
 
-            ret = transform(op, false, at, op->memory + (at - op->begin), to, n);
+            ret = transform(op, false, at, data + (at - op->begin), to, n);
         }
         at += n;
     }
-    op->done = at - op->request->offset;
     return ret;
+}
+
+/*
+ * The file's pages are decrypted from where they are, without a copy in between. Should they turn
+ * out to be worthless afterwards, the same is done again with what has been read.
+ */
+static void read_taken(struct vb_request *part, const void *data)
+{
+    struct crypt_op *op = part->owner;
+    uint32_t index = op->index;
+    size_t skip = op->skip;
+
+    op->ret = decrypt_step(op, data);
+    op->next_index = op->index;
+    op->next_skip = op->skip;
+    op->index = index;
+    op->skip = skip;
 }
 
 static void read_done(struct vb_request *part)
 {
     struct crypt_op *op = part->owner;
+    bool taken = part->flags & VB_REQ_TAKEN;
     int ret = part->ret;
 
     vb_request_free(part);
-    if (ret == 0) {
-        ret = decrypt_step(op);
+    if (ret == 0 && taken) {
+        ret = op->ret;
+        op->index = op->next_index;
+        op->skip = op->next_skip;
+    } else if (ret == 0) {
+        ret = decrypt_step(op, op->memory);
     }
+    op->done = op->end - op->request->offset;
     if (ret < 0) {
         end_op(op, ret);
     } else {

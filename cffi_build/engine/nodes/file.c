@@ -456,13 +456,14 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
 {
     struct vb_iothread *thread = request->thread;
     uint64_t start = thread->now_ns, took;
-    bool copied;
+    bool take = request->flags & VB_REQ_TAKE, done;
 
-    if (!vb_file_map_has(&file->map, request->offset, request->bytes) ||
+    if (request->bytes > (take ? VB_FILE_MAP_TAKE_MAX : VB_FILE_MAP_COPY_MAX) ||
+        !vb_file_map_has(&file->map, request->offset, request->bytes) ||
         start < relaxed(&file->avoid_map_until)) {
         return false;
     }
-    copied = vb_file_map_read(&file->map, thread, request->iov, request->niov, request->offset);
+    done = vb_file_map_read(&file->map, request);
     vb_refresh_now(thread);
     took = thread->now_ns - start;
     if (took > SLOW_NS && vb_file_map_waited(thread)) {
@@ -471,7 +472,10 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
                               thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
                               memory_order_relaxed);
     }
-    return copied;
+    if (done && take) {
+        request->flags |= VB_REQ_TAKEN;
+    }
+    return done;
 }
 
 /* The piece's result, or -EAGAIN: it has to be queued. */
