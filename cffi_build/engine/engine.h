@@ -76,10 +76,6 @@ struct vb_message *vb_mailbox_take(struct vb_mailbox *mailbox); /* all of it, ol
 
 /* ---- requests ------------------------------------------------------------------ */
 
-/* Flags between nodes, beside those of api.h. */
-#define VB_REQ_TAKE 0x4000
-#define VB_REQ_TAKEN 0x8000
-
 #define VB_PATH_MAX 16
 #define VB_SCRATCH_SIZE 192
 
@@ -97,10 +93,11 @@ struct vb_request {
     void (*done)(struct vb_request *request); /* takes the request back from the tree */
     void *owner;         /* the creator's */
     /*
-     * With VB_REQ_TAKE: who has all that is read in memory may call this instead of copying it
-     * to iov, and then sets VB_REQ_TAKEN, unless it turns out that what was there is worthless.
+     * If not NULL, who has all that is read in memory may call this instead of copying it to iov,
+     * and then sets `taken`, unless it turns out that what was there is worthless.
      */
     void (*take)(struct vb_request *request, const void *data);
+    bool taken;
     struct vb_request *next; /* in a free list */
     struct vb_node *path[VB_PATH_MAX]; /* nodes passed, for their statistics */
     /* Private to the node that has the request; gone once it is passed on. */

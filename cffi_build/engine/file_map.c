@@ -222,7 +222,7 @@ bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request)
     note_use(map, request->thread);
     copying = map;
     atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
-    if (request->flags & VB_REQ_TAKE) {
+    if (request->take) {
         request->take(request, from);
     } else {
         copy(request, from);

@@ -7,7 +7,7 @@
 
 /* Bytes that are copied at most. For larger reads a system call costs little in proportion. */
 #define VB_FILE_MAP_COPY_MAX 16384u
-/* Bytes that may be taken without being copied (VB_REQ_TAKE). */
+/* Bytes that may be taken without being copied (vb_request.take). */
 #define VB_FILE_MAP_TAKE_MAX 131072u
 
 /* Zeroed memory is one that is not in use: no file system or no file for it. */

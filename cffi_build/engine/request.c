@@ -28,6 +28,8 @@ struct vb_request *vb_request_new(struct vb_iothread *thread)
     request->flags = 0;
     request->iov = NULL;
     request->niov = 0;
+    request->take = NULL;
+    request->taken = false;
     request->start_ns = thread->now_ns;
     return request;
 }

@@ -356,6 +356,7 @@ static void prepare(struct vb_blk_request *blk)
     request->offset = 0;
     request->bytes = 0;
     request->niov = 0;
+    request->take = NULL;
     blk->written = 1;
 }
 

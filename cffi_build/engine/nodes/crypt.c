@@ -265,7 +265,6 @@ static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_r
     part->done = done;
     part->owner = op;
     if (part->op == VB_OP_READ) {
-        part->flags |= VB_REQ_TAKE;
         part->take = read_taken;
     }
     return part;
@@ -347,7 +346,7 @@ static void read_taken(struct vb_request *part, const void *data)
 static void read_done(struct vb_request *part)
 {
     struct crypt_op *op = part->owner;
-    bool taken = part->flags & VB_REQ_TAKEN;
+    bool taken = part->taken;
     int ret = part->ret;
 
     vb_request_free(part);

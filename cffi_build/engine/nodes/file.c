@@ -456,9 +456,9 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
 {
     struct vb_iothread *thread = request->thread;
     uint64_t start = thread->now_ns, took;
-    bool take = request->flags & VB_REQ_TAKE, done;
+    bool done;
 
-    if (request->bytes > (take ? VB_FILE_MAP_TAKE_MAX : VB_FILE_MAP_COPY_MAX) ||
+    if (request->bytes > (request->take ? VB_FILE_MAP_TAKE_MAX : VB_FILE_MAP_COPY_MAX) ||
         !vb_file_map_has(&file->map, request->offset, request->bytes) ||
         start < relaxed(&file->avoid_map_until)) {
         return false;
@@ -472,9 +472,7 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
                               thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
                               memory_order_relaxed);
     }
-    if (done && take) {
-        request->flags |= VB_REQ_TAKEN;
-    }
+    request->taken = done && request->take;
     return done;
 }
 

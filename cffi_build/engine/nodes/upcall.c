@@ -196,6 +196,7 @@ static struct own_request *new_own_request(const struct vb_command *command)
     request->depth = 0;
     request->offset = command->offset;
     request->bytes = command->bytes;
+    request->take = NULL;
     request->done = own_done;
     request->iov = own->inline_iov;
     request->niov = 0;
