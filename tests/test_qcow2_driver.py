@@ -465,7 +465,7 @@ def test_options_that_make_no_sense() -> None:
             await disk.open(cache_size=MIB, l2_cache_size=2 * MIB)
         with refused("power of two between 512 and the cluster size"):
             await disk.open(l2_cache_entry_size=1000)
-        with refused("not supported yet"):
+        with refused("is not encrypted"):
             await disk.open(encrypt={"format": "luks", "key-secret": "s"})
         with refused("'data-file' can only be set"):
             await disk.open(data_file={"driver": "null-co"})

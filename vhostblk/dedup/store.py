@@ -533,7 +533,7 @@ class Store:
             what,
             "wait" if self.tuning.hold else "fail",
         )
-        self._tell(
+        self.emit(
             "DEDUP_FULL", {"metadata": str(self.directory), "device": what, "action": action}
         )
 
@@ -548,7 +548,7 @@ class Store:
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    def _tell(self, name: str, data: dict[str, Any]) -> None:
+    def emit(self, name: str, data: dict[str, Any]) -> None:
         if self.members:
             self.members[0].emit(name, data)
 
@@ -615,7 +615,7 @@ class Store:
         percent = 100 * (size - self.space.free) // max(1, size)
         level = max((level for level in LEVELS if percent >= level), default=0)
         if level > self._told_level:
-            self._tell("DEDUP_SPACE", {"metadata": str(self.directory), "percent": percent})
+            self.emit("DEDUP_SPACE", {"metadata": str(self.directory), "percent": percent})
         if level > self._told_level or percent < self._told_level - 5:
             self._told_level = level
 
