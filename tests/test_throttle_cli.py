@@ -111,6 +111,15 @@ def test_a_disk_without_a_throttle_gets_one(backend: Daemon) -> None:
     assert set(groups(backend)) == {"g", "throttle-vdb"}
 
 
+def test_a_group_of_the_export_itself(backend: Daemon) -> None:
+    with Qmp(f"{backend.directory}/control") as qmp:
+        qmp.command("object-add", **{"qom-type": "throttle-group", "id": "own"})
+        qmp.command("block-export-set-throttle-group", id="vda", **{"throttle-group": "own"})
+    assert "export 'vda'" in throttle(backend, "set", "vda", "iops=7")
+    assert limits(backend, "own") == {"iops-total": 7}
+    assert limits(backend, "g") == {"bps-write": 1}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

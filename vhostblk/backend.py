@@ -403,6 +403,14 @@ class Backend:
             if id in self._exports:
                 await self._close_export(export)
 
+    async def block_export_set_throttle_group(self, id: str, group: str | None) -> None:
+        """Other limits for an export."""
+        async with self.changing() as undo:
+            export = self._export(id)
+            before = export.describe().get("throttle-group")
+            await export.set_throttle_group(group)
+            undo.append(lambda: export.set_throttle_group(before))
+
     async def _close_export(self, export: Export) -> None:
         assert export.backend is not None
         root = export.backend.root

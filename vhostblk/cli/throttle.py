@@ -20,8 +20,9 @@ from vhostblk.schema import VhostblkError, parse_size, validate
 
 DESCRIPTION = """\
 Show or change how many operations and bytes a second a disk may do. A change holds at once, also
-for requests that wait already. TARGET is a throttle group, a throttle node, or an export: then the
-uppermost throttle filter of its disk is meant, and one is inserted if there is none.
+for requests that wait already. TARGET is a throttle group, a throttle node, or an export: then its
+own group is meant, or else that of the uppermost throttle filter of its disk; a filter is inserted
+if there is none.
 """
 
 EPILOG = """\
@@ -189,6 +190,9 @@ def _find(client: ControlClient, target: str, *, may_insert: bool = False) -> st
     node: Callable[[str], dict[str, Any] | None] = {
         entry["node-name"]: entry for entry in client.execute("query-named-block-nodes")
     }.get
+    for export in client.execute("query-block-exports"):
+        if export["id"] == target and "throttle-group" in export:
+            return str(export["throttle-group"])
     for drive in client.execute("query-block-graph")["drives"]:
         if drive["id"] != target:
             continue
@@ -198,7 +202,7 @@ def _find(client: ControlClient, target: str, *, may_insert: bool = False) -> st
                 return group
         if may_insert:
             return None
-        raise CliError(f"the disk '{target}' has no throttle filter")
+        raise CliError(f"the disk '{target}' has no throttle group")
     group = _group_of(node(target))
     if group is None:
         known = f"; groups: {', '.join(groups)}" if groups else ""

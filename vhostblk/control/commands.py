@@ -288,6 +288,21 @@ async def block_export_del(context: Context, arguments: BlockExportDel) -> None:
     await context.backend.block_export_del(arguments.id, arguments.mode)
 
 
+class BlockExportSetThrottleGroup(Model):
+    """Arguments of block-export-set-throttle-group."""
+
+    id: str
+    throttle_group: str | None = None
+
+
+@command("block-export-set-throttle-group")
+async def block_export_set_throttle_group(
+    context: Context, arguments: BlockExportSetThrottleGroup
+) -> None:
+    """Give an export the limits of a throttle-group, or, without `throttle-group`, none."""
+    await context.backend.block_export_set_throttle_group(arguments.id, arguments.throttle_group)
+
+
 # ---- jobs -------------------------------------------------------------------------------
 
 

@@ -334,6 +334,7 @@ class BlockExportInfo(Model):
     logical_block_size: int
     num_queues: int
     serial: str
+    throttle_group: str | None = None
     iothreads: list[str]
     connected: bool
     writeback: bool

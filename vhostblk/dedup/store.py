@@ -533,9 +533,7 @@ class Store:
             what,
             "wait" if self.tuning.hold else "fail",
         )
-        self.emit(
-            "DEDUP_FULL", {"metadata": str(self.directory), "device": what, "action": action}
-        )
+        self.emit("DEDUP_FULL", {"metadata": str(self.directory), "device": what, "action": action})
 
     @property
     def dirty(self) -> bool:

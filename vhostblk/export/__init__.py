@@ -71,6 +71,10 @@ class Export:
         options: dict[str, Any] = self.options.to_options()
         return {**options, "node-name": self.backend.root.name}
 
+    async def set_throttle_group(self, id: str | None) -> None:
+        """Have the limits of this throttle-group from now on; None: none."""
+        raise NotImplementedError
+
     def stats(self) -> Stats:
         """Its counters."""
         raise NotImplementedError

@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 from vhostblk.engine import SERIAL_SIZE, EngineError, ExportHandle, IOThread, NodeHandle, Stats
 from vhostblk.export import Export
+from vhostblk.export.limits import ExportLimits
 from vhostblk.export.listener import Listener, SocketAddress, listen
 from vhostblk.graph import BlockBackend
 from vhostblk.nodes.driver import Perm
 from vhostblk.objects.iothread import IOThreadObject
+from vhostblk.objects.throttle_group import ThrottleGroup
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError
 
@@ -58,6 +60,8 @@ class VhostUserBlkOptions(Model):
     """Accepted for QEMU's sake: an export always stays on its I/O threads."""
     share_rw: OnOff = False
     """Let others write to the node too; the guest must be prepared for that."""
+    throttle_group: str | None = None
+    """Id of a throttle-group object whose limits hold for this export."""
 
 
 class VhostUserBlkExport(Export):
@@ -66,6 +70,11 @@ class VhostUserBlkExport(Export):
     export_type = "vhost-user-blk"
     Options = VhostUserBlkOptions
     options: VhostUserBlkOptions
+
+    @property
+    def _user(self) -> str:
+        """Who uses an object, for messages."""
+        return f"export '{self.id}'"
 
     # ---- life
 
@@ -76,6 +85,8 @@ class VhostUserBlkExport(Export):
         self._gone: asyncio.Future[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._listener: Listener | None = None
+        self._limits: ExportLimits | None = None
+        self._draining = False
         self._check_options()
         root = self.graph.node(self.options.node_name)
         if self.options.writable and root.read_only:
@@ -84,6 +95,7 @@ class VhostUserBlkExport(Export):
                 data={"code": "read-only", "node": root.name, "hint": "use writable=off"},
             )
         self._thread_objects = self._find_iothreads()
+        group = self._find_group(self.options.throttle_group)
         threads = [entry.thread for entry in self._thread_objects]
         backend = BlockBackend(
             self.graph, self.id, root, perm=self._perm(), shared=self._shared(), what="export"
@@ -92,17 +104,18 @@ class VhostUserBlkExport(Export):
         try:
             self._handle = self._new_device(backend, threads)
             try:
+                self._limits = self._new_limits(group)
                 backend.attach(self)
                 self._listener = listen(self.options.addr)
             except BaseException:
-                self._handle.free()
+                self._free()
                 raise
         except BaseException:
             self.graph.detach(backend)
             raise
         self.backend = backend
         for entry in self._thread_objects:
-            entry.users.append(f"export '{self.id}'")
+            entry.users.append(self._user)
         self._start_accepting()
 
     async def close(self) -> None:
@@ -116,9 +129,15 @@ class VhostUserBlkExport(Export):
                 self._handle.disconnect()
                 await asyncio.shield(self._gone)
         self.graph.detach(self.backend)
-        self._handle.free()
+        self._free()
         for entry in self._thread_objects:
-            entry.users.remove(f"export '{self.id}'")
+            entry.users.remove(self._user)
+
+    def _free(self) -> None:
+        self._handle.free()
+        if self._limits is not None:
+            self._limits.close()
+            self._limits = None
 
     def _check_options(self) -> None:
         size = self.options.logical_block_size
@@ -265,11 +284,46 @@ class VhostUserBlkExport(Export):
 
     def set_root(self, node: NodeHandle) -> None:
         """Where requests enter."""
-        self._handle.set_root(node)
+        self._root = node
+        self._handle.set_root(node if self._limits is None else self._limits.above(node))
 
     def set_capacity(self, size: int) -> None:
         """The drive has another size now."""
         self._handle.set_capacity(_capacity(size))
+
+    def drain_begin(self) -> None:
+        """Nothing waits for the limits of the export's group."""
+        self._draining = True
+        if self._limits is not None:
+            self._limits.drain(True)
+
+    def drain_end(self) -> None:
+        """The end of that."""
+        self._draining = False
+        if self._limits is not None:
+            self._limits.drain(False)
+
+    # ---- limits
+
+    def _find_group(self, id: str | None) -> ThrottleGroup | None:
+        return None if id is None else self.objects.find(id, ThrottleGroup)
+
+    def _new_limits(self, group: ThrottleGroup | None) -> ExportLimits | None:
+        if group is None:
+            return None
+        limits = ExportLimits(self.engine, group, self._user)
+        limits.drain(self._draining)
+        return limits
+
+    async def set_throttle_group(self, id: str | None) -> None:
+        group = self._find_group(id)
+        assert self.backend is not None
+        async with self.graph.drained([], [self.backend]):
+            old, self._limits = self._limits, self._new_limits(group)
+            self.set_root(self._root)
+            if old is not None:
+                old.close()
+        self.options = self.options.model_copy(update={"throttle_group": id})
 
     # ---- what clients ask
 
@@ -291,6 +345,7 @@ class VhostUserBlkExport(Export):
     def describe(self) -> dict[str, Any]:
         info = self._handle.info()
         assert self.backend is not None
+        limits = {} if self._limits is None else {"throttle-group": self._limits.group.id}
         return {
             "id": self.id,
             "type": self.export_type,
@@ -302,6 +357,7 @@ class VhostUserBlkExport(Export):
             "logical-block-size": self.options.logical_block_size,
             "num-queues": self.options.num_queues,
             "serial": self.options.serial,
+            **limits,
             "iothreads": [entry.id for entry in self._thread_objects] or ["default"],
             "connected": self._connected,
             "writeback": info.writeback,

@@ -30,6 +30,12 @@ class Device(Protocol):
     def set_capacity(self, size: int) -> None:
         """The drive has `size` bytes now."""
 
+    def drain_begin(self) -> None:
+        """Hold no requests back until drain_end(), as in `NodeDriver`."""
+
+    def drain_end(self) -> None:
+        """The end of that."""
+
 
 class BlockBackend:
     """A drive. Its name is that of the export (or job) that uses it."""
@@ -94,6 +100,16 @@ class BlockBackend:
         if self.device is not None and size != self._size:
             self._size = size
             self.device.set_capacity(size)
+
+    def drain_begin(self) -> None:
+        """Nothing may hold requests back now. Called by the graph."""
+        if self.device is not None:
+            self.device.drain_begin()
+
+    def drain_end(self) -> None:
+        """The end of that. Called by the graph."""
+        if self.device is not None:
+            self.device.drain_end()
 
     def attach(self, device: Device) -> None:
         """Give the drive to `device`."""

@@ -47,11 +47,11 @@ _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
 
 @dataclass(eq=False)
 class _Releasing:
-    """A section in which nodes, and all under them or under drives, hold no requests back."""
+    """A section in which drives, nodes, and all under them hold no requests back."""
 
     backends: list[BlockBackend]
     nodes: list[NodeDriver]
-    reached: dict[NodeDriver, None]
+    reached: dict[BlockBackend | NodeDriver, None]
 
 
 def _user(node: NodeDriver) -> str:
@@ -83,7 +83,7 @@ class Graph:
         self._parents: dict[NodeDriver, list[Edge]] = {}
         self._backends: list[BlockBackend] = []
         self._perms: dict[NodeDriver, tuple[Perm, Perm]] = {}
-        self._drains: dict[NodeDriver, int] = {}
+        self._drains: dict[BlockBackend | NodeDriver, int] = {}
         self._releasing: list[_Releasing] = []
         self._late_pauses: dict[asyncio.Future[None], Device] = {}
         self._steps = Steps()
@@ -783,7 +783,7 @@ class Graph:
     def releasing(
         self, backends: Iterable[BlockBackend], nodes: Iterable[NodeDriver] = ()
     ) -> Iterator[None]:
-        """Inside, none of these nodes, and none below them or these drives, holds requests back."""
+        """Inside, none of these drives and nodes, and none below them, holds requests back."""
         section = _Releasing(list(backends), list(nodes), {})
         self._releasing.append(section)
         try:
@@ -791,21 +791,23 @@ class Graph:
             yield
         finally:
             self._releasing.remove(section)
-            for node in section.reached:
-                self._drains[node] -= 1
-                if self._drains[node] == 0:
-                    del self._drains[node]
-                    _call(node.drain_end, f"drain_end() of node '{node.name}'")
+            for place in section.reached:
+                self._drains[place] -= 1
+                if self._drains[place] == 0:
+                    del self._drains[place]
+                    _call(place.drain_end, f"drain_end() of '{place.name}'")
 
     def _release(self, section: _Releasing) -> None:
+        reached: list[BlockBackend | NodeDriver] = [*section.backends]
         for root in [*(backend.root for backend in section.backends), *section.nodes]:
-            for node in self.below(root):
-                if node in section.reached:
-                    continue
-                section.reached[node] = None
-                self._drains[node] = self._drains.get(node, 0) + 1
-                if self._drains[node] == 1:
-                    _call(node.drain_begin, f"drain_begin() of node '{node.name}'")
+            reached += self.below(root)
+        for place in reached:
+            if place in section.reached:
+                continue
+            section.reached[place] = None
+            self._drains[place] = self._drains.get(place, 0) + 1
+            if self._drains[place] == 1:
+                _call(place.drain_begin, f"drain_begin() of '{place.name}'")
 
     def release_newcomers(self) -> None:
         """Nodes have come under drives: those that hold nothing back now may have more nodes."""
