@@ -164,7 +164,7 @@ static bool run_masked(const struct vb_cipher *cipher, struct state *state, EVP_
         size_t bytes = sectors * cipher->sector_size;
 
         cipher->xts->begin((const uint64_t *)tweaks, sectors, cipher->sector_size, from,
-                           state->masked, state->masks);
+                           count > sectors ? bytes : 0, state->masked, state->masks);
         if (!update(context, state->masked, state->masked, bytes)) {
             return false;
         }
@@ -183,6 +183,7 @@ static bool run(struct vb_cipher *cipher, struct state *state, bool encrypt, uin
     EVP_CIPHER_CTX *context = state->contexts[encrypt ? ENCRYPT : DECRYPT];
     _Alignas(BLOCK) unsigned char ivs[BATCH * BLOCK];
 
+    vb_prefetch(from, bytes < CHUNK ? bytes : CHUNK);
     while (bytes > 0) {
         size_t count = bytes / cipher->sector_size;
         size_t now;

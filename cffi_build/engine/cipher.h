@@ -17,9 +17,12 @@ int vb_cipher_run(struct vb_cipher *cipher, unsigned index, bool encrypt, uint64
 
 /* How to do the two halves of XTS around a block cipher in ECB mode. */
 struct vb_xts {
-    /* For each sector a tweak: its blocks' masks into `masks`, and `from` with them applied into `to`. */
+    /*
+     * For each sector a tweak: its blocks' masks into `masks`, and `from` with them applied into
+     * `to`. What lies `ahead` bytes behind what is read may be fetched into the cache.
+     */
     void (*begin)(const uint64_t *tweaks, size_t sectors, size_t sector_size, const void *from,
-                  void *to, void *masks);
+                  size_t ahead, void *to, void *masks);
     /* Applies the masks to `from` once more. */
     void (*end)(const void *from, const void *masks, void *to, size_t bytes);
     bool quick; /* quicker than OpenSSL's own XTS, whose cost per call small sectors feel */

@@ -22,11 +22,12 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blocks are loaded as 
 /* ---- any CPU ------------------------------------------------------------------------------ */
 
 static void begin_portable(const uint64_t *tweaks, size_t sectors, size_t sector_size,
-                           const void *from, void *to, void *masks)
+                           const void *from, size_t ahead, void *to, void *masks)
 {
     const unsigned char *in = from;
     unsigned char *out = to, *mask = masks;
 
+    (void)ahead;
     for (size_t i = 0; i < sectors; i++, tweaks += WORDS_OF_BLOCK) {
         uint64_t low = tweaks[0], high = tweaks[1];
 
@@ -90,7 +91,7 @@ AVX2 static inline lanes some_on(lanes v, lanes by)
 
 /* Two chains of masks, one for every other pair of blocks, so that neither waits for the other. */
 AVX2 static void begin_avx2(const uint64_t *tweaks, size_t sectors, size_t sector_size,
-                            const void *from, void *to, void *masks)
+                            const void *from, size_t ahead, void *to, void *masks)
 {
     const lanes *in = from;
     lanes *out = to, *mask = masks;
@@ -101,6 +102,7 @@ AVX2 static void begin_avx2(const uint64_t *tweaks, size_t sectors, size_t secto
         lanes odd = some_on(tweak, (lanes){2, 2, 3, 3});
 
         for (size_t at = 0; at < sector_size; at += 64, in += 2, out += 2, mask += 2) {
+            __builtin_prefetch((const char *)in + ahead);
             mask[0] = even;
             mask[1] = odd;
             out[0] = in[0] ^ even;

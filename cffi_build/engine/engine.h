@@ -93,8 +93,9 @@ struct vb_request {
     void (*done)(struct vb_request *request); /* takes the request back from the tree */
     void *owner;         /* the creator's */
     /*
-     * If not NULL, who has all that is read in memory may call this instead of copying it to iov,
-     * and then sets `taken`, unless it turns out that what was there is worthless.
+     * Reads. If not NULL, who has all that is read in memory may call this, once, instead of
+     * copying it to iov. It then sets `taken`, unless what was in memory has turned out to be
+     * worthless meanwhile: then it goes on as if it had not called.
      */
     void (*take)(struct vb_request *request, const void *data);
     bool taken;
@@ -113,6 +114,17 @@ void vb_request_free(struct vb_request *request);
 
 /* Hands the request to `node`, which owns it until it calls vb_complete(). */
 void vb_submit(struct vb_node *node, struct vb_request *request);
+
+/* Memory that is about to be read: its way into the cache begins now, all of it at once. */
+static inline void vb_prefetch(const void *memory, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const char *)memory + at);
+    }
+}
+
+/* The data of a read, into its iovec. */
+void vb_request_fill(struct vb_request *request, const void *data);
 
 /* Ends the request: counts it for every node on its path, then calls done(). */
 void vb_complete(struct vb_request *request, int ret);

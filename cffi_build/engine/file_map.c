@@ -45,10 +45,15 @@ static pthread_mutex_t maps_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct vb_file_map *maps;
 
 /*
- * What this thread is copying from, for the signal handler. (initial-exec: a handler
- * may not wait for the storage to be allocated.)
+ * What this thread is reading from, for the signal handler: the innermost, since who takes what was
+ * read may read elsewhere before it returns. (initial-exec: a handler may not wait for the
+ * storage to be allocated.)
  */
-static _Thread_local struct vb_file_map *copying __attribute__((tls_model("initial-exec")));
+struct reading {
+    struct vb_file_map *map;
+    const struct reading *outer;
+};
+static _Thread_local const struct reading *reading __attribute__((tls_model("initial-exec")));
 
 /* ---- life --------------------------------------------------------------------------- */
 
@@ -205,44 +210,38 @@ static void note_use(struct vb_file_map *map, struct vb_iothread *thread)
     }
 }
 
-static void copy(const struct vb_request *request, const unsigned char *from)
-{
-    vb_guest_write_begin();
-    for (uint32_t i = 0; i < request->niov; i++) {
-        memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);
-        from += request->iov[i].iov_len;
-    }
-    vb_guest_write_end();
-}
-
 bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request)
 {
     const unsigned char *from = map->base + request->offset;
+    struct reading here = {.map = map, .outer = reading};
 
     note_use(map, request->thread);
-    copying = map;
+    reading = &here;
     atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
     if (request->take) {
         request->take(request, from);
     } else {
-        copy(request, from);
+        vb_request_fill(request, from);
     }
     atomic_signal_fence(memory_order_seq_cst);
-    copying = NULL;
+    reading = here.outer;
     /* Set before zero pages appear, so whoever has copied one of those sees it. */
     return !atomic_load_explicit(&map->lost, memory_order_acquire);
 }
 
 bool vb_file_map_fault(uintptr_t address)
 {
-    struct vb_file_map *map = copying;
+    for (const struct reading *level = reading; level; level = level->outer) {
+        struct vb_file_map *map = level->map;
 
-    if (!map || address - (uintptr_t)map->base >= map->length) {
-        return false;
+        if (address - (uintptr_t)map->base < map->length) {
+            atomic_store(&map->lost, true);
+            return mmap(map->base, map->length, PROT_READ,
+                        MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                        0) != MAP_FAILED;
+        }
     }
-    atomic_store(&map->lost, true);
-    return mmap(map->base, map->length, PROT_READ,
-                MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+    return false;
 }
 
 /* ---- giving memory back ------------------------------------------------------------------- */

@@ -7,6 +7,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct vb_request *vb_request_new(struct vb_iothread *thread)
 {
@@ -41,6 +42,18 @@ void vb_request_free(struct vb_request *request)
     vb_assert(vb_in_iothread(thread));
     request->next = thread->free_requests;
     thread->free_requests = request;
+}
+
+void vb_request_fill(struct vb_request *request, const void *data)
+{
+    const unsigned char *from = data;
+
+    vb_guest_write_begin();
+    for (uint32_t i = 0; i < request->niov; i++) {
+        memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);
+        from += request->iov[i].iov_len;
+    }
+    vb_guest_write_end();
 }
 
 void vb_submit(struct vb_node *node, struct vb_request *request)

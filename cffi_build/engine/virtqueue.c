@@ -277,10 +277,14 @@ static bool chain_read(struct vb_queue *queue, uint16_t head, struct chain *chai
 
 /*
  * What one queue may start before all that has completed is passed on and the thread's
- * other queues, perhaps another guest's, have their turn.
+ * other queues, perhaps another guest's, have their turn. A guest that is told of it takes some
+ * 100 us to wake up and bring more, and telling costs several us: so a sweep ends as soon as
+ * what is left would keep us busy no longer than that, but at first that is not known.
  */
 #define SWEEP_REQUESTS 8
 #define SWEEP_BYTES (4u << 20)
+#define SWEEP_NS 100000u
+#define WAKE_NS 100000u
 
 /* ---- pop ------------------------------------------------------------------------------------ */
 
@@ -354,6 +358,21 @@ bool vb_queue_resubmit(struct vb_queue *queue)
     return any;
 }
 
+/* The clock is read when that costs little compared to what has just been done. */
+static bool is_sweep_over(struct vb_iothread *thread, uint64_t begin_ns, uint64_t bytes,
+                          unsigned started, unsigned left)
+{
+    uint64_t took;
+
+    if (started < SWEEP_REQUESTS && bytes < SWEEP_REQUESTS * 4096u) {
+        return false;
+    }
+    vb_refresh_now(thread);
+    took = thread->now_ns - begin_ns;
+    return took > SWEEP_NS || bytes >= SWEEP_BYTES ||
+           (started >= SWEEP_REQUESTS && took / started * left < WAKE_NS);
+}
+
 bool vb_queue_poll(struct vb_queue *queue)
 {
     VuVirtq *vq = queue->vq;
@@ -361,7 +380,8 @@ bool vb_queue_poll(struct vb_queue *queue)
     uint16_t count = (uint16_t)(le16toh(guest_load_acquire(&queue->avail->idx)) -
                                 vq->last_avail_idx);
 
-    uint64_t bytes = 0;
+    struct vb_iothread *thread = queue->lane->thread;
+    uint64_t bytes = 0, begin = thread->now_ns;
 
     if (count == 0 || queue->lane->broken) {
         return any;
@@ -374,11 +394,13 @@ bool vb_queue_poll(struct vb_queue *queue)
         guest_store(&queue->used->flags, htole16(VRING_USED_F_NO_NOTIFY));
     }
     queue->kicks_wanted = false;
-    count = count < SWEEP_REQUESTS ? count : SWEEP_REQUESTS;
-    for (uint16_t i = 0; i < count && bytes < SWEEP_BYTES && !queue->lane->broken; i++) {
+    for (uint16_t i = 0; i < count && !queue->lane->broken; i++) {
         uint16_t slot = vq->last_avail_idx++ & (queue->num - 1);
 
         bytes += start(queue, le16toh(guest_load(&queue->avail->ring[slot])));
+        if (is_sweep_over(thread, begin, bytes, i + 1u, count - i - 1u)) {
+            break;
+        }
     }
     return true;
 }

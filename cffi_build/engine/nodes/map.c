@@ -229,10 +229,21 @@ static void part_ended(struct map_op *op, int ret)
     }
 }
 
+static void take_whole(struct vb_request *part, const void *data)
+{
+    struct map_op *op = part->owner;
+
+    op->request->take(op->request, data);
+}
+
 static void part_done(struct vb_request *part)
 {
     struct map_op *op = part->owner;
     int ret = part->ret;
+
+    if (part->taken) {
+        op->request->taken = true;
+    }
 
     vb_request_free(part);
     part_ended(op, ret);
@@ -327,6 +338,7 @@ static void start_part(struct map_op *op, struct cursor *cursor, unsigned child,
     if (bytes == request->bytes) {
         part->iov = request->iov;
         part->niov = request->niov;
+        part->take = request->take ? take_whole : NULL;
     } else {
         cut(op, cursor, bytes, part);
     }

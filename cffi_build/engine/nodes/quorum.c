@@ -22,6 +22,8 @@
  * others are found to be equal to it, and it is in its place. If they are not, perhaps because the
  * guest has written there, all legs are asked again, and nothing but the winner reaches the
  * guest. With a timeout, a leg that was given up could write to the guest's memory much later.
+ * Nothing is copied at all while every leg has its data in memory: the first is asked, and before
+ * it lets go of its data the second, and so on; the last finds all versions where they are.
  *
  * Writes. The data are copied once, and the legs get the copy: legs that write what the guest
  * is changing at the same time would differ ever after. Late legs live from that copy, too.
@@ -122,6 +124,11 @@ static uint32_t count(uint32_t legs)
     return (uint32_t)__builtin_popcount(legs);
 }
 
+static uint32_t lowest(uint32_t legs)
+{
+    return (uint32_t)__builtin_ctz(legs);
+}
+
 static bool is_change(const struct op *op)
 {
     return op->op != VB_OP_READ;
@@ -170,30 +177,31 @@ static void let_go(struct op *op)
 static void part_done(struct vb_request *request);
 static void change_answered(struct op *op);
 
+static void submit_next(struct op *op)
+{
+    uint32_t leg = lowest(op->unsubmitted);
+    struct part *part = &op->parts[leg];
+
+    op->unsubmitted &= ~bit(leg);
+    part->op = op;
+    part->leg = leg;
+    part->ret = 0;
+    vb_submit(op->quorum->node.children[leg], part->request);
+}
+
 /* Which legs are asked is in op->asked. The last to answer may end the request: op may be gone. */
 static void submit_parts(struct op *op)
 {
-    struct vb_node **children = op->quorum->node.children;
-    uint32_t legs = op->asked;
-
-    op->waiting = legs;
-    op->under_way += count(legs) + 1; /* and one for us */
+    op->waiting = op->unsubmitted = op->asked;
+    op->under_way += count(op->asked) + 1; /* and one for us */
     op->starting = true;
-    if (op->quorum->options.timeout_ns) {
-        quorum_watch(op);
-    }
-    for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
-        struct part *part = &op->parts[leg];
-
-        if (!(legs & 1)) {
-            continue;
-        }
-        part->op = op;
-        part->leg = leg;
-        part->ret = 0;
-        vb_submit(children[leg], part->request);
+    while (op->unsubmitted) {
+        submit_next(op);
     }
     op->starting = false;
+    if (op->quorum->options.timeout_ns && op->waiting && !op->listed) {
+        quorum_watch(op);
+    }
     if (op->waiting && op->request && is_change(op)) {
         change_answered(op); /* perhaps enough legs have it already */
     }
@@ -481,24 +489,6 @@ static bool same_as_guest(const struct vb_request *request, const unsigned char 
     return true;
 }
 
-static void give_to_guest(const struct op *op, uint32_t leg)
-{
-    const struct vb_request *request = op->request;
-    const unsigned char *from = op->parts[leg].version;
-
-    vb_guest_write_begin();
-    for (uint32_t i = 0; i < request->niov; i++) {
-        memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);
-        from += request->iov[i].iov_len;
-    }
-    vb_guest_write_end();
-}
-
-static uint32_t lowest(uint32_t legs)
-{
-    return (uint32_t)__builtin_ctz(legs);
-}
-
 static bool same(const struct op *op, uint32_t one, uint32_t other)
 {
     return memcmp(op->parts[one].version, op->parts[other].version, op->bytes) == 0;
@@ -530,7 +520,7 @@ static uint32_t largest_group(const struct op *op, uint32_t legs)
     return best;
 }
 
-static void start_read(struct quorum_node *quorum, struct vb_request *request, bool direct);
+static void start_read(struct quorum_node *quorum, struct vb_request *request, bool again);
 
 /* The first version is in guest memory, and the guest may have changed it. */
 static bool all_like_guest(const struct op *op, uint32_t legs)
@@ -551,13 +541,63 @@ static void read_again(struct op *op)
 
     op->request = NULL;
     let_go(op);
-    start_read(quorum, request, false);
+    start_read(quorum, request, true);
+}
+
+/* Every leg has its data in memory now. */
+static void compare_in_place(struct op *op)
+{
+    const unsigned char *data = op->parts[lowest(op->asked)].data;
+
+    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+        if ((op->asked & bit(leg)) && memcmp(data, op->parts[leg].data, op->bytes)) {
+            return; /* the vote shall say what that means */
+        }
+    }
+    if (op->request->take) {
+        op->request->take(op->request, data);
+    } else {
+        vb_request_fill(op->request, data);
+    }
+    op->agreed = true;
+}
+
+static void leg_taken(struct vb_request *request, const void *data)
+{
+    struct part *part = request->owner;
+    struct op *op = part->op;
+
+    part->data = data;
+    op->in_hand |= bit(part->leg);
+    if (op->unsubmitted) {
+        submit_next(op);
+    } else if (op->in_hand == op->asked) {
+        compare_in_place(op);
+    }
+    op->in_hand &= ~bit(part->leg);
+    if (!op->agreed) {
+        vb_request_fill(request, data);
+    }
+}
+
+static void end_agreed(struct op *op)
+{
+    if (op->worthless) {
+        read_again(op);
+    } else {
+        op->request->taken = op->request->take;
+        complete(op, 0);
+    }
 }
 
 static void count_votes(struct op *op)
 {
     uint32_t legs = op->asked & ~op->failed, group;
 
+    if (op->agreed) {
+        end_agreed(op);
+        return;
+    }
     if (op->direct && (count(legs) < count(op->asked) || !all_like_guest(op, legs))) {
         read_again(op);
         return;
@@ -581,12 +621,13 @@ static void count_votes(struct op *op)
             tell(op, leg, 0);
         }
     }
-    give_to_guest(op, lowest(group));
+    vb_request_fill(op->request, op->parts[lowest(group)].version);
     complete(op, 0);
 }
 
-static void start_read(struct quorum_node *quorum, struct vb_request *request, bool direct)
+static void start_read(struct quorum_node *quorum, struct vb_request *request, bool again)
 {
+    bool direct = !again && quorum->options.timeout_ns == 0;
     size_t stride = in_pages(request->bytes);
     uint32_t legs = quorum->options.legs;
     unsigned char *memory;
@@ -614,12 +655,13 @@ static void start_read(struct quorum_node *quorum, struct vb_request *request, b
         if (direct) {
             direct = false;
             new_part(op, leg, request->iov, request->niov);
-            continue;
+        } else {
+            part->version = memory;
+            memory += stride;
+            part->iov = (struct iovec){part->version, op->bytes};
+            new_part(op, leg, &part->iov, 1);
         }
-        part->version = memory;
-        memory += stride;
-        part->iov = (struct iovec){part->version, op->bytes};
-        new_part(op, leg, &part->iov, 1);
+        part->request->take = again ? NULL : leg_taken;
     }
     submit_parts(op);
 }
@@ -658,7 +700,7 @@ static void fifo_answered(struct op *op)
         return;
     }
     if (op->parts[leg].version) {
-        give_to_guest(op, leg);
+        vb_request_fill(op->request, op->parts[leg].version);
     }
     complete(op, 0);
 }
@@ -720,6 +762,7 @@ static void part_done(struct vb_request *request)
     struct op *op = part->op;
     int ret = request->ret;
 
+    op->worthless |= part->data && !request->taken;
     part->request = NULL;
     vb_request_free(request);
     op->under_way--;
@@ -764,7 +807,7 @@ void quorum_submit(struct vb_node *node, struct vb_request *request)
     } else if (quorum->options.fifo) {
         start_fifo(quorum, request);
     } else {
-        start_read(quorum, request, quorum->options.timeout_ns == 0);
+        start_read(quorum, request, false);
     }
 }
 

@@ -53,6 +53,7 @@ struct part {
     struct vb_quorum_leg *stray_leg;
     struct iovec iov;
     unsigned char *version;     /* reads: memory for what it gave */
+    const unsigned char *data;  /* reads: where it has that in memory, while leg_taken() runs */
 };
 
 /* A request as this node sees it, in memory of its own: parts may outlive it. */
@@ -70,12 +71,16 @@ struct op {
     bool listed;                /* in that list */
     bool counted;               /* for grace */
     bool direct;                /* a read whose first version is in guest memory */
+    bool agreed;                /* a read, done with the data where the legs have them */
+    bool worthless;             /* and it turned out that a leg had them no more */
     bool syncing;               /* the metadata are on their way to the disk */
     int8_t late;                /* number of its struct vb_quorum_late, or -1 */
     uint32_t epoch;
     uint32_t voters;            /* legs that were in sync when it began; bits, as what follows */
     uint32_t missed;            /* those that were not asked although a change concerns them */
     uint32_t asked;
+    uint32_t unsubmitted;       /* asked, as soon as those before them have returned */
+    uint32_t in_hand;           /* those whose leg_taken() runs */
     uint32_t waiting;           /* asked, and have not answered */
     uint32_t failed;            /* have answered with an error */
     uint32_t under_way;         /* parts that have not come back, strays included */

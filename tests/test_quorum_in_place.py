@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""quorum: reads of what all legs have in the page cache, compared where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import MIB, Host, with_host
+
+KIB = 1024
+CACHED = 128 * KIB
+
+
+def mapped(host: Host) -> int:
+    """How many reads took no system call."""
+    return sum(thread.info().mapped_ios for thread in host.backend.engine.iothreads)
+
+
+async def quorum(host: Host, legs: str = "abc", **options: Any) -> bytes:
+    """Files as legs with the same data, the beginning of which is known to be in memory."""
+    noise = os.urandom(MIB)
+    for leg in legs:
+        path = Path(host.file(leg))
+        path.write_bytes(noise)
+        await host.add("file", leg, filename=str(path))
+    given = {"vote_threshold": len(legs) // 2 + 1, **options}
+    await host.add("quorum", "q", children=list(legs), **given)
+    assert await host.read("q", 0, CACHED) == noise[:CACHED]
+    return noise
+
+
+def change(host: Host, leg: str, offset: int, data: bytes) -> None:
+    with open(host.path(leg), "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+PIECES = [(0, 4096), (4096, 65536), (512, 1024), (0, CACHED)]
+
+
+@pytest.mark.parametrize("leg_timeout", [0, 30])
+def test_equal_data_are_compared_where_they_are(leg_timeout: int) -> None:
+    async def test(host: Host) -> None:
+        noise = await quorum(host, leg_timeout=leg_timeout)
+        before = mapped(host)
+        for offset, length in PIECES:
+            assert await host.read("q", offset, length) == noise[offset : offset + length]
+        assert mapped(host) == before + 3 * len(PIECES)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("leg_timeout", [0, 30])
+@pytest.mark.parametrize("liar", "abc")
+def test_a_leg_that_lies_in_memory_is_outvoted(liar: str, leg_timeout: int) -> None:
+    async def test(host: Host) -> None:
+        noise = await quorum(host, leg_timeout=leg_timeout)
+        # The last byte, so that all that is compared before it is equal.
+        change(host, liar, 8191, bytes([noise[8191] ^ 1]))
+        for offset, length in ((4096, 4096), (0, 65536), (0, 4096), (7680, 512)):
+            assert await host.read("q", offset, length) == noise[offset : offset + length]
+        await host.until(lambda: bool(host.named("QUORUM_REPORT_BAD")))
+        assert {data["node-name"] for data in host.named("QUORUM_REPORT_BAD")} == {liar}
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("short", "abc")
+def test_a_leg_that_is_cut_off_while_it_is_mapped(short: str) -> None:
+    """Its pages are gone: the signal comes while the others' pages are looked at, too."""
+
+    async def test(host: Host) -> None:
+        noise = await quorum(host)
+        os.truncate(host.path(short), 4096)
+        for offset, length in ((8192, 4096), (0, 65536), (0, 4096)):
+            assert await host.read("q", offset, length) == noise[offset : offset + length]
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("cold", "abc")
+def test_only_some_legs_have_it_in_memory(cold: str) -> None:
+    async def test(host: Host) -> None:
+        noise = await quorum(host)
+        before = mapped(host)
+        # A new node for the file does not know yet what of it is in memory.
+        await host.add("file", "again", filename=host.path(cold), read_only=True, locking="off")
+        children = ["again" if leg == cold else leg for leg in "abc"]
+        await host.add("quorum", "r", children=children, vote_threshold=2, read_only=True)
+        assert await host.read("r", 0, 4096) == noise[:4096]
+        assert mapped(host) == before + 2
+
+    with_host(test)
+
+
+def test_a_quorum_of_quorums_with_a_leg_in_common() -> None:
+    async def test(host: Host) -> None:
+        noise = await quorum(host)
+        await host.add("quorum", "r", children=["b", "c"], vote_threshold=2, read_only=True)
+        await host.add("quorum", "top", children=["q", "r"], vote_threshold=2, read_only=True)
+        before = mapped(host)
+        assert await host.read("top", 0, 65536) == noise[:65536]
+        assert mapped(host) == before + 5
+        change(host, "a", 1000, b"?")
+        assert await host.read("top", 0, 65536) == noise[:65536]
+
+    with_host(test)
+
+
+def test_readers_never_see_anything_but_old_or_new() -> None:
+    """Writers change all legs one after the other, under readers that compare them in place."""
+
+    async def test(host: Host) -> None:
+        await quorum(host)
+        for value in range(200):
+            await host.write("q", 0, bytes([value]) * 4096)
+            reads = [host.read("q", 0, 4096) for _ in range(4)]
+            write = host.write("q", 0, bytes([value + 1]) * 4096)
+            _, *seen = await asyncio.gather(write, *reads)
+            for data in seen:
+                assert set(data) <= {value, value + 1}
+        assert host.named("QUORUM_FAILURE") == []
+
+    with_host(test)
