@@ -121,6 +121,10 @@ def _qemu_img(*arguments: str) -> None:
     program = shutil.which("qemu-img")
     if program is None:
         raise ImageError("the qcow2 rows need qemu-img (Debian package qemu-utils)")
-    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    for _ in range(20):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        # QEMU 7.2 gives up when the clock of its own CPU time jumps, on a busy machine.
+        if "accurate CPU usage" not in done.stderr:
+            break
     if done.returncode:
         raise ImageError(f"qemu-img {' '.join(arguments)}: {done.stderr.strip()}")

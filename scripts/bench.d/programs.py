@@ -116,15 +116,17 @@ def vhostblk_command(
     plugins: Sequence[str],
     objects: Sequence[str],
 ) -> list[str]:
-    """`vhostblk serve` with an I/O thread of its own, as everybody runs it."""
+    """`vhostblk serve` with an I/O thread for each queue."""
+    threads = [f"io{number}" for number in range(queues)]
     command = [*program, "serve"]
     for plugin in plugins:
         command += ["--plugin", plugin]
-    for made in ("iothread,id=io", *objects):
+    for made in (*(f"iothread,id={thread}" for thread in threads), *objects):
         command += ["--object", made]
     for node in nodes:
         command += ["--blockdev", node]
-    return [*command, "--export", _export(path, queues) + ",iothread=io"]
+    mapping = "".join(f",iothread.{number}={thread}" for number, thread in enumerate(threads))
+    return [*command, "--export", _export(path, queues) + mapping]
 
 
 def daemon_command(
@@ -136,7 +138,7 @@ def daemon_command(
     iothread: bool,
     objects: Sequence[str],
 ) -> list[str]:
-    """qemu-storage-daemon, with an iothread or in its main loop."""
+    """qemu-storage-daemon, with an iothread (an export of it has no more) or in its main loop."""
     command = [*program]
     for made in (*(["iothread,id=io"] if iothread else []), *objects):
         command += ["--object", made]

@@ -379,15 +379,22 @@ ROWS: tuple[Row, ...] = (
     ),
     *(
         Row(
-            name=f"flagship-{what}{'-64k' if block > 4096 else ''}",
+            name=f"flagship-{what}{'-64k' if block > 4096 else ''}{'-2q' if queues > 1 else ''}",
             title="throttle, luks, quorum of three qcow2",
             nodes=flagship(),
             compare=Compare.IOPS,
-            target=8.0 if block > 4096 else 6.0 if what == "randread" else 4.0,
+            target=None
+            if queues > 1
+            else 8.0
+            if block > 4096
+            else 6.0
+            if what == "randread"
+            else 4.0,
             job=Job(
                 what,
                 depth=8 if block > 4096 else 32,
                 block=block,
+                queues=queues,
                 span=16 if what == "randwrite" else 0,
             ),
             objects=(
@@ -397,6 +404,7 @@ ROWS: tuple[Row, ...] = (
             daemons=FLAGSHIP_DAEMONS,
             image=Image.FLAGSHIP,
         )
+        for queues in (1, 2)
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
     ),
