@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from in_process import MIB, Host, refused, with_host
 
 from vhostblk.control.commands import registry
 from vhostblk.control.registry import Context
+from vhostblk.dedup import store as store_module
+from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.tables import INDEX_KEY
 from vhostblk.engine import OP_DISCARD
 
@@ -155,6 +158,82 @@ def test_a_backup_made_under_load_is_a_store() -> None:
         assert await host.read("disk", 0, MIB) == data
         found = await run(host, "dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] and not found["wrong"]
+
+    with_host(test)
+
+
+def test_a_backup_after_a_failed_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is older than the journal that is being written; the copy needs all of it."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        data = random.Random(8).randbytes(MIB)
+        await host.write("disk", 0, data)
+        store = store_of(host)
+
+        def full() -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store.tables, "write", full)
+            with pytest.raises(OSError):
+                await store.checkpoint()
+            await run(host, "dedup-backup", node_name="disk", directory=host.path("copy"))
+        await host.backend.blockdev_del("disk")
+        shutil.rmtree(host.path("meta"))
+        Path(host.path("copy")).rename(host.path("meta"))
+        await open_disk(host)
+        assert await host.read("disk", 0, MIB) == data
+
+    with_host(test)
+
+
+def test_repairs_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests go on writing; places that are being written to stay taken."""
+
+    class Spoiling(Check):
+        def run(self) -> Result:
+            with self._tables.transaction() as (txn, dbs):
+                spoil(txn, dbs, "segments")
+            return super().run()
+
+    async def test(host: Host) -> None:
+        await create(host, data=16 * MIB)
+        await host.add("delay", "slow", file="data", write_ns=2_000_000)
+        await open_disk(host, file="slow")
+        store = store_of(host)
+        content: dict[int, bytes] = {}
+        ended = False
+
+        async def guest(number: int) -> None:
+            rnd = random.Random(number)
+            common = [random.Random(99 + n).randbytes(BLOCK) for n in range(8)]
+            count = 8 * rnd.randint(1, 3)
+            while not ended:
+                at = (number * 64 + rnd.randrange(64 - count)) * BLOCK
+                blocks = [rnd.choice([*common, rnd.randbytes(BLOCK)]) for _ in range(count)]
+                await host.write("disk", at, b"".join(blocks))
+                content.update({at + n * BLOCK: block for n, block in enumerate(blocks)})
+
+        guests = [asyncio.create_task(guest(number)) for number in range(4)]
+        await host.until(lambda: len(content) > 40)
+        for _ in range(8):
+            with monkeypatch.context() as patched:
+                patched.setattr(store_module, "Check", Spoiling)
+                async with asyncio.timeout(60):
+                    found = await run(host, "dedup-check", node_name="disk", repair=True)
+            assert found["repaired"] and not found["corruptions"]
+            async with asyncio.timeout(60):
+                found = await run(host, "dedup-check", node_name="disk", content=True)
+            assert not found["leaks"] + found["wrong"] + found["corruptions"], found
+        ended = True
+        await asyncio.gather(*guests)
+        for at, data in content.items():
+            assert await host.read("disk", at, BLOCK) == data, at
+        found = await store.check(host.backend.graph.node("disk").data, repair=False, content=True)
+        assert found.sound, found.messages
+        assert {s: n for s, n in store.space.used.items() if n} == store.tables.segments()
 
     with_host(test)
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dedup_lab import BLOCK, create, open_disk, store_of
+from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from in_process import MIB, Host, with_host
 
-from vhostblk.engine import OP_FLUSH
+from vhostblk.dedup.format import Superblock
+from vhostblk.dedup.tables import PAGE, Tables
+from vhostblk.engine import OP_DISCARD, OP_FLUSH
 
 
 async def sound(host: Host) -> None:
@@ -160,6 +162,113 @@ def test_a_journal_that_could_not_be_synced_is_not_trusted(
         await submit(handle, OP_FLUSH)
         assert store.counters.checkpoints == before + 1 and not store.tables.changes
         assert await host.read("disk", 0, 4 * BLOCK) == data
+        await sound(host)
+
+    with_host(test)
+
+
+def test_a_disk_survives_its_creation() -> None:
+    """It is in the database when the job has ended, not only in a journal that nobody synced."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        directory = Path(host.path("meta"))
+        super = Superblock.parse((directory / "superblock").read_bytes())
+        tables = Tables(directory, super, 1 << 30)
+        assert tables.disks() == {1: (MIB, "disk")}
+        tables.close()
+
+    with_host(test)
+
+
+def test_changes_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A discard of a whole disk is many changes at once."""
+
+    async def test(host: Host) -> None:
+        await create(host, size=8 * MIB, data=16 * MIB)
+        await open_disk(host)
+        store = store_of(host)
+        for at in range(0, 8 * MIB, MIB):
+            await host.write("disk", at, random.Random(at).randbytes(MIB))
+        await store.checkpoint()
+        store.tuning.changes = 100
+        most, apply = 0, store.tables.apply
+
+        def watched(record: Any) -> None:
+            nonlocal most
+            apply(record)
+            most = max(most, store.tables.changes)
+
+        monkeypatch.setattr(store.tables, "apply", watched)
+        handle = host.backend.graph.node("disk").effective
+        await host.backend.engine.submit(handle, OP_DISCARD, 0, None, 8 * MIB)
+        assert 400 < most <= 400 + 3 * PAGE
+        assert await host.read("disk", 0, MIB) == bytes(MIB)
+        monkeypatch.undo()
+        await sound(host)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("action", ["report", "hold"])
+def test_database_full(action: str) -> None:
+    """The journal has space, the database has none: held writes wait, others fail with ENOSPC."""
+
+    async def test(host: Host) -> None:
+        await create(host, size=64 * MIB, data=128 * MIB)
+        await open_disk(host, on_enospc=action, metadata_size=1 << 20)
+        store_of(host).tuning.changes = 200
+        content: dict[int, bytes] = {}
+
+        async def fill() -> None:
+            for at in range(0, 64 * MIB, 16 * BLOCK):
+                data = random.Random(at).randbytes(16 * BLOCK)
+                await host.write("disk", at, data)
+                content[at] = data[:BLOCK]
+
+        writing = asyncio.create_task(fill())
+        await host.until(lambda: bool(host.named("DEDUP_FULL")), seconds=30)
+        if action == "report":
+            with pytest.raises(OSError) as caught:
+                await writing
+            assert caught.value.errno == 28
+        else:
+            await asyncio.sleep(0.7)
+            assert not writing.done()
+            store_of(host).tuning.hold = False
+            with pytest.raises(OSError):
+                await writing
+        await check(host, content)
+
+    with_host(test)
+
+
+def test_a_segment_that_cannot_be_read_does_not_stop_collection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=4 * MIB)
+        await open_disk(host)
+        node = host.backend.graph.node("disk")
+        rnd = random.Random(5)
+        data = rnd.randbytes(MIB)
+        await host.write("disk", 0, data)
+        bad = node.store.super.segment_at(0)
+        read = type(node.data).read
+
+        def failing(self: Any, offset: int, into: Any) -> Any:
+            if bad <= offset < bad + SEGMENT:
+                raise OSError(5, "Input/output error")
+            return read(self, offset, into)
+
+        for at in range(0, MIB, 4 * BLOCK):  # holes everywhere
+            await host.write("disk", at, rnd.randbytes(3 * BLOCK))
+        monkeypatch.setattr(type(node.data), "read", failing)
+        assert await node.store.collect() >= 2
+        monkeypatch.undo()
+        assert (await host.read("disk", 0, MIB))[3 * BLOCK : 4 * BLOCK] == (
+            data[3 * BLOCK : 4 * BLOCK]
+        )
         await sound(host)
 
     with_host(test)

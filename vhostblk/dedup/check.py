@@ -129,9 +129,7 @@ class Check:
             shown = refs[number] if number < len(refs) else 0
             if number < len(refs):
                 refs[number] = 0
-            if shown == 0 and number in self._tables.pins:
-                continue  # on its way into a map
-            if shown == 0:
+            if shown == 0 and number not in self._tables.pins:  # else it is on its way into a map
                 result.leaks += 1
                 result.say(f"nothing shows stored block {number}")
                 self._change("blocks", key, None)

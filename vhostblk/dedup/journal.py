@@ -12,6 +12,7 @@ they say.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -96,9 +97,11 @@ class Journal:
             while written < len(frame):
                 written += os.write(self._fd, frame[written:])
         except OSError:
-            # The next frame must follow the last one that is whole.
-            os.ftruncate(self._fd, self._length)
+            # The next frame must follow the last one that is whole, and covers what there is of
+            # this one even if it cannot be cut off.
             os.lseek(self._fd, self._length, os.SEEK_SET)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._length)
             raise
         self._length += len(frame)
 
@@ -136,15 +139,16 @@ class Journal:
 
     def remove_before(self, number: int) -> None:
         """The metadata store has what the older files say."""
-        for old in self._numbers():
+        for old in self.numbers():
             if old < number:
                 self.path(old).unlink()
 
     def last_number(self, first: int) -> int:
         """The highest number of the files from `first` on; `first - 1` if there is none."""
-        return max((n for n in self._numbers() if n >= first), default=first - 1)
+        return max((n for n in self.numbers() if n >= first), default=first - 1)
 
-    def _numbers(self) -> list[int]:
+    def numbers(self) -> list[int]:
+        """Of all files there are."""
         suffixes = [path.suffix[1:] for path in self._directory.glob("journal.*")]
         return [int(suffix) for suffix in suffixes if suffix.isdecimal()]
 

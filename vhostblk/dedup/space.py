@@ -123,6 +123,14 @@ class Space:
             self.used[segment] = self.used.get(segment, 0) - length
             assert self.used[segment] >= 0
 
+    def recount(self, used: dict[int, int]) -> None:
+        """What is in use was wrong. Segments that are being written to stay what they are."""
+        for number in self.used:
+            self.used[number] = used.get(number, 0)
+        self.used.update(used)
+        self._free = [number for number in self._free if number not in used]
+        heapq.heapify(self._free)
+
     def empty(self) -> list[int]:
         """Segments that nothing needs and that are not free yet."""
         return [

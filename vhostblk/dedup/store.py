@@ -181,9 +181,11 @@ class Store:
         self._told_full = False
         self._told_level = 0
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
+        self._unmovable: set[int] = set()  # segments of which not everything can be read
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
         self._not_before = 0.0  # background work that has failed is not begun again before
         self._room: asyncio.Future[None] | None = None
+        self._still: asyncio.Future[None] | None = None  # until then nothing may change
         self._lock_fd = -1
 
     # ---- life
@@ -410,13 +412,13 @@ class Store:
 
         Nobody else writes to them meanwhile. `send` is another way to write the content.
         """
-        if self.tables.changes > 4 * self.tuning.changes:
-            await self._checkpoint(data)  # memory is bounded
+        await self._may_change(data)
         writing = _Write(self, data, content, prints, send)
         self._storing += 1
         try:
             await writing.prepare()
             numbers: list[int] = []
+            await self._moving()
             await self._until(lambda: self._publish(writing, disk, first, numbers))
         finally:
             self._storing -= 1
@@ -442,9 +444,13 @@ class Store:
         self.counters.stored += new
         self.counters.hits += len(run) - run.count(0) - new
 
-    async def unmap(self, disk: int, first: int, end: int) -> AsyncIterator[tuple[int, int]]:
+    async def unmap(
+        self, data: Data, disk: int, first: int, end: int
+    ) -> AsyncIterator[tuple[int, int]]:
         """Blocks of a disk show zeroes; gives those for which that is so: first, how many."""
         for page in range(first // PAGE, (end - 1) // PAGE + 1):
+            await self._may_change(data)
+            await self._moving()
             begin, stop = max(first, page * PAGE), min(end, (page + 1) * PAGE)
             shown = self.tables.page(disk, page)[begin % PAGE : begin % PAGE + stop - begin]
             if any(shown):
@@ -454,6 +460,24 @@ class Store:
             yield begin, stop - begin
             if page % 64 == 63:
                 await asyncio.sleep(0)  # others want to live
+
+    async def _may_change(self, data: Data) -> None:
+        """Memory is bounded: too many changes wait for the database to take some."""
+        while self.tables.changes > 4 * self.tuning.changes:
+            try:
+                await self._checkpoint(data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._full("metadata")
+                if not self.tuning.hold:
+                    raise
+                await asyncio.sleep(HOLD_INTERVAL)
+
+    async def _moving(self) -> None:
+        """Wait while somebody needs metadata that stand still."""
+        while self._still is not None:
+            await asyncio.wait([self._still])
 
     def _record(self, records: list[Record]) -> None:
         """A change takes effect: first in the journal, then in memory."""
@@ -511,7 +535,7 @@ class Store:
                 if space.free_segments <= RESERVE:
                     await self._checkpoint(data)
                 for _ in range(space.count):
-                    if space.free_segments > RESERVE or not space.worst(limit):
+                    if space.free_segments > RESERVE or not self._worst(limit):
                         break
                     await self._collect(data, limit)
         return space.free_segments > RESERVE
@@ -602,7 +626,7 @@ class Store:
         if (
             self.space.free < tuning.garbage * self.space.size
             and not self._collecting
-            and self.space.worst(self.super.segment_size // 2)
+            and self._worst(self.super.segment_size // 2)
         ):
             self._collecting = True
             self._run(self._collect_soon())
@@ -696,17 +720,23 @@ class Store:
     # ---- check
 
     async def check(self, data: Data, *, repair: bool, content: bool = False) -> Result:
-        """Check everything; with `content` also what is stored. To `repair`, nothing is in flight.
+        """Check everything, and `repair` what can be; with `content` also what is stored.
 
-        The metadata are looked at in one go: other disks of the store wait meanwhile.
+        The metadata are looked at in one go: all disks of the store wait meanwhile.
         """
         async with self._collect_lock:
-            await self._checkpoint(data)
-            while self.tables.frozen or self.tables.changes:
+            await self._moving()
+            still = self._still = asyncio.get_running_loop().create_future()
+            try:
                 await self._checkpoint(data)
-            result = Check(self.tables, self.super, data.size, repair=repair).run()
-            if result.repaired:
-                self.space = Space(self.super, data.size, self.tables.segments(), self.space.head)
+                while self.tables.frozen or self.tables.changes:
+                    await self._checkpoint(data)
+                result = Check(self.tables, self.super, data.size, repair=repair).run()
+                if result.repaired:
+                    self.space.recount(self.tables.segments())
+            finally:
+                self._still = None
+                still.set_result(None)
             if content:
                 await self._check_content(data, result)
         return result
@@ -790,7 +820,8 @@ class Store:
                 f"the dedup store has no disk '{name}'", data={"code": "no-disk", "disk": name}
             )
         number, size = found
-        async for _ in self.unmap(number, 0, -(-size // self.super.block_size)):
+        blocks = -(-size // self.super.block_size)
+        async for _ in self.unmap(self.members[0].data, number, 0, blocks):
             pass
         self._record([Disk(number, 0, "")])
         await self.flush(self.members[0].data)
@@ -812,14 +843,13 @@ class Store:
         async with self._checkpoint_lock:
             await data.flush()
             await asyncio.to_thread(self.tables.copy, directory / FILE)
-            first, last = self.tables.state.journal, self.journal.number
-            await asyncio.to_thread(self._copy_journal, first, last, directory)
+            await asyncio.to_thread(self._copy_journal, directory)
 
-    def _copy_journal(self, first: int, last: int, directory: Path) -> None:
-        for number in range(first, last + 1):
+    def _copy_journal(self, directory: Path) -> None:
+        # All of it: after a failed checkpoint the database goes on in an older file.
+        for number in self.journal.numbers():
             source = self.journal.path(number)
-            if source.exists():
-                _write_file(directory / source.name, source.read_bytes())
+            _write_file(directory / source.name, source.read_bytes())
         _write_file(directory / "superblock", self.super.pack())
         sync_directory(directory)
 
@@ -848,11 +878,14 @@ class Store:
             await self._checkpoint(member.data)
         tried: set[int] = set()
         limit = int(used * self.super.segment_size)
-        while worst := [s for s in self.space.worst(limit) if s not in tried]:
+        while worst := [s for s in self._worst(limit) if s not in tried]:
             tried.update(worst[:4])
             async with member.working():
                 freed += await self._collect(member.data, limit, most=4)
         return freed
+
+    def _worst(self, limit: int) -> list[int]:
+        return [s for s in self.space.worst(limit) if s not in self._unmovable]
 
     async def _collect(self, data: Data, limit: int, most: int = 4) -> int:
         """Move what is in the emptiest segments to the head of the log; segments made free."""
@@ -862,14 +895,26 @@ class Store:
         async with self._collect_lock:
             before = self.space.free_segments
             budget = self.super.segment_size
-            for segment in self.space.worst(limit)[:most]:
-                if segment not in self.space.worst(limit):
+            for segment in self._worst(limit)[:most]:
+                if segment not in self._worst(limit):
                     continue  # it has become free meanwhile, or is filled again
                 budget -= self.space.used[segment]
                 if budget < 0 and most > 1:
                     break
                 await self._checkpoint(data)  # the places of all blocks are in the database
-                await self._move_segment(data, segment)
+                try:
+                    await self._move_segment(data, segment)
+                except NoSpace:
+                    raise
+                except (OSError, VhostblkError) as error:
+                    # Other segments can be emptied. Until the store is opened again.
+                    self._unmovable.add(segment)
+                    logger.warning(
+                        "dedup store '%s': segment %d cannot be emptied: %s",
+                        self.directory,
+                        segment,
+                        error,
+                    )
             await self._checkpoint(data)
             return self.space.free_segments - before
 
@@ -982,6 +1027,7 @@ class _Write:
                 return
             # Others may be waiting for ours while we wait for theirs.
             if self._fresh:
+                await store._moving()
                 await store._until(lambda: store._record(self.stored_records()))
                 self.published()
             futures = [store._writing.get(self._prints[index]) for index in waiting]

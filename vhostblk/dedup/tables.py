@@ -97,7 +97,7 @@ class Layer:
     state: State = field(default_factory=State)
 
     def __len__(self) -> int:
-        return len(self.map) + 2 * len(self.blocks)
+        return len(self.map) + 2 * len(self.blocks) + len(self.disks)
 
 
 class Tables:

@@ -493,7 +493,7 @@ class Dedup(HookedNode):
     async def _unmap(self, first: int, end: int) -> None:
         claim = await self._claim(first, end)
         try:
-            async for begin, count in self.store.unmap(self.number, first, end):
+            async for begin, count in self.store.unmap(self.data, self.number, first, end):
                 self.map.set(begin, count, MAP_ZERO, 0)
         finally:
             self._release(claim)
