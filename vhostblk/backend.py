@@ -271,10 +271,22 @@ class Backend:
                     "change under its feet",
                     data={"code": "node-in-use", "node": node.name},
                 )
+            if what == "apply":
+                self._check_headers_above(node)
             async with self.graph.drained([node]):
                 snapshot = await change(what, name)
             described: dict[str, Any] = snapshot.describe()
             return described
+
+    def _check_headers_above(self, node: NodeDriver) -> None:
+        """A LUKS header inside the image would become an older one, with another key perhaps."""
+        for above in self.graph.above([node])[0]:
+            if getattr(above, "volume", None) is not None and above is not node:
+                raise VhostblkError(
+                    f"Node '{node.name}' is in use by the encrypted node '{above.name}', whose "
+                    "header may lie in it: delete that node first, and make it again afterwards",
+                    data={"code": "node-in-use", "node": node.name, "users": [above.name]},
+                )
 
     async def block_image_map(
         self, device: str, offset: int, length: int | None, limit: int

@@ -8,6 +8,7 @@ where it was, and the disk can be used meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 ZONE = 1 << 20
+_RETRY = 0.1  # seconds after an error: no zone can be left out
 
 
 def find_node(backend: Backend, name: str) -> ReencryptingNode:
@@ -94,9 +96,9 @@ class ReencryptJob(BlockJob):
                 secret = self._backend.objects.use(id, Secret, f"job '{self.id}'")
                 used.callback(self._backend.objects.release, f"job '{self.id}'", secret)
                 passphrases.append(secret.data)
-            low, high = await node.prepare_reencryption(passphrases, self._kdf)
+            await node.prepare_reencryption(passphrases, self._kdf)
         async with graph.lock, graph.drained([node]):
-            node.set_layout(low, high, boundary=0, discard=node.discards)
+            node.begin_reencryption()
         await self._backend.job_changed()
 
     async def _pass(self) -> None:
@@ -116,6 +118,7 @@ class ReencryptJob(BlockJob):
                         f"{reason(error)}; the disk can be used, and luks-reencrypt goes on",
                         data={"code": "reencrypt-failed", "node-name": node.name},
                     ) from None
+                await asyncio.sleep(_RETRY)
             self.total_progress = node.size
             self.current_progress = min(node.boundary, node.size)
             await self.pace(moved)

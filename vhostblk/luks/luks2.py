@@ -10,6 +10,7 @@ import base64
 import copy
 import os
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from vhostblk.luks import binary2, hashes, json2, kdf
@@ -140,20 +141,30 @@ class Luks2(Volume):
     # ---- changing it
 
     async def write_metadata(self, metadata: dict[str, Any]) -> None:
-        """Replace the JSON, in both copies; afterwards it is on the disk."""
+        """Replace the JSON, in both copies; afterwards it is on the disk.
+
+        Whoever calls this holds `changing`, since before it had a look at `metadata`.
+        """
+        assert self.changing.locked()
         # What is written is what was checked, whatever the caller does with its dictionary.
         checked = copy.deepcopy(metadata)
         json2.check(checked, self._binary.size)
-        async with self._changing:
-            await self._make_sound()
-            await self._write(checked)
+        await self._make_sound()
+        await self._write(checked)
 
     async def _write(self, metadata: dict[str, Any]) -> None:
         written = await binary2.write(self._storage, self._binary, metadata)
         self._binary, self._metadata = written.binary, written.metadata
 
+    def draft(self) -> Luks2:
+        """The same header, of which only areas of key slots are written.
+
+        For several changes at once: `write_metadata(draft.metadata)` makes them count.
+        """
+        return _Draft(self._storage, self.limits, Found(Copy(self._binary, self.metadata)))
+
     async def repair(self) -> bool:
-        async with self._changing:
+        async with self.changing:
             return await self._repair()
 
     async def _repair(self) -> bool:
@@ -242,12 +253,31 @@ class Luks2(Volume):
                 entry["keyslots"] = [other for other in entry["keyslots"] if other != name]
         await self._write(metadata)
 
+    async def destroy_leftovers(self, areas: Iterable[tuple[int, int]]) -> None:
+        """Destroy areas (offset, size) that were given up, unless a new slot lies there already."""
+        async with self.changing:
+            used = [
+                (int(entry["area"]["offset"]), int(entry["area"]["size"]))
+                for entry in self._metadata["keyslots"].values()
+            ]
+            for offset, size in areas:
+                if not any(at < offset + size and offset < at + length for at, length in used):
+                    async with self.step():
+                        await self.destroy_area(offset, size)
+
     async def destroy_area(self, offset: int, size: int) -> None:
         """Overwrite it with noise."""
         for at in range(offset, offset + size, 1 << 20):
             length = min(1 << 20, offset + size - at)
             await self._storage.write(at, os.urandom(length))
         await self._storage.flush()
+
+
+class _Draft(Luks2):
+    """Metadata that nobody has written yet."""
+
+    async def _write(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
 
 
 def new_digest(

@@ -51,6 +51,8 @@ def find(volume: Luks2) -> Reencryption | None:
     before = volume.segment
     if (after[0].offset, after[0].size) != (before.offset, before.size):
         raise bad_header("a re-encryption that moves data")
+    if before.cipher and after[0].sector_size != before.sector_size:
+        raise bad_header("a re-encryption with sectors of another size")
     try:
         run = bytes.fromhex(logs[0].get("run", ""))
     except (TypeError, ValueError):
@@ -105,12 +107,14 @@ def finished(metadata: Json) -> Json:
     final = metadata["segments"]["1"]
     del final["flags"]
     metadata["segments"] = {"0": final}
+    kept: set[str] = set()  # with those that belong to no disk: somebody keeps a key of his own
     for number, digest in list(metadata["digests"].items()):
+        if "0" in digest["segments"]:
+            del metadata["digests"][number]
+            continue
         if "1" in digest["segments"]:
             digest["segments"] = ["0"]
-            kept = set(digest["keyslots"])
-        else:
-            del metadata["digests"][number]
+        kept.update(digest["keyslots"])
     metadata["keyslots"] = {
         number: slot for number, slot in metadata["keyslots"].items() if number in kept
     }

@@ -64,7 +64,8 @@ class Volume(abc.ABC):
         self.limits = limits
         self.step: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
         """Entered around what is written for a change of key slots, without any derivation."""
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held by whoever changes key slots, from the first look at them to the last write."""
 
     # ---- what the versions have
 
@@ -225,10 +226,10 @@ class Volume(abc.ABC):
         digest: str | None = None,
     ) -> int:
         """Let a passphrase unlock the volume key as well; the number of its slot."""
-        async with self._changing:
-            return await self._add(key, passphrase, slot, kdf_options, digest)
+        async with self.changing:
+            return await self.insert_slot(key, passphrase, slot, kdf_options, digest)
 
-    async def _add(
+    async def insert_slot(
         self,
         key: SecretBytes,
         passphrase: Buffer | SecretBytes,
@@ -236,6 +237,7 @@ class Volume(abc.ABC):
         kdf_options: KdfOptions | None,
         digest: str | None,
     ) -> int:
+        """add_slot() for whoever holds `changing`."""
         self._check_idle()
         words = _view(passphrase)
         if not len(words):
@@ -277,14 +279,14 @@ class Volume(abc.ABC):
 
     async def remove_slot(self, number: int, *, force: bool = False) -> None:
         """Destroy a key slot. The last one only with `force`: the disk is lost with it."""
-        async with self._changing:
+        async with self.changing:
             await self._remove([number], force)
 
     async def remove_passphrase(
         self, passphrase: Buffer | SecretBytes, *, force: bool = False
     ) -> list[int]:
         """Destroy all slots that the passphrase opens; their numbers."""
-        async with self._changing:
+        async with self.changing:
             numbers = []
             wanted = self.disk_digest
             for slot in self.active():
@@ -343,9 +345,9 @@ class Volume(abc.ABC):
         kdf_options: KdfOptions | None = None,
     ) -> int:
         """The same for whoever has unlocked the old slot."""
-        async with self._changing:
+        async with self.changing:
             digest = self._find(number).digest
-            added = await self._add(key, new, None, kdf_options, digest)
+            added = await self.insert_slot(key, new, None, kdf_options, digest)
             await self._remove([number], False)
             return added
 

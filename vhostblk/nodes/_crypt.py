@@ -20,6 +20,7 @@ from vhostblk.engine import OP_DISCARD, OP_READ, OP_WRITE
 from vhostblk.engine.crypt import WHOLE, CryptHandle, Half, new_crypt
 from vhostblk.nodes._zone_log import ZoneLog
 from vhostblk.nodes.hooks import HookedNode, Request
+from vhostblk.schema import VhostblkError
 
 BLOCK = 4096
 """Zones are multiples of this, which is the largest sector."""
@@ -66,8 +67,8 @@ class CryptNode(HookedNode):
         assert self.handle is not None
         async with self._holding:
             self._check_not_stuck()
-            await self.handle.hold(begin, end)
             try:
+                await self.handle.hold(begin, end)
                 yield
             finally:
                 self._let_go()
@@ -104,7 +105,13 @@ class CryptNode(HookedNode):
 
     async def recover(self, log: ZoneLog, low: Half) -> int:
         """Before start_crypt(): finish what a crash has left half done; the boundary."""
+        assert low.cipher is not None
         boundary, content = await log.load()
+        if (boundary | len(content or b"")) % low.cipher.sector_size:
+            raise VhostblkError(
+                "The state of a re-encryption cannot be read: its log speaks of half sectors",
+                data={"code": "bad-reencryption-log"},
+            )
         if content is not None:
             if self.read_only:
                 raise OSError(

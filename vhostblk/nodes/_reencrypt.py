@@ -5,9 +5,10 @@ What the header says is in vhostblk/luks/reencryption.py, how zones move from on
 boundary to the other in _crypt.py and _zone_log.py; this is what begins and ends it. The
 job is vhostblk/jobs/luks_reencrypt.py.
 
-Order: the new key has its key slots before the header says that it will be used; the log is on
-disk before that, too. The header says it is over when no zone is left, and only then are old key
-slots destroyed. A crash anywhere leaves a header that says how to read every zone.
+Order: the key slots of the new key and the log are on disk before the header says, in one change,
+that they exist and that re-encryption has begun. It says that it is over when no zone is left, and
+only then are old key slots destroyed. A crash anywhere leaves a header that says how to read every
+zone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class ReencryptingNode(CryptNode):
     volume: luks.Volume
     log: ZoneLog | None = None
     """How far it is, while it is being re-encrypted."""
+    _begun: tuple[ZoneLog, Half] | None = None
+    """What the header says already, and the engine half does not know yet."""
 
     def _prepare_ciphers(self) -> None:
         self._ciphers: list[Cipher] = []
@@ -101,11 +104,13 @@ class ReencryptingNode(CryptNode):
 
     async def prepare_reencryption(
         self, passphrases: Sequence[SecretBytes], kdf: luks.KdfOptions | None = None
-    ) -> tuple[Half, Half]:
+    ) -> None:
         """Write down that there is a new key, with a slot for each passphrase; no zone has it yet.
 
-        Takes seconds. Use the halves, with a boundary at 0, while nothing is in flight.
+        The first passphrase is the node's own. Takes seconds; then call begin_reencryption().
         """
+        if self._begun is not None:
+            return
         volume = self.volume
         if not isinstance(volume, luks.Luks2):
             raise VhostblkError(
@@ -113,35 +118,64 @@ class ReencryptingNode(CryptNode):
                 "is; 'cryptsetup convert --type luks2' makes it LUKS2",
                 data={"code": "luks-version", "node": self.name},
             )
-        reencryption.place_for_log(volume)  # is there room?
-        with luks.random_key(volume.key_size) as key:
-            digest = await asyncio.to_thread(luks.new_digest, key)
-            before = volume.metadata
-            number = await self._add_digest(volume, digest)
-            try:
-                for passphrase in passphrases:
-                    await volume.add_slot(key, passphrase, None, kdf, digest=number)
-                log = reencryption.place_for_log(volume)
-                run = reencryption.new_run()
-                await ZoneLog(self.header, *log, run).create()
-                begun = reencryption.begun(volume.metadata, number, run, log)
-                await volume.write_metadata(begun)
-            except BaseException:
-                with contextlib.suppress(VhostblkError, OSError):
-                    await volume.write_metadata(before)
-                raise
-            found = reencryption.find(volume)
-            assert found is not None
-            self.log = self._log_of(found)
-            await self.log.load()
-            return self._half_with(found.after, key), self._halves[1]
+        async with volume.changing:
+            # What it is opened with at the next start has to open both keys.
+            await self._check_opens(volume, passphrases[0])
+            reencryption.place_for_log(volume)  # is there room?
+            with luks.random_key(volume.key_size) as key:
+                before = volume.metadata
+                try:
+                    found = await self._write_down(volume, key, passphrases, kdf)
+                except BaseException:
+                    with contextlib.suppress(VhostblkError, OSError):
+                        async with self.host.working(self):
+                            await volume.write_metadata(before)
+                    raise
+                log = self._log_of(found)
+                await log.load()
+                self._begun = log, self._half_with(found.after, key)
 
-    async def _add_digest(self, volume: luks.Luks2, digest: dict[str, object]) -> str:
-        metadata = volume.metadata
+    async def _check_opens(self, volume: luks.Luks2, passphrase: SecretBytes) -> None:
+        try:
+            await volume.test(passphrase)
+        except VhostblkError as error:
+            raise VhostblkError(
+                f"The secret of node '{self.name}' does not open its header any more, and would be "
+                f"what opens it in future ({error.desc}); reopen the node with the one that does",
+                data={"code": "stale-secret", "node": self.name},
+            ) from None
+
+    async def _write_down(
+        self,
+        volume: luks.Luks2,
+        key: SecretBytes,
+        passphrases: Sequence[SecretBytes],
+        kdf: luks.KdfOptions | None,
+    ) -> Reencryption:
+        digest = await asyncio.to_thread(luks.new_digest, key)
+        draft = volume.draft()
+        draft.step = volume.step
+        metadata = draft.metadata
         number = next(str(n) for n in range(32) if str(n) not in metadata["digests"])
         metadata["digests"][number] = digest
-        await volume.write_metadata(metadata)
-        return number
+        async with draft.changing:
+            await draft.write_metadata(metadata)
+            for passphrase in passphrases:
+                await draft.insert_slot(key, passphrase, None, kdf, number)
+        log, run = reencryption.place_for_log(draft), reencryption.new_run()
+        async with self.host.working(self):
+            await ZoneLog(self.header, *log, run).create()
+            await volume.write_metadata(reencryption.begun(draft.metadata, number, run, log))
+        found = reencryption.find(volume)
+        assert found is not None
+        return found
+
+    def begin_reencryption(self) -> None:
+        """From now on zones can be moved. Nothing is in flight."""
+        assert self._begun is not None
+        log, low = self._begun
+        self.set_layout(low, self._halves[1], boundary=0, discard=self.discards)
+        self.log, self._begun = log, None
 
     @property
     def is_reencrypted(self) -> bool:
@@ -152,17 +186,27 @@ class ReencryptingNode(CryptNode):
         """The header says that there is one key only. Nothing is in flight."""
         volume = self.volume
         assert isinstance(volume, luks.Luks2)
-        old = volume.metadata["keyslots"]
-        await volume.write_metadata(reencryption.finished(volume.metadata))
+        before = volume.metadata
+        async with volume.changing:
+            try:
+                await volume.write_metadata(reencryption.finished(volume.metadata))
+            except BaseException:
+                # It may be on the disk all the same, which may grow before the next try.
+                with contextlib.suppress(VhostblkError, OSError):
+                    await volume.write_metadata(before)
+                raise
         low, _ = self._halves
         self.set_layout(low, boundary=WHOLE, discard=self.discards)
         self._free_ciphers(keep=low.cipher)
         self.log = None
         kept = volume.metadata["keyslots"]
-        self._leftover = [slot["area"] for number, slot in old.items() if number not in kept]
+        self._leftover = [
+            (int(slot["area"]["offset"]), int(slot["area"]["size"]))
+            for number, slot in before["keyslots"].items()
+            if number not in kept
+        ]
 
     async def destroy_old_slots(self) -> None:
         """The key slots of the old key, which no header knows any more."""
         assert isinstance(self.volume, luks.Luks2)
-        for area in self._leftover:
-            await self.volume.destroy_area(int(area["offset"]), int(area["size"]))
+        await self.volume.destroy_leftovers(self._leftover)

@@ -15,7 +15,9 @@ content is in the log, with this checksum" (busy). For one zone:
  2. the new content is written to its place; then a flush. A crash in between may leave half
     of it; whoever opens the disk next finds the busy record, and writes all of it again;
  3. the idle record with the new boundary is written; then a flush. Only then may anybody read or
-    write the zone: until then another crash would have the log's content written once more.
+    write the zone: until then another crash would have the log's content written once more;
+ 4. the busy record is overwritten with a copy of the idle one, without a flush: should the first
+    become unreadable one day, nobody must believe the zone to be busy still.
 
 A busy record whose content does not have its checksum is one of step 1 that did not make it:
 what counts is the idle record beside it. Nothing in the log is secret: the content is encrypted.
@@ -102,7 +104,7 @@ class ZoneLog:
         for slot in range(2):
             data = await self._storage.read(self._offset + slot * BLOCK, BLOCK)
             record = Record.parse(data, self._run)
-            if record is not None and record.sequence % 2 == slot:
+            if record is not None and (record.length == 0 or record.sequence % 2 == slot):
                 found.append(record)
         for record in sorted(found, key=lambda record: -record.sequence):
             if record.length == 0:
@@ -126,7 +128,9 @@ class ZoneLog:
 
     async def done(self, boundary: int) -> None:
         """Nothing is being overwritten, and the boundary is here."""
-        await self._append(Record(self._last.sequence + 1, boundary))
+        record = Record(self._last.sequence + 1, boundary)
+        await self._append(record)
+        await self._write(record, slot=record.sequence + 1)
 
     @property
     def _content(self) -> int:
@@ -138,6 +142,6 @@ class ZoneLog:
         await self._write(record)
         await self._storage.flush()
 
-    async def _write(self, record: Record) -> None:
-        at = self._offset + record.sequence % 2 * BLOCK
+    async def _write(self, record: Record, slot: int | None = None) -> None:
+        at = self._offset + (record.sequence if slot is None else slot) % 2 * BLOCK
         await self._storage.write(at, record.pack(self._run))

@@ -121,8 +121,10 @@ class Luks(ReencryptingNode):
             self._segment = self._only_segment()
             self._check_size()
             await self.open_crypt(secret.data)
-        except VhostblkError as error:
+        except BaseException as error:
             self._free_ciphers()
+            if not isinstance(error, VhostblkError):
+                raise
             raise VhostblkError(
                 f"Cannot open node '{self.name}' ({self.child(role).node.filename()}): "
                 f"{error.desc}",
@@ -210,10 +212,23 @@ class Luks(ReencryptingNode):
                 data={"code": "bad-luks-header", "node": self.name},
             )
 
+        self._check_sectors(there - self._segment.offset)
+
+    def _check_sectors(self, size: int) -> None:
+        """A disk that is being encrypted for the first time must not end in part of a sector."""
+        sector = max(segment.sector_size for segment in self.volume.segments)
+        if not self._segment.cipher and size % sector:
+            raise VhostblkError(
+                f"a disk of {size} bytes cannot be encrypted with sectors of {sector}: the header "
+                "has to have another sector-size, or the disk another size",
+                data={"code": "bad-luks-header", "node": self.name},
+            )
+
     def children_changed(self) -> None:
         self._check_size()
 
     async def truncate(self, size: int) -> None:
+        self._check_sectors(size)
         if self._segment.size is not None:
             raise VhostblkError(
                 f"Cannot resize node '{self.name}': its LUKS header gives a fixed size",
