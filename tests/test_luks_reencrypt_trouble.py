@@ -87,7 +87,7 @@ async def flush(host: Host) -> None:
     await host.backend.engine.submit(host.backend.graph.node("disk").effective, 2, 0, None, 0)
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(10))
 def test_a_power_cut_at_any_moment(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first write to the header to the last old key slot; then it goes on to the end."""
     monkeypatch.setattr(luks_reencrypt, "ZONE", 64 * KIB)
@@ -125,9 +125,8 @@ def test_a_power_cut_at_any_moment(chunk: int, monkeypatch: pytest.MonkeyPatch) 
             await command(host, "luks-key-slot-test", key_secret="two")
             assert not node.volume.is_reencrypting
             assert len(node.volume.slots()) == 2, "nothing is left of the first attempt"
-            crash_at += 4
-        assert moments >= {"before", "over"}
-        assert len(moments) > 3, "it has been cut off in between, too"
+            crash_at += 10
+        assert len(moments) > 2, "before, in between, and after"
 
     with_host(test, Small)
 
