@@ -176,7 +176,7 @@ class RootDisk:
 
     def is_found_out(self, leg: int) -> None:
         """The guest reads everything, and gets what the others have."""
-        node = self.node_of(leg)
+        node = self.tree.top(self.disk, leg)
         self.guest.check("dd if=/dev/vda of=/dev/null bs=1M iflag=direct", 120)
         self.disk.backend.qmp.wait_event(
             "QUORUM_REPORT_BAD", HEAL_SECONDS, where=lambda data: data["node-name"] == node
@@ -187,7 +187,7 @@ class RootDisk:
 
         The backend dies meanwhile, and its successor goes on.
         """
-        node = self.node_of(leg)
+        node = self.tree.top(self.disk, leg)
         (quorum,) = self.command("query-quorum")
         (child,) = (entry["child"] for entry in quorum["legs"] if entry["node-name"] == node)
         self.command("x-blockdev-change", parent="quorum", child=child)
@@ -210,13 +210,6 @@ class RootDisk:
     def _scrubbed(self) -> list[dict[str, Any]]:
         jobs = self.command("query-block-jobs")
         return [job for job in jobs if job["device"] == "scrub" and job["status"] == "concluded"]
-
-    def node_of(self, leg: int) -> str:
-        """The newest image's."""
-        image = str(self.tree.chains[leg][-1])
-        nodes = self.command("query-named-block-nodes")
-        (name,) = (n["node-name"] for n in nodes if n["drv"] == "qcow2" and n["file"] == image)
-        return str(name)
 
     # ---- the end
 

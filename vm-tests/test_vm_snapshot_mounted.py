@@ -161,18 +161,11 @@ class Story:
             number = next(self._filters)
             name = f"filter{number}"
             leg = number % len(self.tree.chains)
-            top = self.node_of(self.tree.chains[leg][-1])
+            top = self.tree.top(self.disk, leg)
             place = {"above": top} if number % 2 else {"export-id": self.disk.disk.id}
             options = {"driver": "delay", "node-name": name, "write-ns": 100000}
             qmp.command("block-filter-insert", {"filter": options, **place})
             qmp.command("block-filter-remove", {"node-name": name})
-
-    def node_of(self, image: Path) -> str:
-        for node in self.disk.backend.qmp.command("query-named-block-nodes"):
-            if node["drv"] == "qcow2" and node["file"] == str(image):
-                name: str = node["node-name"]
-                return name
-        raise AssertionError(f"no node has {image}")
 
     def snapshot(self, *, frozen: bool) -> None:
         options = {}

@@ -134,6 +134,13 @@ class Legs:
             chain.append(taken[f"{name}.leg{number}.qcow2"])
         return result
 
+    def top(self, disk: ServedDisk, leg: int) -> str:
+        """The node of a leg's newest image."""
+        image = str(self.chains[leg][-1])
+        nodes = disk.backend.qmp.command("query-named-block-nodes")
+        (name,) = (n["node-name"] for n in nodes if n["drv"] == "qcow2" and n["file"] == image)
+        return str(name)
+
     def adopt(self, disk: ServedDisk) -> bool:
         """The last snapshot had no answer: whether it has taken place, on all legs."""
         images = [c[0].with_name(f"{self._name}.leg{n}.qcow2") for n, c in enumerate(self.chains)]
