@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES
+from vhostblk.engine.dedup import blake3
 
 
 async def submit(host: Host, node: str, op: int, offset: int = 0, length: int = 0) -> None:
@@ -303,5 +305,41 @@ def test_where_data_are() -> None:
         assert await host.read("data", found[1].offset or 0, BLOCK) == await host.read(
             "disk", 4 * BLOCK, BLOCK
         )
+
+    with_host(test)
+
+
+DIGESTS = {  # b3sum's, of the bytes 0, 1, ... 250, 0, 1, ...
+    12: "015094013f57a5277b59d8475c0501042c0b642e531b0a1c8f58d2163229e969",
+    14: "f875d6646de28985646f34ee13be9a576fd515f76b5b0a26bb324735041ddde4",
+    16: "68d647e619a930e7b1082f74f334b0c65a315725569bdc123f0ee11881717bfe",
+}
+
+
+@pytest.mark.parametrize("vector", [0, 16, 32, 64])
+def test_blake3(vector: int) -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    if {32: "avx2", 64: "avx512vl"}.get(vector, "") not in flags:
+        pytest.skip("this CPU has no vectors of that width")
+    for bits, digest in DIGESTS.items():
+        data = bytes(at % 251 for at in range(1 << bits))
+        assert blake3(data, vector=vector).hex() == digest
+
+
+@pytest.mark.parametrize("hash", ["blake3", "sha256", "blake2b"])
+@pytest.mark.parametrize("block", [4096, 16384, 65536])
+def test_fingerprints_of_many_blocks(hash: str, block: int) -> None:
+    """What the I/O threads compute for a request is what is computed for each block alone."""
+
+    async def test(host: Host) -> None:
+        await create(host, size=2 * MIB, block_size=block, hash=hash)
+        await open_disk(host)
+        data = random.Random(9).randbytes(MIB + 5 * 512)
+        await host.write("disk", 3 * 512, data)
+        assert await host.read("disk", 3 * 512, len(data)) == data
+        found = await store_of(host).check(
+            host.backend.graph.node("disk").data, repair=False, content=True
+        )
+        assert found.sound, found.messages
 
     with_host(test)

@@ -90,7 +90,7 @@ async def _make_store(path: Path, content: Path | None) -> None:
         made.truncate(1 << 30)
     data = FileData(path)
     bits = 12 if content is not None else 16
-    super = Superblock(bits, 22, "sha256", os.urandom(16))
+    super = Superblock(bits, 22, "blake3", os.urandom(16))
     await Store.create(metadata, data, super)
     store = Store(metadata, Tuning())
     await store.open(data)

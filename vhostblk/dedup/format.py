@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vhostblk.engine.dedup import blake3
 from vhostblk.schema import VhostblkError
 
 SUPERBLOCK = 4096
@@ -24,11 +25,12 @@ _SUPERBLOCK = struct.Struct("<16sIIII16s16s")
 FINGERPRINT = 32
 
 HASHES: dict[str, Callable[[bytes | bytearray | memoryview], bytes]] = {
+    "blake3": blake3,
     "sha256": lambda data: hashlib.sha256(data).digest(),
     "blake2b": lambda data: hashlib.blake2b(data, digest_size=FINGERPRINT).digest(),
 }
 """Fingerprints that a store may use; 32 bytes each."""
-_HASH_NUMBERS = {1: "sha256", 2: "blake2b"}
+_HASH_NUMBERS = {1: "sha256", 2: "blake2b", 3: "blake3"}
 
 
 @dataclass(frozen=True)

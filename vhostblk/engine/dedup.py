@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
-from vhostblk._engine import lib
+from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, NodeHandle
 
 DIGEST: int = lib.VB_DEDUP_DIGEST
 
 
-def new_dedup(engine: Engine, block_bits: int) -> NodeHandle:
+def new_dedup(engine: Engine, block_bits: int, *, sha256: bool) -> NodeHandle:
     """A `dedup` node; its child 0 is the map of the disk."""
     return NodeHandle(
-        engine, engine.made(lib.vb_node_dedup_new(engine.pointer, block_bits, engine.error))
+        engine, engine.made(lib.vb_node_dedup_new(engine.pointer, block_bits, sha256, engine.error))
     )
+
+
+def blake3(block: bytes | bytearray | memoryview, *, vector: int = 0) -> bytes:
+    """BLAKE3 of a block of 2, 4, ... 64 KiB. `vector`: bytes of the CPU's vectors, 0 for all."""
+    size = len(block)
+    if size & (size - 1) or not 2 << 10 <= size <= 64 << 10:
+        raise ValueError(f"a block of {size} bytes")
+    digest = ffi.new("uint8_t[]", DIGEST)
+    lib.vb_dedup_blake3(ffi.from_buffer(block), 1, size.bit_length() - 1, digest, vector)
+    return bytes(ffi.buffer(digest))

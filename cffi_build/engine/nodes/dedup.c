@@ -7,6 +7,7 @@
  * between the two could otherwise have something stored under the fingerprint of something
  * else, which other guests would be given later.
  */
+#include "../blake3.h"
 #include "../engine.h"
 #include "dedup.api.h"
 
@@ -18,7 +19,7 @@
 struct dedup_node {
     struct vb_node node;
     uint8_t block_bits;
-    EVP_MD *sha256;                          /* owned */
+    EVP_MD *sha256;                          /* owned; NULL: BLAKE3 */
     EVP_MD_CTX *contexts[VB_MAX_IOTHREADS];  /* owned; each is made and used by its own I/O thread */
 };
 
@@ -62,6 +63,13 @@ static bool hash_blocks(struct dedup_node *dedup, const struct vb_request *reque
     uint64_t at = -request->offset & (size - 1); /* of the first whole block, in the data */
     EVP_MD_CTX **context = &dedup->contexts[request->thread->index];
 
+    if (!dedup->sha256) {
+        if (at < request->bytes) {
+            vb_blake3(data + at, (request->bytes - at) >> dedup->block_bits, dedup->block_bits,
+                      digests + (at ? VB_DEDUP_DIGEST : 0), 0);
+        }
+        return true;
+    }
     if (!*context && !(*context = EVP_MD_CTX_new())) {
         return false;
     }
@@ -142,7 +150,8 @@ static const struct vb_node_ops dedup_ops = {
     .destroy = dedup_destroy,
 };
 
-struct vb_node *vb_node_dedup_new(struct vb_engine *engine, uint8_t block_bits, char *error)
+struct vb_node *vb_node_dedup_new(struct vb_engine *engine, uint8_t block_bits, bool sha256,
+                                  char *error)
 {
     struct dedup_node *dedup = vb_node_alloc(engine, &dedup_ops, sizeof(*dedup), error);
 
@@ -150,11 +159,17 @@ struct vb_node *vb_node_dedup_new(struct vb_engine *engine, uint8_t block_bits, 
         return NULL;
     }
     dedup->block_bits = block_bits;
-    dedup->sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
-    if (!dedup->sha256) {
+    dedup->sha256 = sha256 ? EVP_MD_fetch(NULL, "SHA256", NULL) : NULL;
+    if (sha256 && !dedup->sha256) {
         vb_node_free(&dedup->node);
         vb_error(error, -ENOTSUP, "OpenSSL has no SHA-256 here");
         return NULL;
     }
     return &dedup->node;
+}
+
+void vb_dedup_blake3(const void *data, size_t blocks, uint8_t block_bits, uint8_t *digests,
+                     unsigned vector)
+{
+    vb_blake3(data, blocks, block_bits, digests, vector);
 }

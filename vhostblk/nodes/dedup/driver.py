@@ -196,7 +196,10 @@ class Dedup(HookedNode):
             low=_nothing,
         )
         # OpenSSL has no BLAKE2b of 32 bytes: then hashing is done here.
-        self._hasher = new_dedup(self.engine, self._bits) if store.super.hash == "sha256" else None
+        self._hasher = None
+        if store.super.hash != "blake2b":
+            sha256 = store.super.hash == "sha256"
+            self._hasher = new_dedup(self.engine, self._bits, sha256=sha256)
         self.handle = self._hasher or self.map
         self.map.set_dirty(store.dirty)
         store.members.append(self)
