@@ -42,7 +42,7 @@ def change(host: Host, leg: str, offset: int, data: bytes) -> None:
 PIECES = [(0, 4096), (4096, 65536), (512, 1024), (0, CACHED)]
 
 
-@pytest.mark.parametrize("leg_timeout", [0, 30])
+@pytest.mark.parametrize("leg_timeout", [0, 30000])
 def test_equal_data_are_compared_where_they_are(leg_timeout: int) -> None:
     async def test(host: Host) -> None:
         noise = await quorum(host, leg_timeout=leg_timeout)
@@ -54,7 +54,7 @@ def test_equal_data_are_compared_where_they_are(leg_timeout: int) -> None:
     with_host(test)
 
 
-@pytest.mark.parametrize("leg_timeout", [0, 30])
+@pytest.mark.parametrize("leg_timeout", [0, 30000])
 @pytest.mark.parametrize("liar", "abc")
 def test_a_leg_that_lies_in_memory_is_outvoted(liar: str, leg_timeout: int) -> None:
     async def test(host: Host) -> None:

@@ -199,7 +199,8 @@ static void submit_parts(struct op *op)
         submit_next(op);
     }
     op->starting = false;
-    if (op->quorum->options.timeout_ns && op->waiting && !op->listed) {
+    /* The node may be gone with the last answer. */
+    if (op->waiting && !op->listed && op->quorum->options.timeout_ns) {
         quorum_watch(op);
     }
     if (op->waiting && op->request && is_change(op)) {
