@@ -7,7 +7,6 @@ An image that a run changes is made anew before each run; the others once.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 import subprocess
@@ -82,6 +81,7 @@ async def _make_store(path: Path, content: Path | None) -> None:
     from vhostblk.dedup.file import FileData
     from vhostblk.dedup.format import Superblock
     from vhostblk.dedup.store import Store, Tuning
+    from vhostblk.engine.dedup import blake3
 
     metadata = Path(f"{path}.meta")
     shutil.rmtree(metadata, ignore_errors=True)
@@ -100,9 +100,7 @@ async def _make_store(path: Path, content: Path | None) -> None:
         with open(content, "rb") as file:
             at = 0
             while piece := file.read(1 << 20):
-                prints = [
-                    hashlib.sha256(piece[i : i + 4096]).digest() for i in range(0, len(piece), 4096)
-                ]
+                prints = [blake3(piece[i : i + 4096]) for i in range(0, len(piece), 4096)]
                 await store.write(data, disk, at >> 12, memoryview(piece), prints)
                 at += len(piece)
     await store.close(data)

@@ -180,6 +180,7 @@ class Store:
         self._journal_failed = False
         self._told_full = False
         self._told_level = 0
+        self._watched = -1  # free segments when _watch() has last looked
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
         self._unmovable: set[int] = set()  # segments of which not everything can be read
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
@@ -426,9 +427,34 @@ class Store:
         self._watch()
         return numbers
 
+    def write_known(self, disk: int, first: int, prints: Sequence[bytes]) -> list[int] | None:
+        """The same at once, if all of it is there already; None: write() has to do it."""
+        tables, zero = self.tables, self.zero
+        if self._still is not None or self.tuning.verify:
+            return None
+        if tables.changes > 4 * self.tuning.changes:
+            return None
+        numbers = []
+        for name in prints:
+            number = tables.find(name)
+            if not number and name != zero:
+                return None
+            numbers.append(number)
+        try:
+            self._map(disk, first, numbers, [])
+        except OSError:
+            return None  # nothing has happened; write() knows what to do
+        self._watch()
+        return numbers
+
     def _publish(self, writing: _Write, disk: int, first: int, run: list[int]) -> None:
         records = writing.stored_records()
         run[:] = writing.numbers()
+        self._map(disk, first, run, records)
+        writing.published()
+
+    def _map(self, disk: int, first: int, run: list[int], records: list[Record]) -> None:
+        """Blocks of a disk show these stored blocks; `records` are of those that are new."""
         new = len(records)
         at = 0
         while at < len(run):
@@ -438,11 +464,11 @@ class Store:
             records.append(Mapped(disk, first + at, end - at, run[at]))
             at = end
         self._record(records)
-        writing.published()
-        self.counters.written += len(run)
-        self.counters.zeroes += run.count(0)
-        self.counters.stored += new
-        self.counters.hits += len(run) - run.count(0) - new
+        counters, zeroes = self.counters, run.count(0)
+        counters.written += len(run)
+        counters.zeroes += zeroes
+        counters.stored += new
+        counters.hits += len(run) - zeroes - new
 
     async def unmap(
         self, data: Data, disk: int, first: int, end: int
@@ -615,14 +641,18 @@ class Store:
 
     def _watch(self) -> None:
         """Start what is due."""
+        tuning, tables = self.tuning, self.tables
+        due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
+        # The space there is changes by whole segments; most writes change nothing of it.
+        if not due and self.space.free_segments == self._watched:
+            return
         if not self.members or time.monotonic() < self._not_before:
             return
-        tuning, tables = self.tuning, self.tables
         self._watch_space()
-        due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
         if due and not self._checkpointing:
             self._checkpointing = True
             self._run(self._checkpoint_soon())
+        self._watched = self.space.free_segments
         if (
             self.space.free < tuning.garbage * self.space.size
             and not self._collecting
@@ -662,6 +692,7 @@ class Store:
             logger.warning("dedup store '%s': no checkpoint: %s", self.directory, error)
             self._not_before = time.monotonic() + 1.0
         finally:
+            self._watched = -1
             self._checkpointing = False
 
     async def checkpoint(self) -> None:
@@ -693,6 +724,7 @@ class Store:
                 journal.remove_before(state.journal)
             lost, self._lost = self._lost, []
             self.space.lose(lost)
+            self._watched = -1  # there may be something to collect now
             await self._free_segments(data)
 
     async def _free_segments(self, data: Data) -> None:
@@ -868,6 +900,7 @@ class Store:
             logger.warning("dedup store '%s': garbage collection: %s", self.directory, error)
             self._not_before = time.monotonic() + 1.0
         finally:
+            self._watched = -1
             self._collecting = False
 
     async def collect(self, used: float = 0.75) -> int:

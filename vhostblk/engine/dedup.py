@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import struct
+
 from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, NodeHandle
 
 DIGEST: int = lib.VB_DEDUP_DIGEST
+_PIECE = struct.Struct("=QQ")  # struct iovec
 
 
 def new_dedup(engine: Engine, block_bits: int, *, sha256: bool) -> NodeHandle:
@@ -14,6 +17,12 @@ def new_dedup(engine: Engine, block_bits: int, *, sha256: bool) -> NodeHandle:
     return NodeHandle(
         engine, engine.made(lib.vb_node_dedup_new(engine.pointer, block_bits, sha256, engine.error))
     )
+
+
+def written_digests(iov: int) -> bytes:
+    """Of a write that the node has handed up, whose memory is at `iov` (dedup.api.h)."""
+    base, length = _PIECE.unpack_from(ffi.buffer(ffi.cast("void *", iov), 2 * _PIECE.size), 16)
+    return bytes(ffi.buffer(ffi.cast("char *", base), length))
 
 
 def blake3(block: bytes | bytearray | memoryview, *, vector: int = 0) -> bytes:

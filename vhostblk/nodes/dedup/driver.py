@@ -20,7 +20,7 @@ import json
 import os
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,7 +29,7 @@ from vhostblk.dedup.format import HASHES
 from vhostblk.dedup.store import Send, Store, Tuning
 from vhostblk.dedup.tables import PAGE
 from vhostblk.engine import IO, OP_WRITE
-from vhostblk.engine.dedup import DIGEST, new_dedup
+from vhostblk.engine.dedup import DIGEST, new_dedup, written_digests
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.image.extent import merged
@@ -417,7 +417,28 @@ class Dedup(HookedNode):
         begin = request.offset - first * size
         request.fill(memoryview(content)[begin : begin + request.length])
 
-    async def _write(self, request: Request) -> None:
+    def _write(self, request: Request) -> Coroutine[Any, Any, None] | None:
+        # By far the fastest way: no task, no copy, nothing to wait for.
+        return None if self._write_known(request) else self._write_slowly(request)
+
+    def _write_known(self, request: Request) -> bool:
+        """Whether all of it was in the store, and is on the disk now, too."""
+        size = 1 << self._bits
+        if self._hasher is None or (request.offset | request.length) % size or request.fua:
+            return False
+        first, end = self._range(request)
+        for busy in self._busy:
+            if first < busy[1] and busy[0] < end:
+                return False
+        digests = written_digests(request._iov)
+        prints = [digests[at : at + DIGEST] for at in range(0, len(digests), DIGEST)]
+        numbers = self.store.write_known(self.number, first, prints)
+        if numbers is None:
+            return False
+        self._show(first, numbers)
+        return True
+
+    async def _write_slowly(self, request: Request) -> None:
         first, end = self._range(request)
         prints: memoryview | None = None
         data: bytes | memoryview
