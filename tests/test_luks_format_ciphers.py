@@ -26,6 +26,7 @@ SPECS = [
     ("aes-xts-plain64", 64), ("aes-xts-plain64", 48), ("aes-xts-plain", 32),
     ("aes-xts-plain64be", 64), ("aes-xts-essiv:sha256", 64), ("aes-xts-null", 64),
     ("aes-cbc-plain64", 32), ("aes-cbc-essiv:sha256", 16), ("aes-cbc-eboiv", 24),
+    ("aes-cbc-benbi", 32), ("cast5-cbc-benbi", 16),
     ("aes-ctr-plain64be", 32), ("aes-ctr-plain64", 16), ("aes-ecb", 32),
     ("camellia-xts-plain64", 64), ("camellia-cbc-essiv:sha256", 32),
     ("sm4-xts-plain64", 32), ("sm4-cbc-plain", 16), ("cast5-cbc-plain64", 16),
@@ -193,7 +194,8 @@ def test_priorities() -> None:
         metadata = volume.metadata
         metadata["keyslots"]["2"]["priority"] = 2
         metadata["keyslots"]["0"]["priority"] = 0
-        await volume.write_metadata(metadata)
+        async with volume.changing:
+            await volume.write_metadata(metadata)
         assert await volume.test(b"same") == 2
         await volume.remove_slot(2)
         assert await volume.test(b"same") == 1
@@ -211,7 +213,8 @@ def test_two_keys_in_one_header() -> None:
         with luks.random_key(64) as key:
             metadata = volume.metadata
             metadata["digests"]["1"] = luks.new_digest(key, milliseconds=1)
-            await volume.write_metadata(metadata)
+            async with volume.changing:
+                await volume.write_metadata(metadata)
             with pytest.raises(VhostblkError, match="this is not the volume key"):
                 await volume.add_slot(key, b"new", None, QUICK)
             number = await volume.add_slot(key, b"new", None, QUICK, digest="1")

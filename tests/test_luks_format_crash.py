@@ -248,7 +248,8 @@ def test_metadata_are_replaced_at_once() -> None:
         assert isinstance(volume, luks.Luks2)
         before, after = volume.metadata, volume.metadata
         after["tokens"] = {"0": {"type": "test", "keyslots": ["0"], "text": "x" * 5000}}
-        await volume.write_metadata(after)
+        async with volume.changing:
+            await volume.write_metadata(after)
         seen = set()
         for step in range(len(storage.steps) + 1):
             for seed in range(20):

@@ -268,7 +268,8 @@ def test_areas_that_overlap() -> None:
         metadata = volume.metadata
         metadata["keyslots"]["1"]["area"]["offset"] = str(32768 + 4096)
         with pytest.raises(VhostblkError, match="areas of keyslots 0 and keyslots 1 overlap"):
-            await volume.write_metadata(metadata)
+            async with volume.changing:
+                await volume.write_metadata(metadata)
         found = await binary2.find(storage)
         _put_json(storage, found.copy.binary, json.dumps(metadata).encode())
         return storage
@@ -335,7 +336,8 @@ def test_a_costly_slot_does_not_hide_the_others() -> None:
         await volume.add_passphrase(b"other", ONE, None, QUICK)
         metadata = volume.metadata
         metadata["keyslots"]["0"]["kdf"] = ARGON | {"memory": 1 << 22}
-        await volume.write_metadata(metadata)
+        async with volume.changing:
+            await volume.write_metadata(metadata)
         assert await volume.test(ONE) == 1
         told = luks.describe(volume)["slots"]
         assert [slot["state"] for slot in told] == ["unusable", "active"]

@@ -51,6 +51,8 @@ def reference_iv(spec: CipherSpec, key: bytes, number: int, size: int, sector_si
         return (number & 0xFFFF_FFFF).to_bytes(4, "little").ljust(size, b"\0")
     if spec.iv == "plain64be":
         return number.to_bytes(8, "big").rjust(size, b"\0")
+    if spec.iv == "benbi":
+        return (number * (512 // size) + 1).to_bytes(8, "big").rjust(size, b"\0")
     if spec.iv == "eboiv":
         value = (number * sector_size).to_bytes(8, "little").ljust(size, b"\0")
         return block_encrypt(spec.name, key, value)
@@ -119,6 +121,9 @@ def both_ways(cipher: Cipher, expected: Callable[[bytes], bytes], length: int, o
         ("aes-cbc-plain", 128),
         ("aes-cbc-eboiv", 256),
         ("aes-cbc-null", 256),
+        ("aes-cbc-benbi", 256),
+        ("aes-xts-benbi", 512),
+        ("cast5-cbc-benbi", 128),
         ("aes-ctr-plain64", 256),
         ("aes-ecb", 256),
         ("aes", 256),

@@ -115,6 +115,9 @@ static void make_iv(const struct vb_cipher *cipher, uint64_t number, unsigned ch
     case VB_IV_PLAIN:
         value = htole64((uint32_t)number);
         break;
+    case VB_IV_BENBI: /* 512 bytes are so many blocks, which are as large as an IV */
+        number = (number << __builtin_ctz(512 / cipher->iv_size)) + 1;
+        /* fall through */
     case VB_IV_PLAIN64BE:
         value = htobe64(number);
         memcpy(iv + cipher->iv_size - sizeof(value), &value, sizeof(value));

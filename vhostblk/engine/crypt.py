@@ -37,6 +37,7 @@ _IVS = {
     "plain": lib.VB_IV_PLAIN,
     "plain64": lib.VB_IV_PLAIN64,
     "plain64be": lib.VB_IV_PLAIN64BE,
+    "benbi": lib.VB_IV_BENBI,
     "essiv": lib.VB_IV_PLAIN64,
     "eboiv": lib.VB_IV_EBOIV,
 }

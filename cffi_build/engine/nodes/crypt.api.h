@@ -8,6 +8,7 @@
 #define VB_IV_PLAIN64 2   /* the number, little-endian */
 #define VB_IV_PLAIN64BE 3 /* the number, big-endian, at the end of the IV */
 #define VB_IV_EBOIV 4     /* the number times the sector size, little-endian */
+#define VB_IV_BENBI 5     /* the number of the first block, from 1, big-endian, at the end of the IV */
 
 struct vb_cipher_options {
     const char *cipher;      /* what sectors are encrypted with; NULL: OpenSSL has no such mode */
