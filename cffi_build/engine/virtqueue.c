@@ -282,6 +282,7 @@ static bool chain_read(struct vb_queue *queue, uint16_t head, struct chain *chai
  * what is left would keep us busy no longer than that, but at first that is not known.
  */
 #define SWEEP_REQUESTS 8
+#define SWEEP_REQUESTS_MAX 16
 #define SWEEP_BYTES (4u << 20)
 #define SWEEP_NS 100000u
 #define WAKE_NS 100000u
@@ -369,7 +370,7 @@ static bool is_sweep_over(struct vb_iothread *thread, uint64_t begin_ns, uint64_
     }
     vb_refresh_now(thread);
     took = thread->now_ns - begin_ns;
-    return took > SWEEP_NS || bytes >= SWEEP_BYTES ||
+    return took > SWEEP_NS || bytes >= SWEEP_BYTES || started >= SWEEP_REQUESTS_MAX ||
            (started >= SWEEP_REQUESTS && took / started * left < WAKE_NS);
 }
 
