@@ -75,6 +75,7 @@ class Change:
         self._undo: list[Step] = []
         # While it is carried out:
         self._prepared: list[NodeDriver] = []
+        self._writing: list[NodeDriver] = []
         self._undo_inside: list[Step] = []
         self._restore: Callable[[], None] | None = None
         self._disturbed: set[NodeDriver] = set()
@@ -466,6 +467,7 @@ class Change:
                 node.relink()
         self._check_sizes(sizes)
         with graph.new_permissions():
+            await self._begin_writing()
             for backend in graph.backends:
                 backend.relink()
         graph.release_newcomers()
@@ -474,6 +476,15 @@ class Change:
             await graph.on_switched()
         for backend in graph.backends:
             backend.refresh_size()
+
+    async def _begin_writing(self) -> None:
+        for node in self._reopenings:
+            with sentence(f"Could not reopen node '{node.name}'", "reopen-failed", node):
+                await node.begin_writing()
+            self._writing.append(node)
+        for node in self.graph.bottom_up():
+            if self._writing and node in self._disturbed:
+                node.relink()  # an engine half may be another one
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
         for role, child in list(self._live(parent).items()):
@@ -509,6 +520,10 @@ class Change:
     async def _switch_back(self) -> None:
         """Still in the pause: the old tree again."""
         graph = self.graph
+        while self._writing:
+            node = self._writing.pop()
+            with _logged(f"undoing the reopening of node '{node.name}'"):
+                await node.stop_writing()
         await self._abort_reopenings()
         if self._restore is not None:
             self._restore()

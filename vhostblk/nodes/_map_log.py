@@ -61,6 +61,7 @@ class LogFile:
         self._anchor = ctypes.c_char.from_buffer(memory)
         self.address = ctypes.addressof(self._anchor)
         self.records = RECORDS
+        self._retired = False
 
     def pending(self) -> list[Record]:
         """What whoever had the log before has not put on disk, in order."""
@@ -94,11 +95,12 @@ class LogFile:
     def retire(self) -> None:
         """The image needs it no more, but the engine still has it: give the memory back."""
         self.path.unlink(missing_ok=True)
+        self._retired = True  # what has this name from here on is somebody else's
         self._memory.madvise(mmap.MADV_REMOVE, mmap.PAGESIZE)
 
     def close(self, *, remove: bool) -> None:
         """Give it back; `remove` it if the image needs it no more."""
-        if remove:
+        if remove and not self._retired:
             self.path.unlink(missing_ok=True)
         del self._anchor
         self._memory.close()

@@ -440,9 +440,10 @@ class NodeDriver:
 
     # ---- changes
     #
-    # A change of options goes: reopen_prepare(), then a pause, in it reopen_commit(), and
-    # after it reopen_clean(); reopen_abort() takes the place of the rest wherever any part
-    # of the whole change fails. Most drivers only extend reopen_prepare().
+    # A change of options goes: reopen_prepare(), then a pause, in it reopen_commit() and
+    # begin_writing(), and after it reopen_clean(); where any part of the whole change fails,
+    # stop_writing() and reopen_abort() take the place of the rest. Most drivers only extend
+    # reopen_prepare().
 
     async def reopen_prepare(self, options: Any) -> None:
         """The node is to have these options soon. Guests still use it: do what is slow here.
@@ -462,6 +463,15 @@ class NodeDriver:
     async def reopen_commit(self) -> None:
         """Nothing is in flight: put the new options in force. May still refuse by raising."""
         self._exchange()
+
+    async def begin_writing(self) -> None:
+        """All nodes have their new options, and permissions and locks can be had.
+
+        For what a node that is read-only no more has to write before it is used. May refuse.
+        """
+
+    async def stop_writing(self) -> None:
+        """Undo begin_writing(), before any node has its old options again. Must not fail."""
 
     async def reopen_abort(self) -> None:
         """Back to what was before reopen_prepare(). Must not fail."""

@@ -161,3 +161,15 @@ async def mark_in_use(
     if changed:
         await storage.flush()
     return header
+
+
+async def still_good(storage: Storage, header: Header, before: Directory | None) -> None:
+    """Nothing has been written since `before`: bitmaps that were not in use then are not now."""
+    directory = await read_directory(storage, header) if before is not None else None
+    if before is None or directory is None:
+        return
+    good = {bitmap.flags_at for bitmap in before.bitmaps if not bitmap.in_use}
+    for bitmap in directory.bitmaps:
+        if bitmap.in_use and bitmap.flags_at in good:
+            await storage.write(bitmap.flags_at, struct.pack(">I", bitmap.flags & ~IN_USE))
+    await storage.flush()

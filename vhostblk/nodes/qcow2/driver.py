@@ -25,8 +25,9 @@ from vhostblk.engine import IO, OP_READ
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
+from vhostblk.nodes._writable import WritableLater
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
-from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
+from vhostblk.nodes.hooks import HookedChild, Request
 from vhostblk.nodes.qcow2 import bitmaps, extents, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
@@ -89,14 +90,14 @@ class Qcow2Child(HookedChild):
         return io
 
 
-class Qcow2(HookedNode):
+class Qcow2(WritableLater):
     """A qcow2 image."""
 
     driver = "qcow2"
     Options = Qcow2Options
     options: Qcow2Options
     child_class = Qcow2Child
-    reopenable = HookedNode.reopenable | {
+    reopenable = WritableLater.reopenable | {
         "pass-discard-request",
         "pass-discard-snapshot",
         "pass-discard-other",
@@ -149,19 +150,26 @@ class Qcow2(HookedNode):
     async def open(self) -> None:
         self._prepare_hooks()
         self._readers: set[asyncio.Future[None]] = set()
-        self._decompressed: dict[int, bytes] = {}
         self._cleaner: asyncio.Task[None] | None = None
         self._early: asyncio.Task[None] | None = None
-        self.stopped = False
         self._written_to = False
-        header, token = self.header, 0
+        self._bitmaps: bitmaps.Directory | None = None
         self.volume: luks.Volume | None = None
         self._encrypted: EncryptedStorage | None = None
         secret = self._secret()
+        # Before anything is written: a wrong passphrase changes nothing.
+        key = None if secret is None else await self._unlock(secret)
+        with key or contextlib.nullcontext():
+            await self._open_tables(key)
+
+    async def _open_tables(self, key: SecretBytes | None) -> None:
+        """Make all that serves the image; nothing stays if it fails."""
+        self._decompressed: dict[int, bytes] = {}
+        self.stopped = False
         self.refcounts = await self._load_refcounts()
         if not self.read_only:
             await self._make_writable()
-            header = self.header
+        header, token = self.header, 0
         limits = cache_limits(
             self.options, 1 << header.cluster_bits, self.options.refcount_cache_size or 0
         )
@@ -181,14 +189,13 @@ class Qcow2(HookedNode):
         self.l1_offset = header.l1_table_offset
         self.l1 = await self._load_l1()
         self._know_backing()
-        key = None if secret is None else await self._unlock(secret)
         log: LogFile | None = None
         records: list[Record] = []
         if not self.read_only:
             log, token, records = await journal.open_for(self, header)
         if key is not None:
-            with key:
-                self._encrypted = self._encrypt(key)
+            self._encrypted = self._encrypt(key)
+        if self._encrypted is not None:
             self.data = self._encrypted
         # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place,
         # nor one whose zeroes are noise.
@@ -219,7 +226,9 @@ class Qcow2(HookedNode):
             await self._begin_log(log, token, records)
         except BaseException:
             await self._settle()
-            self._free_halves()
+            self._free_half()
+            if key is not None:
+                self._free_cipher()
             if log is not None:
                 log.close(remove=False)
             raise
@@ -770,13 +779,12 @@ class Qcow2(HookedNode):
                 )
             # Nobody allocates any more. The file may be read-only before we are.
             await self._finish_writing()
-        elif self.read_only and not options.read_only:
-            raise self._error(
-                f"Node '{self.name}' cannot be made writable again while it is open; remove it "
-                "and add it anew",
-                "cannot-change",
-            )
         await super().reopen_prepare(options)
+
+    async def reopen_clean(self) -> None:
+        if self.read_only:
+            self._retire_log()
+        await super().reopen_clean()
 
     async def reopen_abort(self) -> None:
         await super().reopen_abort()
@@ -816,9 +824,52 @@ class Qcow2(HookedNode):
             return False
         await self._finish_writing()
         self.options = self.options.model_copy(update={"read_only": True})
+        self._retire_log()
+        return True
+
+    def _retire_log(self) -> None:
+        """We are read-only from here on, and everything is on disk."""
         if self.log is not None and not self.header.autoclear & journal.HAS_LOG:
             self.log.retire()
-        return True
+
+    # ---- from read-only to writable (_writable.py)
+
+    async def _quiet(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.cancel()
+        await self.l2.settle()
+
+    async def _open_again(self) -> None:
+        old, self.header = self.header, await self._read_header()
+        if not _same_disk(old, self.header):
+            raise self._error(
+                f"Image '{self.filename()}' is another one than when it was opened; remove node "
+                f"'{self.name}' and add it anew",
+                "changed",
+            )
+        with contextlib.suppress(BadImage):  # they are marked as a whole, and stay so
+            self._bitmaps = await bitmaps.read_directory(self.file, self.header)
+        try:
+            await self._open_tables(None)
+        except BaseException:
+            with contextlib.suppress(OSError, BadImage):
+                await bitmaps.still_good(self.file, self.header, self._bitmaps)
+            raise
+
+    async def _close_again(self) -> None:
+        try:
+            await bitmaps.still_good(self.file, self.header, self._bitmaps)
+        finally:
+            await self._close_tables()
+
+    async def _read_only_again(self) -> None:
+        self._start_cleaning()
+        await self.read_again()
+
+    async def _free_before(self, before: dict[str, Any]) -> None:
+        before["map"].free()
+        if before["log"] is not None:
+            before["log"].close(remove=False)
 
     async def truncate(self, size: int) -> None:
         await resize(self, size)
@@ -847,10 +898,13 @@ class Qcow2(HookedNode):
     async def close(self) -> None:
         if self.handle is None:
             return
-        if self._cleaner is not None:
-            self._cleaner.cancel()
+        await self._close_tables()
+        self._free_cipher()
+
+    async def _close_tables(self) -> None:
+        """The opposite of _open_tables(). Must not fail."""
         try:
-            await self.l2.settle()
+            await self._quiet()
             if not self.read_only and not self.stopped:
                 await self._finish_writing()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -858,13 +912,15 @@ class Qcow2(HookedNode):
             logger.error("image '%s' could not be closed in order: %s", self.filename(), error)
         finally:
             await self._settle()
-            self._free_halves()
+            self._free_half()
             if self.log is not None:
                 self.log.close(remove=not self.header.autoclear & journal.HAS_LOG)
 
-    def _free_halves(self) -> None:
+    def _free_half(self) -> None:
         self.handle = None
         self.map.free()
+
+    def _free_cipher(self) -> None:
         if self._encrypted is not None:
             self._encrypted.free()
 
@@ -927,3 +983,20 @@ class Qcow2(HookedNode):
         while True:
             await asyncio.sleep(interval)
             await self.l2.drop_unused()
+
+
+def _same_disk(one: Header, other: Header) -> bool:
+    """Whether all is the same in two headers of an image but what use of it changes."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in (
+            "size",
+            "version",
+            "cluster_bits",
+            "extended_l2",
+            "has_data_file",
+            "data_file_raw",
+            "crypt_method",
+            "backing_file",
+        )
+    )

@@ -37,8 +37,9 @@ from typing import Any, ClassVar, cast
 from vhostblk.engine import IO, OP_WRITE
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
+from vhostblk.nodes._writable import WritableLater
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
-from vhostblk.nodes.hooks import HookedNode, Request
+from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.creating import NewFile
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
@@ -165,14 +166,14 @@ class _Path(DataPath):
                 self.settle(claim)
 
 
-class Qed(HookedNode):
+class Qed(WritableLater):
     """A QED image."""
 
     driver = "qed"
     Options = QedOptions
     options: QedOptions
     child_class = Qcow2Child
-    reopenable = HookedNode.reopenable | {"allow-backing-from"}
+    reopenable = WritableLater.reopenable | {"allow-backing-from"}
     child_roles: ClassVar[Mapping[str, ChildRole]] = {
         "file": ChildRole(RoleKind.STORAGE),
         "backing": ChildRole(RoleKind.BACKING, optional=True),
@@ -193,19 +194,27 @@ class Qed(HookedNode):
 
     async def implied_children(self) -> Mapping[str, str | dict[str, Any]]:
         self.file = ChildStorage(self.child("file"))
-        try:
-            self.header = await read_header(self.file)
-        except BadImage as error:
-            raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
+        self.header = await self._read_header()
         if not self.header.backing_file or "backing" in self.options.model_fields_set:
             return {}
         names = NamedFiles(self.name, self.filename(), self.options.allow_backing_from)
         return {"backing": names.backing(self.header.backing_file, self.header.backing_format)}
 
+    async def _read_header(self) -> Header:
+        try:
+            return await read_header(self.file)
+        except BadImage as error:
+            raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
+
     async def open(self) -> None:
         self._prepare_hooks()
         self._readers: set[asyncio.Future[None]] = set()
         self._written_to = False
+        self._clearing: asyncio.Task[None] | None = None
+        await self._open_tables()
+
+    async def _open_tables(self) -> None:
+        """Make all that serves the image; nothing stays if it fails."""
         header = self.header
         if header.cluster_size > _MAX_CLUSTER:
             raise self._error(
@@ -248,7 +257,6 @@ class Qed(HookedNode):
         self._bit_lock = asyncio.Lock()
         self._changing = 0
         self._changed = 0
-        self._clearing: asyncio.Task[None] | None = None
         self._barrier_lock = asyncio.Lock()
         self._barriers_begun = self._barriers_done = 0
 
@@ -635,13 +643,35 @@ class Qed(HookedNode):
                     f"Node '{self.name}' cannot be made read-only: it is written to", "in-use"
                 )
             await self._write_everything()
-        elif self.read_only and not options.read_only:
-            raise self._error(
-                f"Node '{self.name}' cannot be made writable again while it is open; remove it "
-                "and add it anew",
-                "cannot-change",
-            )
         await super().reopen_prepare(options)
+
+    async def _quiet(self) -> None:
+        if self._clearing is not None:
+            self._clearing.cancel()
+            await asyncio.gather(self._clearing, return_exceptions=True)
+        await self.l2.settle()
+
+    async def _open_again(self) -> None:
+        old, self.header = self.header, await self._read_header()
+        same = ("size", "cluster_size", "table_size", "backing_file")
+        if any(getattr(old, name) != getattr(self.header, name) for name in same):
+            raise self._error(
+                f"Image '{self.filename()}' is another one than when it was opened; remove node "
+                f"'{self.name}' and add it anew",
+                "changed",
+            )
+        await self._open_tables()
+
+    async def _close_again(self) -> None:
+        await self.close()
+
+    async def _read_only_again(self) -> None:
+        self.l2.clear()
+        self.header = await self._read_header()
+        self.l1 = await self._load_l1(self.header)
+
+    async def _free_before(self, before: dict[str, Any]) -> None:
+        before["map"].free()
 
     async def become_read_only(self) -> bool:
         if self._written_to or self.read_only:
@@ -702,10 +732,7 @@ class Qed(HookedNode):
         if self.handle is None:
             return
         try:
-            if self._clearing is not None:
-                self._clearing.cancel()
-                await asyncio.gather(self._clearing, return_exceptions=True)
-            await self.l2.settle()
+            await self._quiet()
             if not self.read_only:
                 await self._write_everything()
         except OSError as error:
