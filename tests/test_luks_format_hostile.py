@@ -302,13 +302,17 @@ def test_luks2_binary(at: int, form: str, value: Any, said: str) -> None:
     assert said in problem(storage).desc
 
 
-def test_many_costly_slots_are_bounded_together() -> None:
+@pytest.mark.parametrize("where", ["slots", "digest"])
+def test_many_costly_slots_are_bounded_together(where: str) -> None:
     """Each within the limits, all of them together for hours: it is said at once."""
     storage = made(CHEAP2 | {"metadata_size": 65536})
 
     def change(metadata: Json) -> None:
         slot = metadata["keyslots"].pop("0")
-        slot["kdf"] = ARGON | {"time": 16, "memory": 1 << 20}
+        if where == "slots":
+            slot["kdf"] = ARGON | {"time": 16, "memory": 1 << 20}
+        else:
+            metadata["digests"]["0"]["iterations"] = 90_000_000
         for number in range(32):
             mine = copy.deepcopy(slot)
             mine["area"]["offset"] = str(131072 + 258048 * number)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,58 @@ def test_nothing_is_written_or_told(
     assert "luks-key-slot-rotate" in said
     for secret in (words, new, inline, encoded, key.hex()):
         assert secret not in said
+
+
+def test_reencryption_tells_nothing(
+    start_backend: Callable[..., BackendProcess], short_dir: Path
+) -> None:
+    """Neither passphrases nor the old and the new key: in logs, answers, state, arguments."""
+    words, other, old = os.urandom(24).hex(), os.urandom(24).hex(), os.urandom(64)
+    (short_dir / "key").write_text(words)
+    (short_dir / "other").write_text(other)
+    image = short_dir / "image"
+    image.touch()
+
+    async def create() -> None:
+        with open_storage(str(image), write=True) as storage:
+            given = luks.CreateOptions(version="luks2", pbkdf="pbkdf2", pbkdf_force_iterations=1000)
+            with SecretBytes(old) as own:
+                await luks.create(storage, words.encode(), given, key=own)
+            os.truncate(image, 20 << 20)
+
+    async def new_key() -> bytes:
+        with open_storage(str(image), write=False) as storage:
+            _, key = await (await luks.open_volume(storage)).unlock(other.encode())
+            with key:
+                return bytes(key.view())
+
+    run(create())
+    backend = start_backend(
+        "--log-level", "debug", "--state", "{dir}/state.json", "--control", "{dir}/qmp.sock",
+        "--object", "secret,id=s,file={dir}/key", "--object", "secret,id=t,file={dir}/other",
+        "--blockdev", "luks,node-name=disk,key-secret=s,file.driver=file,file.filename={dir}/image",
+    )  # fmt: skip
+    seen = []
+    with ControlClient(str(short_dir / "qmp.sock")) as client:
+        options = {"pbkdf": "pbkdf2", "pbkdf-force-iterations": 1000, "speed": 4 << 20}
+        client.execute("luks-reencrypt", {"node-name": "disk", "secrets": ["t"], **options})
+        while client.execute("query-block-jobs"):
+            for query in ("query-named-block-nodes", "query-jobs", "query-block-graph"):
+                seen.append(json.dumps(client.execute(query)))
+            seen.append((short_dir / "state.json").read_text())
+            time.sleep(0.05)
+        seen.append(json.dumps(client.execute("luks-key-slot-list", {"node-name": "disk"})))
+    pid = backend.process.pid
+    seen.append(Path(f"/proc/{pid}/cmdline").read_text())
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    assert backend.stop() == 0
+    said = "\n".join([*backend.log, *seen])
+    assert "luks-reencrypt" in said
+    [core] = [line.split() for line in limits.splitlines() if line.startswith("Max core")]
+    assert core[4] == "0", "no core dump"
+    new = run(new_key())
+    assert new != old
+    for secret in (words, other, old.hex(), new.hex()):
+        assert secret not in said
+    for key in (old, new):
+        assert base64.b64encode(key).decode() not in said

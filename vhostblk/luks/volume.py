@@ -166,7 +166,7 @@ class Volume(abc.ABC):
                 skipped = skipped or error
                 continue
             candidates.append((entry, known))
-            cost += entry.kdf.cost()
+            cost += entry.kdf.cost() + (known.kdf.cost() if known is not None else 0)
         if cost > PATIENCE and len(candidates) > 1:
             raise too_costly(
                 f"trying the passphrase on {len(candidates)} key slots would take minutes",
