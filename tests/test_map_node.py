@@ -486,7 +486,7 @@ def test_random_requests_from_several_threads(threads: int, backing: bool) -> No
 def test_the_log_outlives_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(host: Host) -> None:
         monkeypatch.setenv("VHOSTBLK_LOG_DIR", str(host.directory))
-        image = os.stat(host.file("image"))
+        image = host.file("image")
         log = open_log(image, b"token", fresh=True)
         assert log is not None
         monkeypatch.setattr(Toy, "log", log)
@@ -520,7 +520,7 @@ def test_a_full_log_makes_writes_come_up(monkeypatch: pytest.MonkeyPatch) -> Non
     async def test(host: Host) -> None:
         monkeypatch.setenv("VHOSTBLK_LOG_DIR", str(host.directory))
         monkeypatch.setattr("vhostblk.nodes._map_log.RECORDS", 4)
-        log = open_log(os.stat(host.file("image")), b"", fresh=True)
+        log = open_log(host.file("image"), b"", fresh=True)
         assert log is not None
         monkeypatch.setattr(Toy, "log", log)
         node = await toy(host)

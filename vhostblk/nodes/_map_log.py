@@ -25,15 +25,20 @@ import mmap
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from vhostblk.nodes import _stale_logs
 
 logger = logging.getLogger(__name__)
 
 RECORDS = 65536  # 4 GiB of new 64 KiB clusters between two flushes
 _HEADER = struct.Struct("=6QQQ")
 _TOKEN_AT = 32
+_DEVICE_AT = 8
 _RECORD = struct.Struct("=4Q")
+_ATTEMPTS = 50
 _MAGIC = 0x76626C6F67000001  # "vblog", version 1
 _PYTHON = 1
 _DIRECTORIES = ("/run", "/dev/shm")
@@ -107,31 +112,31 @@ class LogFile:
         os.close(self._fd)
 
 
-def open_log(image: os.stat_result, token: bytes, *, fresh: bool) -> LogFile | None:
-    """The log of the image with this status. `token` tells its present state from all others.
+def open_log(image: str, token: bytes, *, fresh: bool) -> LogFile | None:
+    """The log of the image with this name. `token` tells its present state from all others.
 
     `fresh`: the image says that nothing is missing, whatever a log may contain. None, with a
     warning, where there is no place for a log: unflushed writes then do not survive a kill.
     """
-    identity = (
-        _MAGIC,
-        image.st_dev,
-        image.st_ino,
-        RECORDS,
-        *_digest(token),
-    )
-    name = f"{os.major(image.st_dev)}.{os.minor(image.st_dev)}.{image.st_ino}.log"
     try:
-        path = _directory() / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        file = os.open(image, os.O_PATH | os.O_CLOEXEC)
+        try:
+            status, owner = os.fstat(file), _stale_logs.owner_of(file, image)
+        finally:
+            os.close(file)
+        identity = (_MAGIC, status.st_dev, status.st_ino, RECORDS, *_digest(token))
+        name = f"{os.major(status.st_dev)}.{os.minor(status.st_dev)}.{status.st_ino}.log"
+        directory = _directory()
+        path = directory / name
+        fd = _locked(path)
     except OSError as error:
         logger.warning("no log for an image: %s; unflushed writes do not survive kill -9", error)
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         size = _HEADER.size + RECORDS * _RECORD.size
         # All of it now: a full tmpfs must not be SIGBUS in the middle of a guest's write.
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, 0, size + _stale_logs.SIZE)
+        os.pwrite(fd, owner, size)
         memory = mmap.mmap(fd, size)
     except OSError as error:
         os.close(fd)
@@ -140,7 +145,28 @@ def open_log(image: os.stat_result, token: bytes, *, fresh: bool) -> LogFile | N
     log = LogFile(path, fd, memory)
     if not log._identify(identity) or fresh:
         log.clear()
+    _stale_logs.remove_stale(directory, _DEVICE_AT, status.st_dev, image)
     return log
+
+
+def _locked(path: Path) -> int:
+    """Open a log that nobody else has; the descriptor."""
+    for attempt in range(_ATTEMPTS):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            # Others may have it for a moment, to remove it (_stale_logs.py).
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except OSError:
+            if attempt == _ATTEMPTS - 1:
+                os.close(fd)
+                raise
+        os.close(fd)
+        time.sleep(0.01)
+    raise OSError(errno.EBUSY, f"'{path}' is in use")
 
 
 def _directory() -> Path:

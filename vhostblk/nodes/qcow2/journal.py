@@ -45,8 +45,7 @@ async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, int, li
     token = _MARK | int.from_bytes(os.urandom(4), "big") << 26
 
     def find() -> LogFile | None:
-        status = os.stat(storage.filename())
-        return open_log(status, before.to_bytes(8, "big"), fresh=not before & _MARK)
+        return open_log(storage.filename(), before.to_bytes(8, "big"), fresh=not before & _MARK)
 
     log = await asyncio.to_thread(find)
     return log, token, [] if log is None else log.pending()
