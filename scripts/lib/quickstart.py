@@ -40,29 +40,12 @@ def say(text: str) -> None:
 
 
 def accelerator() -> str:
-    """QEMU's -accel argument. The probe's answer is kept until the host reboots."""
-    if os.environ.get("VHOSTBLK_ACCEL"):
-        return find()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    cache = GUEST / "accelerator.json"
-    key = [boot, usable]
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
-        if known["key"] == key:
-            return str(known["accelerator"])
-    if usable:
-        say("/dev/kvm is there; booting a tiny guest to see whether it works (at most 15 s)")
-    answer = find()
-    with contextlib.suppress(OSError):
-        cache.write_text(json.dumps({"key": key, "accelerator": answer}))
-    return answer
-
-
-def find() -> str:
-    from guest.accel import find_accelerator
+    """QEMU's -accel argument."""
+    from guest.accel import PROBE_SECONDS, find_accelerator
     from guest.images import GuestImages
 
+    if os.access("/dev/kvm", os.R_OK | os.W_OK) and "VHOSTBLK_ACCEL" not in os.environ:
+        say(f"/dev/kvm is there; a tiny guest shows whether it works (at most {PROBE_SECONDS} s)")
     return find_accelerator(GuestImages(GUEST))
 
 
