@@ -11,10 +11,15 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from backend_process import BackendProcess
+from frontend import Device, Type
 from in_process import Host, refused, with_host
 from luks_headers import MIB, cryptsetup, opens, run
 from test_luks_node_zone_log import Volatile
@@ -32,6 +37,7 @@ from test_luks_reencrypt import (
 )
 
 from vhostblk import luks
+from vhostblk.control.client import ControlClient
 from vhostblk.filter import Filter, Request
 from vhostblk.graph import graph
 from vhostblk.jobs import luks_reencrypt
@@ -447,3 +453,86 @@ def test_an_image_is_not_set_back_under_an_open_header(tmp_path: Path) -> None:
         assert await host.read("disk", 0, DISK) == content
 
     with_host(test)
+
+
+# ---- kill -9, with a guest
+
+
+def test_the_first_key_and_kill_9_under_a_guest(
+    start_backend: Callable[..., BackendProcess], short_dir: Path
+) -> None:
+    """Plain to LUKS2 with the header elsewhere: what a guest was told is written is there."""
+    path, header, size = short_dir / "image", short_dir / "header", 16 * MIB
+    content = bytearray(random.Random(7).randbytes(size))
+    path.write_bytes(content)
+    header.touch()
+    (short_dir / "key").write_bytes(ONE)
+    rnd = random.Random(8)
+    doubtful: tuple[int, bytes] | None = None
+    kills, began = 0, False
+    while True:
+        backend = start_backend(
+            "--state", "{dir}/state.json", "--control", "{dir}/qmp.sock",
+            "--object", "secret,id=one,file={dir}/key",
+            "--blockdev", "raw,node-name=plain,file.driver=file,file.filename={dir}/image",
+            "--blockdev", "file,node-name=h,filename={dir}/header",
+            "--export", "vhost-user-blk,id=e,node-name=plain,writable=on,addr.type=unix,"
+            "addr.path={dir}/e.sock",
+        )  # fmt: skip
+        with ControlClient(str(short_dir / "qmp.sock")) as client:
+            if not began:
+                _prepare_in_place(client, size)
+                end = time.monotonic() + 30
+                while "luks-reencrypt" not in (short_dir / "state.json").read_text():
+                    assert time.monotonic() < end
+                    time.sleep(0.02)
+                began = True
+            if not client.execute("query-block-jobs"):
+                break
+        with Device(str(short_dir / "e.sock")) as device:
+            if doubtful is not None:
+                at, data = doubtful
+                found = device.read(at, len(data))
+                assert found in (content[at : at + len(data)], data)
+                content[at : at + len(data)] = found
+            deadline = time.monotonic() + rnd.uniform(0.1, 0.5)
+            while time.monotonic() < deadline:
+                length = 512 * rnd.choice((1, 8, 64))
+                at = 512 * rnd.randrange((size - length) // 512)
+                data = rnd.randbytes(length)
+                device.write(at, data)
+                content[at : at + length] = data
+                at = 512 * rnd.randrange((size - 4096) // 512)
+                assert device.read(at, 4096) == content[at : at + 4096]
+            at, data = 512 * rnd.randrange((size - 4096) // 512), rnd.randbytes(4096)
+            doubtful = at, data
+            device.submit(Type.OUT, at // 512, data)
+            backend.process.kill()
+            assert backend.wait() == -signal.SIGKILL
+        kills += 1
+    assert kills > 2
+    with Device(str(short_dir / "e.sock")) as device:
+        for at in range(0, size, MIB):
+            found = device.read(at, MIB)
+            if doubtful is not None and at <= doubtful[0] < at + MIB:
+                continue  # its last write may be there or not
+            assert found == content[at : at + MIB], at
+    assert backend.stop() == 0
+    assert opens(path, ONE, "--header", header)
+    assert path.read_bytes()[: 64 * KIB] != content[: 64 * KIB]
+
+
+def _prepare_in_place(client: ControlClient, size: int) -> None:
+    """What docs/luks.md says, up to the job."""
+    options = {"driver": "luks", "version": "luks2", "in-place": True, "file": "plain",
+               "header": "h", "size": size, "key-secret": "one", **CHEAP}  # fmt: skip
+    client.execute("blockdev-create", {"job-id": "j", "options": options})
+    deadline = time.monotonic() + 30
+    while client.execute("query-jobs")[0]["status"] != "concluded":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "error" not in client.execute("query-jobs")[0]
+    client.execute("job-dismiss", {"id": "j"})
+    filter = {"driver": "luks", "node-name": "disk", "header": "h", "key-secret": "one"}
+    client.execute("block-filter-insert", {"export-id": "e", "filter": filter})
+    client.execute("luks-reencrypt", {"node-name": "disk", "speed": 8 * MIB, **CHEAP})
