@@ -11,6 +11,8 @@ power may go once more while that is being repaired.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 from collections import Counter
@@ -29,7 +31,8 @@ from in_process import MIB, Host, with_host
 
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.journal import Journal
-from vhostblk.dedup.tables import FILE, Tables
+from vhostblk.dedup.space import NoSpace
+from vhostblk.dedup.tables import FILE, PAGE, Tables
 
 SIZE = MIB
 PIECE = MIB
@@ -280,8 +283,39 @@ async def checkpoints(drive: Drive) -> None:
     await mixed(drive)
 
 
+async def moves(drive: Drive) -> None:
+    """Blocks are moved, by collection and in the disk's order, while guests overwrite them."""
+    node = drive.host.backend.graph.node("disk")
+    store = node.store
+
+    async def move() -> None:
+        for page in range(drive.size // store.super.block_size // PAGE + 1):
+            async with node.working():
+                if numbers := store.scattered(node.number, page):
+                    with contextlib.suppress(NoSpace):
+                        await store.gather(node.data, numbers)
+        await store.collect()
+
+    for _ in range(6):
+        await drive.batch(8, ("write", "write", "discard"), biggest=4 * BLOCK)
+        moving = asyncio.create_task(move())
+        await drive.batch(8, ("write", "write", "discard"), biggest=4 * BLOCK)
+        await moving
+        await drive.flush()
+    assert store.counters.moved > 50
+
+
+async def compressed(drive: Drive) -> None:
+    drive.host.backend.graph.node("disk").store.tuning.compress = True
+    await mixed(drive)
+    await duplicates(drive)
+
+
+SCENARIOS = [unique, mixed, duplicates, overwrites, checkpoints, moves, compressed]
+
+
 @pytest.mark.parametrize("block", [4096, 16384])
-@pytest.mark.parametrize("scenario", [unique, mixed, duplicates, overwrites, checkpoints])
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_power_cuts(tmp_path: Path, scenario: Scenario, block: int) -> None:
     seed = int(os.environ.get(SEED_VARIABLE, 1))
     print(f"{SEED_VARIABLE}={seed}")
