@@ -70,16 +70,18 @@ def prepare(image: Image, file: Path) -> None:
         prepare(Image.FILLED, file)
         _qemu_img("create", "-q", "-f", "qcow2", "-b", str(filled), "-F", "qcow2", str(path))
     elif image is Image.DEDUP or (image is Image.DEDUP_FILLED and not path.exists()):
-        asyncio.run(_make_store(path, file if image is Image.DEDUP_FILLED else None))
+        asyncio.run(
+            _make_store(path, file.stat().st_size, file if image is Image.DEDUP_FILLED else None)
+        )
     elif image is Image.LUKS and not path.exists():
         secret = ("--object", f"secret,id=key,data={PASSPHRASE}")
         options = ("-O", "luks", "-o", "key-secret=key,iter-time=10")
         _qemu_img("convert", "-q", *secret, *options, str(file), str(path))
 
 
-async def _make_store(path: Path, content: Path | None) -> None:
+async def _make_store(path: Path, file_size: int, content: Path | None) -> None:
     from vhostblk.dedup.file import FileData
-    from vhostblk.dedup.format import Superblock
+    from vhostblk.dedup.format import FIRST_SEGMENT, Superblock
     from vhostblk.dedup.store import Store, Tuning
     from vhostblk.engine.dedup import blake3
 
@@ -104,6 +106,11 @@ async def _make_store(path: Path, content: Path | None) -> None:
                 await store.write(data, disk, at >> 12, memoryview(piece), prints)
                 at += len(piece)
     await store.close(data)
+    if content is None:
+        # What is compared is writing to blocks that the file has and the cache knows, as those of
+        # qemu-storage-daemon's file are: finding new ones is the file system's work.
+        for at in range(FIRST_SEGMENT, file_size + (8 << 20), 1 << 20):
+            await data.write(at, bytes(1 << 20))
     data.close()
 
 

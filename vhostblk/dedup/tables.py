@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import struct
+import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,6 +47,9 @@ from vhostblk.schema import VhostblkError
 PAGE = 128
 """Blocks of a disk in one entry of the map."""
 _PAGE_BITS = 7
+_PORTION = 64
+_BREATH = 0.0001
+"""Whoever writes to the database lets others run for so many seconds after each portion."""
 _LBA_BITS = 48
 _EMPTY = bytes(8 * PAGE)
 _PAGE_KEY = struct.Struct(">IQ")
@@ -367,25 +372,22 @@ class Tables:
     def _write(self, txn: Any, layer: Layer) -> None:
         dbs = self._dbs
         self._write_map(txn, layer)
-        for number, block in sorted(layer.blocks.items()):
-            key = _KEY.pack(number)
-            if block is None:
-                txn.delete(key, db=dbs["blocks"])
-            else:
-                txn.put(key, pack_block(block), db=dbs["blocks"])
+        gone = [number for number, block in layer.blocks.items() if block is None]
+        for number in sorted(gone):
+            txn.delete(_KEY.pack(number), db=dbs["blocks"])
+        blocks = sorted((number, block) for number, block in layer.blocks.items() if block)
+        self._put(txn, "blocks", ((_KEY.pack(number), pack_block(b)) for number, b in blocks))
         for name, number in sorted(layer.unindexed):
             # Another block may have come to the same place in the index.
             if txn.get(name, db=dbs["index"]) == _NUMBER.pack(number):
                 txn.delete(name, db=dbs["index"])
         dead = {number for name, number in layer.unindexed}
-        for name, number in sorted(layer.index.items()):
-            if number not in dead:
-                txn.put(name, _NUMBER.pack(number), db=dbs["index"])
-        for offset, owner in sorted(layer.places.items()):
-            if owner is None:
-                txn.delete(_KEY.pack(offset), db=dbs["places"])
-            else:
-                txn.put(_KEY.pack(offset), _NUMBER.pack(owner), db=dbs["places"])
+        index = sorted((name, n) for name, n in layer.index.items() if n not in dead)
+        self._put(txn, "index", ((name, _NUMBER.pack(number)) for name, number in index))
+        for offset in sorted(at for at, owner in layer.places.items() if owner is None):
+            txn.delete(_KEY.pack(offset), db=dbs["places"])
+        places = sorted((at, owner) for at, owner in layer.places.items() if owner is not None)
+        self._put(txn, "places", ((_KEY.pack(at), _NUMBER.pack(owner)) for at, owner in places))
         for segment, change in layer.segments.items():
             self._count(txn, segment, change)
         for disk, (size, title) in layer.disks.items():
@@ -395,12 +397,21 @@ class Tables:
                 txn.delete(_KEY.pack(disk), db=dbs["disks"])
         txn.put(b"state", layer.state.pack(), db=dbs["state"])
 
+    def _put(self, txn: Any, name: str, entries: Iterator[tuple[bytes, bytes]]) -> None:
+        """Sorted entries. In portions: else the control thread would wait for Python's lock."""
+        with txn.cursor(self._dbs[name]) as cursor:
+            while portion := list(itertools.islice(entries, _PORTION)):
+                cursor.putmulti(portion)
+                time.sleep(_BREATH)
+
     def _write_map(self, txn: Any, layer: Layer) -> None:
         pages: dict[int, list[int]] = {}
         for key in layer.map:
             pages.setdefault(key >> _PAGE_BITS, []).append(key)
         mask = (1 << _LBA_BITS - _PAGE_BITS) - 1
-        for page in sorted(pages):
+        for count, page in enumerate(sorted(pages)):
+            if count % _PORTION == _PORTION - 1:
+                time.sleep(_BREATH)
             name = _PAGE_KEY.pack(page >> _LBA_BITS - _PAGE_BITS, page & mask)
             entries = array("Q", txn.get(name, db=self._dbs["map"]) or _EMPTY)
             for key in pages[page]:
