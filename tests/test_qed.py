@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -104,6 +105,46 @@ def test_random_operations(tmp_path: Path, tools: Tools, below: str, seed: int) 
             assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
             assert not features(image) & NEED_CHECK
             assert tools.content(image, "qed") == model
+
+    with_host(run)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize(("cluster", "table"), [(4 * MIB, 2), (64 * MIB, 1), (8 * MIB, 16)])
+def test_large_clusters_and_tables(
+    tmp_path: Path, tools: Tools, below: bool, cluster: int, table: int
+) -> None:
+    """As large as the format has them, which is more than QEMU can open."""
+    size, image, base = 3 * cluster + MIB, tmp_path / "d.qed", tmp_path / "base.raw"
+    options: dict[str, Any] = {}
+    if below:
+        base.write_bytes(b"b" * MIB)
+        os.truncate(base, size)
+        options["backing"] = base.name
+    new_image(tools, image, size, **{"cluster_size": 4 * MIB, "table_size": 2, **options})
+    patch(image, 4, "<III", cluster, table, 1)
+    patch(image, 40, "<Q", cluster)  # the L1 table, full of zeroes
+    os.truncate(image, cluster * (1 + table))
+    places = (2 * MIB, cluster - 512, 2 * cluster + MIB, size - 4096)
+
+    async def run(host: Host) -> None:
+        for turn in (b"1", b"2"):
+            await host.add("qed", "d", file=file_of(image))
+            for at in places:
+                await host.write("d", at, turn * 512)
+            await submit(host, OP_FLUSH, 0, None, 0)
+            for at in places:
+                assert await host.read("d", at, 512) == turn * 512
+            first = b"b" * MIB if below else bytes(MIB)
+            assert await host.read("d", 0, 2 * MIB) == first + bytes(MIB)
+            assert await host.read("d", cluster - MIB, MIB - 512) == bytes(MIB - 512)
+            assert await host.read("d", 2 * cluster + MIB + 512, MIB) == bytes(MIB)
+            checked = await host.backend.block_image_check("d")
+            assert not checked.get("corruptions") and not checked.get("leaks"), checked
+            await host.backend.blockdev_del("d")
+            if table == 2:
+                found = tools.check(image, format="qed")
+                assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
 
     with_host(run)
 

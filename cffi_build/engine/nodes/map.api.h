@@ -26,7 +26,7 @@ struct vb_map_options {
     uint64_t backing_size; /* bytes */
     uint64_t log;          /* address of a struct vb_map_log, the caller's; 0: the map has its own */
     uint32_t log_records;  /* its size: a power of two */
-    uint8_t unit_bits;     /* 9 to 21 */
+    uint8_t unit_bits;     /* 9 to 26 */
     uint8_t table_bits;    /* 0 to 20 */
     bool has_backing;
     bool allocate;         /* units are clusters, and C may allocate them */

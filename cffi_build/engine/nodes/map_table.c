@@ -469,7 +469,7 @@ static int check_options(const struct vb_map_options *options, char *error)
 {
     uint32_t records = options->log_records;
 
-    if (options->unit_bits < 9 || options->unit_bits > 21 || options->table_bits > 20) {
+    if (options->unit_bits < 9 || options->unit_bits > 26 || options->table_bits > 20) {
         return vb_error(error, -EINVAL, "a map with units of 2^%u bytes in tables of 2^%u",
                         options->unit_bits, options->table_bits);
     }

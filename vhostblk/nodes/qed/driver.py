@@ -73,11 +73,8 @@ from vhostblk.schema import BlockdevRef, Model, StrOrList, VhostblkError
 logger = logging.getLogger(__name__)
 
 _L2_CACHE = 32 << 20
-_MAX_CLUSTER = 2 << 20
-"""What the engine's map can describe; QEMU creates larger ones only when asked to."""
 _IDLE = 5.0
 """Seconds without an allocation after which the need-check bit is cleared."""
-_ZEROES = 1 << 20
 _MIN_STEP, _MAX_STEP = 1 << 20, 16 << 20
 """How far the file grows ahead of what is used, bytes."""
 
@@ -216,11 +213,6 @@ class Qed(WritableLater):
     async def _open_tables(self) -> None:
         """Make all that serves the image; nothing stays if it fails."""
         header = self.header
-        if header.cluster_size > _MAX_CLUSTER:
-            raise self._error(
-                f"Image '{self.filename()}' has clusters of {header.cluster_size} bytes; more than "
-                f"{_MAX_CLUSTER} are not supported; convert it with: qemu-img convert"
-            )
         if not self.read_only:
             await self._make_writable()
         self.geometry = geometry(header.cluster_bits, header.table_bytes)
@@ -500,9 +492,7 @@ class Qed(WritableLater):
 
     async def _new_table(self, table: int) -> None:
         host = await self.allocator.reserve(self.header.table_size)
-        length = self.header.table_bytes
-        for start in range(0, length, _ZEROES):
-            await self.file.write(host + start, bytes(min(_ZEROES, length - start)))
+        await self.file.write_zeroes(host, self.header.table_bytes)
         await self.flush()
         first = table // 64 * 64
         entries = self.l1[first : first + 64]
