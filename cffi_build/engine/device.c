@@ -822,12 +822,7 @@ static void send_to_lanes(struct vb_device *device, void (*run)(struct vb_messag
                           struct vb_pause_round *round)
 {
     for (uint32_t i = 0; i < device->num_lanes; i++) {
-        struct vb_pause *pause = malloc(sizeof(*pause));
-
-        if (!pause) {
-            fprintf(stderr, "vhostblk: out of memory for a message\n");
-            abort();
-        }
+        struct vb_pause *pause = vb_must_alloc(sizeof(*pause));
         *pause = (struct vb_pause){{.run = run}, &device->lanes[i], round, NULL};
         vb_iothread_send(device->lanes[i].thread, &pause->message);
     }

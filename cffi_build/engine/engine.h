@@ -115,6 +115,9 @@ void vb_request_free(struct vb_request *request);
 /* Hands the request to `node`, which owns it until it calls vb_complete(). */
 void vb_submit(struct vb_node *node, struct vb_request *request);
 
+/* Zeroed; or the end of the process: for what nothing can go on without. */
+void *vb_must_alloc(size_t size);
+
 /* Memory that is about to be read: its way into the cache begins now, all of it at once. */
 static inline void vb_prefetch(const void *memory, size_t bytes)
 {

@@ -97,12 +97,7 @@ void vb_pause_settled(struct vb_pause_round *round)
 
 void vb_export_pause(struct vb_export *export_)
 {
-    struct vb_pause_round *round = calloc(1, sizeof(*round));
-
-    if (!round) {
-        fprintf(stderr, "vhostblk: out of memory for a message\n");
-        abort();
-    }
+    struct vb_pause_round *round = vb_must_alloc(sizeof(*round));
     round->paused.run = fill_paused;
     round->export_ = export_;
     export_->pause_depth++;

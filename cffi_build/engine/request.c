@@ -9,6 +9,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+void *vb_must_alloc(size_t size)
+{
+    void *memory = calloc(1, size);
+
+    if (!memory) {
+        /* Losing one guest's write silently would be worse than this. */
+        fprintf(stderr, "vhostblk: out of memory (%zu bytes)\n", size);
+        abort();
+    }
+    return memory;
+}
+
 struct vb_request *vb_request_new(struct vb_iothread *thread)
 {
     struct vb_request *request = thread->free_requests;
@@ -17,12 +29,7 @@ struct vb_request *vb_request_new(struct vb_iothread *thread)
     if (request) {
         thread->free_requests = request->next;
     } else {
-        request = malloc(sizeof(*request));
-        if (!request) {
-            /* Losing one guest's write silently would be worse than this. */
-            fprintf(stderr, "vhostblk: out of memory for a %zu-byte request\n", sizeof(*request));
-            abort();
-        }
+        request = vb_must_alloc(sizeof(*request));
     }
     request->thread = thread;
     request->depth = 0;

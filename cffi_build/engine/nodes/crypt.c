@@ -3,18 +3,19 @@
  * nodes/crypt.c: a disk that is encrypted below. Its Python halves are vhostblk/nodes/luks.py and
  * the encrypted qcow2 (vhostblk/nodes/qcow2/).
  *
- * All data pass through a buffer of the thread's: a write must not change guest memory, and of a
- * read the guest gets to see nothing but the plain text. (Decrypting in place would save no pass
- * over the data, and a guest that changes its memory meanwhile could have anything decrypted.) A
+ * A write's data are encrypted into a buffer of the thread's: guest memory must not change. Of a
+ * read the guest gets to see nothing but the plain text, decrypted from such a buffer or from
+ * where the file node has the data in memory. (Decrypting in place would save no pass over
+ * them, and a guest that changes its memory meanwhile could have anything decrypted.) A
  * request goes in steps: a step has one buffer, and lies on one side of the boundary.
  *
  * Re-encryption. While a job moves the boundary from one end of the disk to the other, requests that
  * touch what it works on are held: they are handed to Python, which hands them back. hold() says when all
- * that started earlier is done; each thread counts its requests in flight for that, in one of two
- * epochs. The boundary only ever moves over what is held, so a request sees the same one
- * from its begin to its end.
+ * that started earlier is done. The boundary only ever moves over what is held, so a request sees
+ * the same one from its begin to its end.
  */
 #include "../cipher.h"
+#include "../grace.h"
 #include "../upcall.h"
 
 #include <errno.h>
@@ -26,19 +27,8 @@
 
 /* One thread's part of a node. */
 struct crypt_thread {
-    struct vb_message message; /* hold()'s question */
-    struct crypt_node *crypt;
-    uint32_t epoch;            /* 0 or 1: where requests that begin now are counted */
-    uint64_t inflight[2];
-    bool asked;                /* waits for inflight[!epoch] */
-    char apart[64];            /* from the next thread's, which writes to its own all the time */
-};
-
-/* hold()'s answer, once all threads have given theirs. */
-struct hold {
-    struct vb_message message;
-    _Atomic uint32_t left;
-    uint64_t cookie;
+    struct vb_epochs epochs;
+    char apart[64]; /* from the next thread's, which writes to its own all the time */
 };
 
 struct crypt_node {
@@ -47,7 +37,6 @@ struct crypt_node {
     struct vb_crypt_layout layout;           /* changes while drained; but for the boundary: */
     _Atomic uint64_t boundary;
     _Atomic uint64_t hold_begin, hold_end;   /* written by control; equal: nothing is held */
-    struct hold hold;
     struct crypt_thread threads[VB_MAX_IOTHREADS]; /* each its thread's own */
 };
 
@@ -71,61 +60,20 @@ struct crypt_op {
 
 _Static_assert(sizeof(struct crypt_op) <= VB_SCRATCH_SIZE, "scratch too small");
 
-static struct crypt_thread *here(struct crypt_node *crypt, const struct vb_iothread *thread)
-{
-    return &crypt->threads[thread->index];
-}
-
 /* ---- holding requests back ----------------------------------------------------------------- */
 
-static void fill_held(struct vb_message *message, void *context)
+static struct vb_epochs *epochs_of(struct vb_node *node, struct vb_iothread *thread)
 {
-    struct hold *hold = vb_container_of(message, struct hold, message);
-
-    *(struct vb_event *)context = (struct vb_event){
-        .kind = VB_EVENT_DONE,
-        .cookie = hold->cookie,
-    };
-}
-
-static void answer_hold(struct crypt_node *crypt)
-{
-    if (atomic_fetch_sub(&crypt->hold.left, 1) == 1) {
-        crypt->hold.message.run = fill_held;
-        vb_engine_post(crypt->node.engine, &crypt->hold.message);
-    }
-}
-
-/* On each I/O thread. Whatever begins after this sees what is held. */
-static void run_hold(struct vb_message *message, void *context)
-{
-    struct crypt_thread *thread = vb_container_of(message, struct crypt_thread, message);
-
-    (void)context;
-    thread->epoch = !thread->epoch;
-    thread->asked = thread->inflight[!thread->epoch] > 0;
-    if (!thread->asked) {
-        answer_hold(thread->crypt);
-    }
+    return &vb_container_of(node, struct crypt_node, node)->threads[thread->index].epochs;
 }
 
 void vb_node_crypt_hold(struct vb_node *node, uint64_t begin, uint64_t end, uint64_t cookie)
 {
     struct crypt_node *crypt = vb_container_of(node, struct crypt_node, node);
-    struct vb_engine *engine = node->engine;
 
     atomic_store(&crypt->hold_begin, begin);
     atomic_store(&crypt->hold_end, end);
-    crypt->hold.cookie = cookie;
-    atomic_store(&crypt->hold.left, 1); /* ours */
-    for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
-        if (engine->iothreads[i]) {
-            crypt->threads[i].message.run = run_hold;
-            atomic_fetch_add(&crypt->hold.left, 1);
-            vb_iothread_send(engine->iothreads[i], &crypt->threads[i].message);
-        }
-    }
-    answer_hold(crypt);
+    vb_grace_ask(node, epochs_of, cookie);
 }
 
 /* The boundary first: who finds nothing held any more must find it moved. */
@@ -140,25 +88,17 @@ void vb_node_crypt_release(struct vb_node *node, uint64_t boundary)
 
 static void begin_op(struct crypt_op *op)
 {
-    struct crypt_thread *thread = here(op->crypt, op->request->thread);
-
-    op->epoch = thread->epoch;
-    thread->inflight[op->epoch]++;
+    op->epoch = vb_epochs_begin(epochs_of(&op->crypt->node, op->request->thread));
 }
 
 static void end_op(struct crypt_op *op, int ret)
 {
     struct vb_request *request = op->request;
-    struct crypt_node *crypt = op->crypt;
-    struct crypt_thread *thread = here(crypt, request->thread);
 
     if (op->memory) {
         vb_buffer_put(request->thread, op->memory, op->memory_size);
     }
-    if (--thread->inflight[op->epoch] == 0 && thread->asked && op->epoch != thread->epoch) {
-        thread->asked = false;
-        answer_hold(crypt);
-    }
+    vb_epochs_end(epochs_of(&op->crypt->node, request->thread), op->epoch);
     vb_complete(request, ret);
 }
 
@@ -553,9 +493,6 @@ struct vb_node *vb_node_crypt_new(struct vb_engine *engine, uint64_t cookie,
         return NULL;
     }
     crypt->cookie = cookie;
-    for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
-        crypt->threads[i].crypt = crypt;
-    }
     vb_node_crypt_set(&crypt->node, layout);
     return &crypt->node;
 }

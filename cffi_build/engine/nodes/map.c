@@ -216,7 +216,7 @@ static void end_op(struct map_op *op)
     } else {
         vb_complete(request, ret);
     }
-    map_end(here, epoch); /* whoever is given grace finds the request complete */
+    vb_epochs_end(&here->epochs, epoch); /* whoever is given grace finds the request complete */
 }
 
 static void part_ended(struct map_op *op, int ret)
@@ -656,7 +656,7 @@ static void start_op(struct map_node *map, struct vb_request *request)
     op->request = request;
     op->map = map;
     op->here = map_thread(map, request->thread);
-    op->epoch = map_begin(op->here);
+    op->epoch = vb_epochs_begin(&op->here->epochs);
     op->pending = 1;
     op->ret = 0;
     op->again = false;

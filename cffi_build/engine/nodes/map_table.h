@@ -3,6 +3,7 @@
 #ifndef VB_MAP_TABLE_H
 #define VB_MAP_TABLE_H
 
+#include "../grace.h"
 #include "../upcall.h"
 #include "map.api.h"
 
@@ -24,18 +25,12 @@ struct map_unused {
     uint64_t host, clusters;
 };
 
-/* Somebody waits for all requests of one thread that have begun before now. */
-struct map_grace;
-
 /* One I/O thread's part of a map. Only that thread touches what is not atomic. */
 struct map_thread {
     struct vb_message wake;
     _Atomic bool waking;            /* `wake` is on its way */
     struct vb_request *waiting;     /* for a pending entry; linked in their scratch */
-    uint32_t epoch;                 /* 0 or 1: where requests that begin now are counted */
-    uint64_t inflight[2];
-    struct map_grace *draining;     /* waits for inflight[!epoch] */
-    struct map_grace *next, **last; /* came meanwhile */
+    struct vb_epochs epochs;        /* of requests that use what an entry says */
 };
 
 struct map_node {
@@ -75,9 +70,6 @@ void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters);
 /* ---- map_thread.c ----------------------------------------------------------------------- */
 
 struct map_thread *map_thread(struct map_node *map, struct vb_iothread *thread);
-/* I/O thread: around every request that uses what an entry says. begin() gives end()'s argument. */
-uint32_t map_begin(struct map_thread *here);
-void map_end(struct map_thread *here, uint32_t epoch);
 /* I/O thread: hand the request to the node again when an entry that was pending has changed. */
 void map_wait(struct map_node *map, struct vb_request *request, uint64_t unit);
 /* Any: an entry was pending and is not any more. */

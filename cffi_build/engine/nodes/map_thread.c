@@ -1,11 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * nodes/map_thread.c: how a map's I/O threads wait: for pending entries, and (grace) until
+ * nodes/map_thread.c: how a map's I/O threads wait: for pending entries, and (../grace.h) until
  * everybody has finished what was begun before.
- *
- * Grace. Each thread counts its requests in flight in one of two epochs. Asked for grace, it
- * starts the other epoch and answers when the count of the old one has come to zero; a question
- * that comes while it still counts that down waits for the next turn.
  */
 #include "map_table.h"
 
@@ -24,17 +20,6 @@ struct round_stop {
     struct vb_message message;
     struct round *round;
 };
-
-static void *must_alloc(size_t size)
-{
-    void *memory = calloc(1, size);
-
-    if (!memory) {
-        fprintf(stderr, "vhostblk: out of memory (%zu bytes)\n", size);
-        abort();
-    }
-    return memory;
-}
 
 static void end_of_round(struct round *round)
 {
@@ -56,14 +41,14 @@ static void run_stop(struct vb_message *message, void *context)
 
 void map_after_all_threads(struct vb_engine *engine, void (*run)(void *argument), void *argument)
 {
-    struct round *round = must_alloc(sizeof(*round));
+    struct round *round = vb_must_alloc(sizeof(*round));
 
     round->run = run;
     round->argument = argument;
     atomic_init(&round->left, 1); /* ours */
     for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
         if (engine->iothreads[i]) {
-            struct round_stop *stop = must_alloc(sizeof(*stop));
+            struct round_stop *stop = vb_must_alloc(sizeof(*stop));
 
             stop->round = round;
             stop->message.run = run_stop;
@@ -142,116 +127,14 @@ void map_wait(struct map_node *map, struct vb_request *request, uint64_t unit)
 
 /* ---- grace ------------------------------------------------------------------------------------- */
 
-/* One thread's part of a question. */
-struct map_grace {
-    struct vb_message message;
-    struct map_node *map;
-    struct grace *whole;
-    struct map_grace *next;
-};
-
-struct grace {
-    struct vb_message message;
-    struct vb_engine *engine;
-    _Atomic uint32_t left;
-    uint64_t cookie;
-};
-
-static void fill_grace(struct vb_message *message, void *context)
+static struct vb_epochs *epochs_of(struct vb_node *node, struct vb_iothread *thread)
 {
-    struct grace *grace = vb_container_of(message, struct grace, message);
-
-    *(struct vb_event *)context = (struct vb_event){
-        .kind = VB_EVENT_DONE,
-        .cookie = grace->cookie,
-    };
-    free(grace);
-}
-
-static void end_of_grace(struct grace *grace)
-{
-    if (atomic_fetch_sub(&grace->left, 1) == 1) {
-        grace->message.run = fill_grace;
-        vb_engine_post(grace->engine, &grace->message);
-    }
-}
-
-static void answer(struct map_grace *first)
-{
-    while (first) {
-        struct map_grace *next = first->next;
-        struct grace *whole = first->whole;
-
-        free(first);
-        end_of_grace(whole);
-        first = next;
-    }
-}
-
-/* Takes up the questions that wait, unless earlier ones are still open. */
-static void next_epoch(struct map_thread *here)
-{
-    while (!here->draining && here->next) {
-        here->draining = here->next;
-        here->next = NULL;
-        here->last = &here->next;
-        here->epoch = !here->epoch;
-        if (here->inflight[!here->epoch] == 0) {
-            struct map_grace *open = here->draining;
-
-            here->draining = NULL;
-            answer(open);
-        }
-    }
-}
-
-static void run_grace(struct vb_message *message, void *context)
-{
-    struct map_grace *grace = vb_container_of(message, struct map_grace, message);
-    struct map_thread *here = map_thread(grace->map, context);
-
-    *here->last = grace;
-    here->last = &grace->next;
-    next_epoch(here);
+    return &map_thread(vb_container_of(node, struct map_node, node), thread)->epochs;
 }
 
 void vb_map_grace(struct vb_node *node, uint64_t cookie)
 {
-    struct vb_engine *engine = node->engine;
-    struct grace *whole = must_alloc(sizeof(*whole));
-
-    whole->engine = engine;
-    whole->cookie = cookie;
-    atomic_init(&whole->left, 1); /* ours */
-    for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
-        if (engine->iothreads[i]) {
-            struct map_grace *part = must_alloc(sizeof(*part));
-
-            part->map = vb_container_of(node, struct map_node, node);
-            part->whole = whole;
-            part->message.run = run_grace;
-            atomic_fetch_add(&whole->left, 1);
-            vb_iothread_send(engine->iothreads[i], &part->message);
-        }
-    }
-    end_of_grace(whole);
-}
-
-uint32_t map_begin(struct map_thread *here)
-{
-    here->inflight[here->epoch]++;
-    return here->epoch;
-}
-
-void map_end(struct map_thread *here, uint32_t epoch)
-{
-    if (--here->inflight[epoch] == 0 && epoch != here->epoch && here->draining) {
-        struct map_grace *open = here->draining;
-
-        here->draining = NULL;
-        answer(open);
-        next_epoch(here);
-    }
+    vb_grace_ask(node, epochs_of, cookie);
 }
 
 /* ---- life ---------------------------------------------------------------------------------------- */
@@ -263,9 +146,8 @@ struct map_thread *map_thread(struct map_node *map, struct vb_iothread *thread)
 
     vb_assert(vb_in_iothread(thread));
     if (!here) {
-        here = must_alloc(sizeof(*here));
+        here = vb_must_alloc(sizeof(*here));
         here->wake.run = run_wake;
-        here->last = &here->next;
         /* Release: another thread may send its `wake` as soon as it sees it. */
         atomic_store_explicit(&map->threads[thread->index], here, memory_order_release);
     }

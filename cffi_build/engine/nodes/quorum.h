@@ -10,6 +10,7 @@
 #define VB_QUORUM_H
 
 #include "../engine.h"
+#include "../grace.h"
 #include "quorum.api.h"
 
 #define QUORUM_LOCKS 16
@@ -113,9 +114,7 @@ struct quorum_thread {
     struct vb_request *held;     /* those that wait for an obstacle to go */
     _Atomic uint32_t holding;    /* how many */
     _Atomic uint64_t late_used;  /* bits: entries of this thread's part of the late table */
-    uint32_t epoch;
-    uint32_t inflight[2];
-    struct thread_grace *draining, *next, **last;
+    struct vb_epochs epochs; /* of changes */
     struct op *oldest, *youngest;
     struct vb_timer timer;
     bool timing;

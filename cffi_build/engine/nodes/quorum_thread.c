@@ -7,9 +7,8 @@
  * of are held by their thread, and try again whenever one has gone. A request on its way looks at
  * one counter, which is nearly always 0.
  *
- * Grace. A lock is good when all changes that began before it have ended. Each thread counts its
- * changes in flight in one of two epochs; asked, it starts the other one and answers when the old
- * one's count is zero. What was given up because of a timeout does not count: its leg has failed.
+ * Grace. A lock is good when all changes that began before it have ended (../grace.h). What was given
+ * up because of a timeout does not count: its leg has failed.
  *
  * Timeouts. All requests of a node have the same, so the oldest of a thread is the first: one list,
  * one timer.
@@ -19,17 +18,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-static void *must_alloc(size_t size)
-{
-    void *memory = calloc(1, size);
-
-    if (!memory) {
-        fprintf(stderr, "vhostblk: out of memory (%zu bytes)\n", size);
-        abort();
-    }
-    return memory;
-}
 
 /* ---- held requests --------------------------------------------------------------------------- */
 
@@ -247,118 +235,22 @@ void vb_quorum_hold_early(struct vb_node *node, bool hold)
 
 /* ---- grace ----------------------------------------------------------------------------------- */
 
-/* One thread's part of a question. */
-struct thread_grace {
-    struct vb_message message;
-    struct quorum_node *quorum;
-    struct grace *whole;
-    struct thread_grace *next;
-};
-
-struct grace {
-    struct vb_message message;
-    struct vb_engine *engine;
-    _Atomic uint32_t left;
-    uint64_t cookie;
-};
-
-static void fill_grace(struct vb_message *message, void *context)
+static struct vb_epochs *epochs_of(struct vb_node *node, struct vb_iothread *thread)
 {
-    struct grace *grace = vb_container_of(message, struct grace, message);
-
-    *(struct vb_event *)context = (struct vb_event){
-        .kind = VB_EVENT_DONE,
-        .cookie = grace->cookie,
-    };
-    free(grace);
-}
-
-static void end_of_grace(struct grace *grace)
-{
-    if (atomic_fetch_sub(&grace->left, 1) == 1) {
-        grace->message.run = fill_grace;
-        vb_engine_post(grace->engine, &grace->message);
-    }
-}
-
-static void answer(struct quorum_thread *here)
-{
-    struct thread_grace *first = here->draining;
-
-    here->draining = NULL;
-    while (first) {
-        struct thread_grace *next = first->next;
-
-        end_of_grace(first->whole);
-        free(first);
-        first = next;
-    }
-}
-
-/* Takes up the questions that wait, unless earlier ones are still open. */
-static void next_epoch(struct quorum_thread *here)
-{
-    while (!here->draining && here->next) {
-        here->draining = here->next;
-        here->next = NULL;
-        here->last = &here->next;
-        here->epoch = !here->epoch;
-        if (here->inflight[!here->epoch] == 0) {
-            answer(here);
-        }
-    }
-}
-
-static void run_grace(struct vb_message *message, void *context)
-{
-    struct thread_grace *grace = vb_container_of(message, struct thread_grace, message);
-    struct quorum_thread *here = quorum_thread(grace->quorum, context);
-
-    *here->last = grace;
-    here->last = &grace->next;
-    next_epoch(here);
-}
-
-static void ask_for_grace(struct quorum_node *quorum, uint64_t cookie)
-{
-    struct vb_engine *engine = quorum->node.engine;
-    struct grace *whole = must_alloc(sizeof(*whole));
-
-    whole->engine = engine;
-    whole->cookie = cookie;
-    atomic_init(&whole->left, 1); /* ours */
-    for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
-        if (engine->iothreads[i]) {
-            struct thread_grace *part = must_alloc(sizeof(*part));
-
-            part->quorum = quorum;
-            part->whole = whole;
-            part->message.run = run_grace;
-            atomic_fetch_add(&whole->left, 1);
-            vb_iothread_send(engine->iothreads[i], &part->message);
-        }
-    }
-    end_of_grace(whole);
+    return &quorum_thread(vb_container_of(node, struct quorum_node, node), thread)->epochs;
 }
 
 void quorum_begin(struct op *op)
 {
     op->counted = true;
-    op->epoch = op->here->epoch;
-    op->here->inflight[op->epoch]++;
+    op->epoch = vb_epochs_begin(&op->here->epochs);
 }
 
 void quorum_end(struct op *op)
 {
-    struct quorum_thread *here = op->here;
-
-    if (!op->counted) {
-        return;
-    }
-    op->counted = false;
-    if (--here->inflight[op->epoch] == 0 && op->epoch != here->epoch && here->draining) {
-        answer(here);
-        next_epoch(here);
+    if (op->counted) {
+        op->counted = false;
+        vb_epochs_end(&op->here->epochs, op->epoch);
     }
 }
 
@@ -376,7 +268,7 @@ int vb_quorum_lock(struct vb_node *node, uint64_t offset, uint64_t bytes, uint64
             atomic_store(&lock->end, offset + bytes);
             /* The message that asks for grace makes this known to every thread. */
             atomic_fetch_add(&quorum->obstacles, 1);
-            ask_for_grace(quorum, cookie);
+            vb_grace_ask(node, epochs_of, cookie);
             return i;
         }
     }
@@ -514,12 +406,11 @@ struct quorum_thread *quorum_thread(struct quorum_node *quorum, struct vb_iothre
 
     vb_assert(vb_in_iothread(thread));
     if (!here) {
-        here = must_alloc(sizeof(*here));
+        here = vb_must_alloc(sizeof(*here));
         here->quorum = quorum;
         here->wake.run = run_wake;
         here->end.run = run_end;
         here->timer.expired = run_timer;
-        here->last = &here->next;
         here->thread = thread;
         /* Release: another thread may send its `wake` as soon as it sees it. */
         atomic_store_explicit(&quorum->threads[thread->index], here, memory_order_release);

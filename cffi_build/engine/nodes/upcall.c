@@ -139,17 +139,6 @@ static void run_own(struct vb_message *message, void *context)
     vb_submit(own->node, &own->request);
 }
 
-static void *must_alloc(size_t size)
-{
-    void *memory = malloc(size);
-
-    if (!memory) {
-        fprintf(stderr, "vhostblk: out of memory for a request (%zu bytes)\n", size);
-        abort();
-    }
-    return memory;
-}
-
 /* The part of `iov` that covers bytes [skip, skip + bytes), into own->request. */
 static void slice_iov(struct own_request *own, const struct iovec *iov, uint32_t niov,
                       uint64_t skip, uint64_t bytes)
@@ -158,7 +147,7 @@ static void slice_iov(struct own_request *own, const struct iovec *iov, uint32_t
     uint32_t used = 0;
 
     if (niov > OWN_IOV) {
-        to = must_alloc(niov * sizeof(*to));
+        to = vb_must_alloc(niov * sizeof(*to));
     }
     for (uint32_t i = 0; i < niov && bytes > 0; i++) {
         uint64_t length = iov[i].iov_len;
@@ -185,7 +174,7 @@ static struct own_request *new_own_request(const struct vb_command *command)
     if (own) {
         free_own_requests = own->next_free;
     } else {
-        own = must_alloc(sizeof(*own));
+        own = vb_must_alloc(sizeof(*own));
     }
     request = &own->request;
     own->node = (struct vb_node *)(uintptr_t)command->node;
