@@ -272,3 +272,28 @@ def test_a_segment_that_cannot_be_read_does_not_stop_collection(
         await sound(host)
 
     with_host(test)
+
+
+def test_the_map_in_memory_is_bounded_and_metadata_are_small() -> None:
+    """cache-size, and what docs/dedup.md says that a stored block costs."""
+
+    async def test(host: Host) -> None:
+        size = 32 * MIB
+        await create(host, size=size, data=2 * size)
+        node = await open_disk(host, cache_size=16 << 10)
+        for at in range(0, size, MIB):
+            await host.write("disk", at, random.Random(at).randbytes(MIB))
+        for at in range(0, size, MIB):
+            assert await host.read("disk", at, MIB) == random.Random(at).randbytes(MIB)
+            assert len(node._tables) <= 16
+        assert size // BLOCK // PAGE > 16  # all of them would have been more
+        store = store_of(host)
+        await store.checkpoint()
+        blocks = store.tables.state.blocks
+        assert blocks == size // BLOCK
+        assert store.tables.size / blocks <= 300
+        copy = host.directory / "copy.mdb"
+        store.tables.copy(copy)
+        assert copy.stat().st_size / blocks <= 200
+
+    with_host(test)
