@@ -137,6 +137,43 @@ def test_a_power_cut_at_any_moment(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     with_host(test, Small)
 
 
+@pytest.mark.parametrize("chunk", range(12))
+def test_each_write_and_flush_fails_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first to the last: an error, a disk that reads as before, and it can go on."""
+    monkeypatch.setattr(luks_reencrypt, "ZONE", 64 * KIB)
+
+    async def test(host: Host) -> None:
+        made = await prepared(host)
+        content = os.urandom(SMALL)
+        await host.write("disk", 0, content)
+        await flush(host)
+        start = bytes(made.stable)
+        fail_at, failed = 1 + chunk, True
+        while failed:
+            made.load(start)
+            await host.backend.blockdev_del("disk")
+            node = await host.add("luks", "disk", key_secret="one", file="v")
+            made.operations, made.fail_at = 0, fail_at
+            await command(host, "luks-reencrypt", secrets=["two"], **CHEAP)
+            await until_done(host)
+            failed = made.operations >= fail_at
+            assert ("error" in host.named("BLOCK_JOB_COMPLETED")[-1]) == failed
+            made.fail_at = None
+            if node.volume.is_reencrypting or len(node.volume.slots()) == 1:
+                await command(host, "luks-reencrypt", secrets=["two"], **CHEAP)
+                await until_done(host)
+                assert "error" not in host.named("BLOCK_JOB_COMPLETED")[-1], fail_at
+            assert await host.read("disk", 0, SMALL) == content, fail_at
+            await host.backend.blockdev_del("disk")
+            node = await host.add("luks", "disk", key_secret="one", file="v")
+            assert await host.read("disk", 0, SMALL) == content, fail_at
+            assert not node.volume.is_reencrypting
+            assert len(node.volume.slots()) == 2
+            fail_at += 12
+
+    with_host(test, Small)
+
+
 class Hanging(Filter):
     """Reads of one place wait until the test lets them go."""
 
