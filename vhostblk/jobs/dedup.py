@@ -7,12 +7,11 @@ begun again: it passes over what is in order already.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.dedup.tables import PAGE
+from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob
 
 if TYPE_CHECKING:
@@ -30,24 +29,8 @@ class DefragmentJob(BlockJob):
         self._backend = backend
         self._node = node
 
-    @contextlib.asynccontextmanager
-    async def _attached(self) -> AsyncIterator[None]:
-        """Inside, the node cannot be removed."""
-        from vhostblk.graph import BlockBackend
-        from vhostblk.nodes.driver import Perm
-
-        graph, node = self._backend.graph, self._node
-        drive = BlockBackend(graph, self.id, node, perm=Perm.NONE, shared=Perm.ALL, what="job")
-        async with graph.lock:
-            graph.attach(drive)
-        try:
-            yield
-        finally:
-            async with graph.lock:
-                graph.detach(drive)
-
     async def run(self) -> None:
-        async with self._attached():
+        async with attached(self._backend, self.id, self._node, writes=False):
             await self._run()
 
     async def _run(self) -> None:

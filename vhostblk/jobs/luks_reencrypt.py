@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob, reason
 from vhostblk.jobs.restart import restartable
 from vhostblk.luks.options import KdfOptions
@@ -75,7 +75,7 @@ class ReencryptJob(BlockJob):
 
     async def run(self) -> None:
         backend, node = self._backend, self.node
-        async with self._attached():
+        async with attached(backend, self.id, node, writes=True):
             self.total_progress = node.size
             if node.log is None:
                 await self._begin()
@@ -132,28 +132,6 @@ class ReencryptJob(BlockJob):
             async with graph.drained([node]):
                 await node.finish_reencryption()
             return True
-
-    @contextlib.asynccontextmanager
-    async def _attached(self) -> AsyncIterator[None]:
-        from vhostblk.graph import BlockBackend
-        from vhostblk.nodes.driver import Perm
-
-        graph = self._backend.graph
-        drive = BlockBackend(
-            graph,
-            self.id,
-            self.node,
-            perm=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
-            shared=Perm.ALL,
-            what="job",
-        )
-        async with graph.lock:
-            graph.attach(drive)
-        try:
-            yield
-        finally:
-            async with graph.lock:
-                graph.detach(drive)
 
 
 def start_reencryption(

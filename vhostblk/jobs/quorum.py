@@ -16,10 +16,10 @@ import contextlib
 import errno
 import logging
 import re
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.events import Event
+from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob
 from vhostblk.jobs.job import JobStatus
 from vhostblk.jobs.restart import restartable
@@ -58,29 +58,6 @@ class QuorumJob(BlockJob):
         self._backend = backend
         self.quorum = quorum
 
-    @contextlib.asynccontextmanager
-    async def attached(self) -> AsyncIterator[None]:
-        """Inside, the legs are open for writing, exports or not."""
-        from vhostblk.graph import BlockBackend
-        from vhostblk.nodes.driver import Perm
-
-        graph = self._backend.graph
-        drive = BlockBackend(
-            graph,
-            self.id,
-            self.quorum,
-            perm=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
-            shared=Perm.ALL,
-            what="job",
-        )
-        async with graph.lock:
-            graph.attach(drive)
-        try:
-            yield
-        finally:
-            async with graph.lock:
-                graph.detach(drive)
-
 
 class RebuildJob(QuorumJob):
     """Copies to a leg what it has missed, if it differs there."""
@@ -109,7 +86,7 @@ class RebuildJob(QuorumJob):
         while leg.handle.strays:  # what was given up must not overwrite what is copied
             await self.pace()
             await asyncio.sleep(0.05)
-        async with self.attached():
+        async with attached(self._backend, self.id, self.quorum, writes=True):
             try:
                 async with repair.step():
                     self._check_leg()
@@ -205,7 +182,7 @@ class ScrubJob(QuorumJob):
 
         repair, quorum = self.quorum.repair, self.quorum
         self.busy = True
-        async with self.attached():
+        async with attached(self._backend, self.id, self.quorum, writes=True):
             while self.current_progress < quorum.size:
                 self.total_progress = quorum.size
                 length = 0

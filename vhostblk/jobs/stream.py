@@ -12,11 +12,10 @@ state file, and what has been copied is in the overlays. A restarted job asks th
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob, reason
 from vhostblk.jobs.restart import restartable
 from vhostblk.nodes._chain import backing_of, backing_role
@@ -47,33 +46,10 @@ class StreamJob(BlockJob):
 
     async def run(self) -> None:
         self.busy = True
-        async with self._attached():
+        async with attached(self._backend, self.id, self._filter, writes=True):
             while self._complete is not self._filter.generation:
                 await self._copy_all()
                 await self._look_for_more()
-
-    @contextlib.asynccontextmanager
-    async def _attached(self) -> AsyncIterator[None]:
-        """Inside, the overlays are open for writing, and the filter stays."""
-        from vhostblk.graph import BlockBackend
-        from vhostblk.nodes.driver import Perm
-
-        graph = self._backend.graph
-        drive = BlockBackend(
-            graph,
-            self.id,
-            self._filter,
-            perm=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
-            shared=Perm.ALL,
-            what="job",
-        )
-        async with graph.lock:
-            graph.attach(drive)
-        try:
-            yield
-        finally:
-            async with graph.lock:
-                graph.detach(drive)
 
     async def _copy_all(self) -> None:
         """From one end to the other."""
