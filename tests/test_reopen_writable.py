@@ -341,7 +341,7 @@ def test_a_file_of_the_operators_own_must_be_writable_first(tmp_path: Path, tool
 
 
 def test_unflushed_writes_of_a_killed_backend(tmp_path: Path, tools: Tools) -> None:
-    """Opened read-only first, and made writable later: the log is replayed then."""
+    """Made writable it has a log as any other; who makes it writable after a kill replays that."""
     path = new_image(tools, tmp_path / "a")
     logs = tmp_path / "logs"
     logs.mkdir()
@@ -353,7 +353,10 @@ from pathlib import Path
 async def main():
     host = Host(Path({str(tmp_path)!r}), ())
     await host.backend.start()
-    await host.add("qcow2", "disk", file={{"driver": "file", "filename": {str(path)!r}}})
+    disk = {{"driver": "qcow2", "file": {{"driver": "file", "filename": {str(path)!r}}}}}
+    disk["node-name"] = "disk"
+    await host.backend.blockdev_add({{**disk, "read-only": True}})
+    await host.backend.blockdev_reopen([disk])
     await host.write("disk", MIB, b"x" * MIB)
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
