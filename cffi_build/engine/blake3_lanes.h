@@ -6,7 +6,7 @@
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * LANES)));
 
 /* Lane i of `to[w]` becomes word w of row i. `rows` are 16 words each; to[] has 16 entries. */
-static inline TARGET void NAME(load)(NAME(words) to[16], const unsigned char *const rows[LANES])
+static inline UNCHECKED TARGET void NAME(load)(NAME(words) to[16], const unsigned char *const rows[LANES])
 {
 #pragma GCC unroll 16
     for (unsigned part = 0; part < 16; part += LANES) {
@@ -67,7 +67,7 @@ static inline TARGET void NAME(load)(NAME(words) to[16], const unsigned char *co
  * The chaining values of up to LANES inputs that lie one after the other, `blocks` of 64 bytes
  * each. Input i has counter `(first + i) % period`.
  */
-static TARGET void NAME(hash)(const unsigned char *input, unsigned inputs, unsigned blocks,
+static UNCHECKED TARGET void NAME(hash)(const unsigned char *input, unsigned inputs, unsigned blocks,
                               const struct flags *flags, uint32_t first, uint32_t period,
                               unsigned char *out)
 {
