@@ -6,15 +6,17 @@ from __future__ import annotations
 import errno
 import os
 import random
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import MIB, Host, refused
-from quorum_legs import BLOCK, Faulty, quorum, restart, run, states, until_states
+from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, until_states
 
 from vhostblk.control.commands import registry
 from vhostblk.control.registry import Context
+from vhostblk.nodes.quorum.metadata import boot
 from vhostblk.schema import VhostblkError
 
 
@@ -120,6 +122,32 @@ def test_legs_in_another_order_and_overlays_keep_their_states() -> None:
         async with host.device() as guest:
             await guest.write(0, b"2" * BLOCK)
         assert node.describe_legs()[0]["missed-bytes"] == 2 * BLOCK
+
+    run(test)
+
+
+def test_after_a_boot_whoever_is_out_may_have_missed_anything() -> None:
+    """A power cut takes what was not flushed: bits of dirty maps, data of a leg that is out."""
+
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await host.write("q", 0, b"1" * BLOCK)
+        Faulty.faults["a"] = {"write": errno.EIO}
+        await host.write("q", 3 * BLOCK, b"2" * BLOCK)
+        Faulty.faults.clear()
+        await restart(host)
+        size = len(content(host, "a"))
+        path = Path(host.path("states"))
+        assert path.read_bytes().count(boot().encode()) == 1
+        path.write_bytes(path.read_bytes().replace(boot().encode(), str(uuid.uuid4()).encode()))
+        Path(host.path("a")).write_bytes(bytes(size))  # nothing that it was given was flushed
+        node = await quorum(host)
+        await until_states(host, node, "iii")
+        assert content(host, "a") == content(host, "b")
+        # That has been the reason for its last time.
+        await restart(host)
+        node = await quorum(host)
+        assert states(node) == "iii"
 
     run(test)
 

@@ -30,7 +30,7 @@ from vhostblk.engine.quorum import (
 )
 from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.quorum.legs import Leg, LegState, identity, is_same_leg, recognise
-from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, Recorded, read
+from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, Recorded, boot, read
 from vhostblk.nodes.quorum.repair import Repair
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
@@ -188,13 +188,14 @@ class Quorum(NodeDriver):
                 data={"code": "quorum-metadata", "path": path, "node": self.name},
             )
         made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]] = []
+        since_boot = 0 if recorded.boot == boot() else LEG_WHOLE
         for node, record in zip(nodes, records, strict=True):
             if record is None:
                 made.append((node, LegState.STALE.value | LEG_WHOLE, 0.0, None))
                 continue
             word, state = record.word, LegState(record.word & 0xFF)
             if state is not LegState.IN_SYNC:
-                word = LegState.STALE.value | (word & LEG_WHOLE)
+                word = LegState.STALE.value | (word & LEG_WHOLE) | since_boot
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
         self._make_legs(made, recorded.generation + 1)
         for start, end, legs in recorded.late:

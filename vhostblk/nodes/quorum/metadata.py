@@ -7,7 +7,7 @@ to be equal. All numbers are little-endian:
 
     0       magic, version (u32), size of the header (u32), length of the text (u32), flags (u32),
             generation (u64); the text from byte 64 on: JSON with the size of the disk, of a region,
-            and for each leg how to recognise it
+            for each leg how to recognise it, and the boot of the host that wrote it
     header  for each leg 64 bytes: state and flags (u32, see quorum.api.h), reserved (u32),
             generation at which it was last in sync (u64), since when it is in its state (f64)
     + 4096  writes that have been acknowledged and had not reached all legs (struct vb_quorum_late)
@@ -15,8 +15,12 @@ to be equal. All numbers are little-endian:
 
 The text never changes: with other legs or another size a new file takes the place of the old
 one, in one step (rename). All else changes in place. A process that is killed leaves what it has
-last stored, since stores to a mapping are the kernel's at once; against a power cut there is
-`sync()`, or the engine's fdatasync at a guest's flush.
+last stored, since stores to a mapping are the kernel's at once.
+
+Against a power cut there is `sync()`: the state of a leg that is out is on the disk before a guest
+is told of anything that the leg has missed. Not so its dirty map, and such a leg may also lose what
+it had been given before and nobody flushed. So after a boot, or on another host, dirty maps count
+for nothing: whoever is out then has to be compared from end to end.
 
 Without a path the same lives in plain memory, and ends with the node.
 """
@@ -77,6 +81,7 @@ class Recorded:
     size: int
     region_bits: int
     generation: int
+    boot: str
     legs: list[LegRecord]
     late: list[tuple[int, int, int]]
     """Start, end, legs (bits) of writes that were on their way."""
@@ -104,6 +109,12 @@ class Layout:
     @property
     def total(self) -> int:
         return self.dirty(self.legs)
+
+
+def boot() -> str:
+    """Which run of which host this is (proc_sys_kernel(5), random/boot_id)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def regions_of(size: int, region_bits: int) -> int:
@@ -135,6 +146,7 @@ class Metadata:
             {
                 "size": size,
                 "region-size": 1 << region_bits,
+                "boot": boot(),
                 "legs": [{"node-name": name, "identity": list(files)} for name, files in legs],
             }
         ).encode()
@@ -315,7 +327,7 @@ def _parse(data: bytes) -> Recorded:
         start, end, bits, _ = _LATE.unpack_from(data, at)
         if bits:
             late.append((start, end, bits))
-    return Recorded(size, region_bits, generation, legs, late)
+    return Recorded(size, region_bits, generation, str(text.get("boot")), legs, late)
 
 
 def metadata_error(path: str, text: str, code: str = "quorum-metadata") -> VhostblkError:
