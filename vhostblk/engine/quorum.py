@@ -13,7 +13,6 @@ from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, NodeHandle, NodeSink, UpcallSink
 
 QUORUM_ALL: int = lib.VB_QUORUM_ALL
-QUORUM_METADATA: int = lib.VB_QUORUM_METADATA
 QUORUM_RETIRED: int = lib.VB_QUORUM_RETIRED
 
 LEG_IN_SYNC: int = lib.VB_LEG_IN_SYNC
@@ -88,7 +87,6 @@ class QuorumSettings:
     write_threshold: int
     timeout_ns: int
     fifo: bool
-    metadata_fd: int
     lates: int
     """Address of LATE_SIZE bytes."""
 
@@ -178,7 +176,6 @@ def _options(cookie: int, settings: QuorumSettings, legs: Sequence[LegHandle]) -
             "legs": len(legs),
             "threshold": settings.threshold,
             "write_threshold": settings.write_threshold,
-            "metadata_fd": settings.metadata_fd,
             "timeout_ns": settings.timeout_ns,
             "lates": settings.lates,
             "fifo": settings.fifo,

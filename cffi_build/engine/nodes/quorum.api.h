@@ -4,13 +4,12 @@
  *
  * VB_EVENT_NODE events, with the leg in `request`, op, offset and bytes: the leg failed (ret < 0)
  * or was outvoted (ret 0). VB_QUORUM_ALL: the request failed as a whole. VB_QUORUM_RETIRED + leg:
- * the leg has become VB_LEG_FAILED. VB_QUORUM_METADATA: the dirty maps cannot be written.
+ * the leg has become VB_LEG_FAILED.
  * Requests that go up (VB_EVENT_UPCALL): a read without a majority, which Python answers; and
  * anything else that has succeeded but has missed a leg of which that is not recorded yet: Python
  * records it, then completes the request.
  */
 #define VB_QUORUM_ALL 0xffffffff
-#define VB_QUORUM_METADATA 0xfffffffe
 #define VB_QUORUM_RETIRED 0x80000000
 
 /* States of a leg. C makes IN_SYNC and REBUILDING to FAILED, all else is Python's. */
@@ -58,7 +57,6 @@ struct vb_quorum_options {
     uint32_t legs;            /* 1 to VB_MAX_CHILDREN */
     uint32_t threshold;       /* legs that must agree (reads) or succeed (everything else) */
     uint32_t write_threshold; /* legs that must have a write before it is acknowledged; 0: all */
-    int32_t metadata_fd;      /* where the dirty maps are, or -1; the caller's */
     uint64_t timeout_ns;      /* a leg that takes longer has failed; 0: never */
     uint64_t lates;           /* address of VB_QUORUM_LATE_SIZE bytes, the caller's */
     bool fifo;                /* a read is answered by the first leg that can, without a vote */

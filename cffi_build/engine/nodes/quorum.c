@@ -13,9 +13,8 @@
  *   2. The request goes up to Python, which brings both to the disk, and so does every other
  *      request that misses this leg meanwhile.
  *   3. Python says that it is recorded, and completes them.
- * Afterwards only the dirty map grows. It has to be on disk when the guest's next flush is
- * complete, which therefore writes it, too: what was not flushed may be lost in a power cut, on
- * any leg.
+ * Afterwards only the dirty map grows, and need not be on the disk: after a power cut nobody
+ * believes it, since such a leg may have lost what was not flushed before it failed, too.
  *
  * Reads. Guests may write to their buffers at any time, so versions are compared in memory of
  * our own. Without a timeout the first version goes straight to the guest: nearly always the
@@ -286,17 +285,10 @@ static void fail(struct op *op, int ret)
 /* These legs do not have the change. */
 static void mark_missed(struct op *op, uint32_t legs)
 {
-    struct quorum_node *quorum = op->quorum;
-    bool any = false;
-
     for (uint32_t leg = 0; legs; leg++, legs >>= 1) {
         if ((legs & 1) && op->op != VB_OP_FLUSH) {
-            any |= leg_missed(quorum->legs[leg], op->offset, op->bytes);
+            leg_missed(op->quorum->legs[leg], op->offset, op->bytes);
         }
-    }
-    if (any) {
-        /* After the bits: the flush that finds this set writes them. */
-        atomic_store(&quorum->unsynced, true);
     }
 }
 
@@ -364,7 +356,7 @@ static bool is_early(const struct op *op)
 
 static void change_answered(struct op *op)
 {
-    if (op->waiting || op->syncing) {
+    if (op->waiting) {
         if (op->request && is_early(op) && quorum_late_begin(op)) {
             struct vb_request *request = op->request;
 
@@ -378,41 +370,6 @@ static void change_answered(struct op *op)
     } else {
         end_late(op);
     }
-}
-
-/* ---- flushes that write the dirty maps, too -------------------------------------------------- */
-
-static void synced(struct vb_aio *aio)
-{
-    struct op *op = vb_container_of(aio, struct op, sync);
-
-    if (aio->result == -EINTR || aio->result == -EAGAIN) {
-        vb_aio_submit(op->thread, aio);
-        return;
-    }
-    if (aio->result < 0) {
-        atomic_store(&op->quorum->unsynced, true); /* the next flush tries again */
-        tell(op, VB_QUORUM_METADATA, aio->result);
-    }
-    op->syncing = false;
-    change_answered(op);
-}
-
-static void start_sync(struct op *op)
-{
-    struct quorum_node *quorum = op->quorum;
-
-    if (quorum->options.metadata_fd < 0 || !atomic_load(&quorum->unsynced) ||
-        !atomic_exchange(&quorum->unsynced, false)) {
-        return;
-    }
-    op->syncing = true;
-    op->sync = (struct vb_aio){
-        .opcode = VB_AIO_FDATASYNC,
-        .fd = quorum->options.metadata_fd,
-        .done = synced,
-    };
-    vb_aio_submit(op->thread, &op->sync);
 }
 
 /* ---- who is asked ---------------------------------------------------------------------------- */
@@ -469,9 +426,6 @@ static void start_change(struct quorum_node *quorum, struct vb_request *request)
             op->parts[leg].iov = (struct iovec){data, write ? op->bytes : 0};
             new_part(op, leg, &op->parts[leg].iov, write);
         }
-    }
-    if (op->op == VB_OP_FLUSH) {
-        start_sync(op);
     }
     submit_parts(op);
 }

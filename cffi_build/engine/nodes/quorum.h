@@ -35,8 +35,8 @@ static inline uint32_t leg_state(const struct vb_quorum_leg *leg)
     return atomic_load_explicit(leg->state, memory_order_acquire) & VB_LEG_STATE;
 }
 
-/* Sets the bits of a range; whether one of them was not set. */
-bool leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes);
+/* Sets the bits of a range. */
+void leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes);
 /* IN_SYNC or REBUILDING becomes FAILED; false if it was something else. */
 bool leg_retire(struct vb_quorum_leg *leg, bool whole);
 void leg_get(struct vb_quorum_leg *leg);
@@ -74,7 +74,6 @@ struct op {
     bool direct;                /* a read whose first version is in guest memory */
     bool agreed;                /* a read, done with the data where the legs have them */
     bool worthless;             /* and it turned out that a leg had them no more */
-    bool syncing;               /* the metadata are on their way to the disk */
     int8_t late;                /* number of its struct vb_quorum_late, or -1 */
     uint32_t epoch;
     uint32_t voters;            /* legs that were in sync when it began; bits, as what follows */
@@ -85,7 +84,6 @@ struct op {
     uint32_t waiting;           /* asked, and have not answered */
     uint32_t failed;            /* have answered with an error */
     uint32_t under_way;         /* parts that have not come back, strays included */
-    struct vb_aio sync;
     struct part parts[];
 };
 
@@ -101,7 +99,6 @@ struct quorum_node {
     _Atomic uint32_t obstacles;
     _Atomic uint32_t late;
     _Atomic uint32_t no_early;
-    _Atomic bool unsynced;       /* dirty maps are ahead of the disk */
     struct range_lock locks[QUORUM_LOCKS];
     _Atomic(struct quorum_thread *) threads[VB_MAX_IOTHREADS];
 };

@@ -4,7 +4,7 @@
  *
  * Both are plain words in memory that Python gives, atomic because all I/O threads and the control
  * thread use them. Where that memory is a mapped file, a store is as good as written for whoever
- * comes after a kill -9; only a power cut needs more (see quorum.c, flushes).
+ * comes after a kill -9; only a power cut needs more (see vhostblk/nodes/quorum/metadata.py).
  */
 #include "quorum.h"
 
@@ -109,14 +109,13 @@ static uint64_t mask_of(uint64_t first, uint64_t end)
     return mask;
 }
 
-bool leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes)
+void leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes)
 {
     uint64_t first = offset >> leg->region_bits;
     uint64_t end = ((offset + bytes - 1) >> leg->region_bits) + 1;
-    bool any = false;
 
     if (bytes == 0) {
-        return false;
+        return;
     }
     while (first < end) {
         _Atomic uint64_t *word = &leg->dirty[first >> 6];
@@ -124,11 +123,10 @@ bool leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes)
 
         /* Nearly always they are set already, and a load shares what a store would fight for. */
         if ((atomic_load_explicit(word, memory_order_relaxed) & mask) != mask) {
-            any |= (atomic_fetch_or(word, mask) & mask) != mask;
+            atomic_fetch_or(word, mask);
         }
         first = (first | 63) + 1;
     }
-    return any;
 }
 
 void vb_quorum_leg_mark(struct vb_quorum_leg *leg, uint64_t region, uint64_t count, bool dirty)

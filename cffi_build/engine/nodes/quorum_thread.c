@@ -333,15 +333,12 @@ static void run_timer(struct vb_timer *timer)
     while (here->oldest && timeout && here->oldest->started_ns + timeout <= here->thread->now_ns) {
         uint32_t legs = dispensable(here->quorum, here->oldest->waiting);
 
-        if (legs) {
-            expire(here, legs);
-        } else if (here->oldest->waiting) {
+        if (!legs) {
             /* Without it nothing goes on: it is waited for, as without a timeout. */
             arm(here, here->thread->now_ns + timeout);
             return;
-        } else {
-            quorum_unwatch(here->oldest); /* it waits for the metadata, not for a leg */
         }
+        expire(here, legs);
     }
     if (here->oldest && timeout) {
         arm(here, here->oldest->started_ns + timeout);

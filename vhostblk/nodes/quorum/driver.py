@@ -22,7 +22,6 @@ from vhostblk.engine import MAX_CHILDREN, OP_NAMES, OP_READ, guest_buffers
 from vhostblk.engine.quorum import (
     LEG_WHOLE,
     QUORUM_ALL,
-    QUORUM_METADATA,
     QUORUM_RETIRED,
     QuorumHandle,
     QuorumSettings,
@@ -460,7 +459,6 @@ class Quorum(NodeDriver):
             write_threshold=options.write_threshold,
             timeout_ns=options.leg_timeout * 1_000_000,
             fifo=options.read_pattern == "fifo",
-            metadata_fd=self.metadata.fd,
             lates=self.metadata.lates,
         )
 
@@ -495,8 +493,6 @@ class Quorum(NodeDriver):
     def _told(self, what: int, ret: int, op: int, offset: int, length: int) -> None:
         if what == QUORUM_ALL:
             self.report_failure(op, ret, offset, length)
-        elif what == QUORUM_METADATA:
-            self._log_metadata(OSError(-ret, os.strerror(-ret)))
         elif what & QUORUM_RETIRED:
             self._retired(what & ~QUORUM_RETIRED, f"{OP_NAMES[op]}: {os.strerror(-ret)}")
         elif what >= len(self.legs):
