@@ -71,6 +71,15 @@ def test_logs_of_images_that_are_there_stay(tmp_path: Path, logs: Path) -> None:
     assert set(logs.rglob("*.log")) == stay
 
 
+@pytest.mark.parametrize("length", [0, 12, 4096])
+def test_a_log_that_is_just_being_made_stays(tmp_path: Path, logs: Path, length: int) -> None:
+    there = left_behind(image(tmp_path / "there"))
+    made = there.with_name("made.log")
+    made.write_bytes(there.read_bytes()[:length])
+    opened(image(tmp_path / "other")).close(remove=True)
+    assert made.exists()
+
+
 def test_a_log_in_use_stays(tmp_path: Path, logs: Path) -> None:
     """The image was deleted while a backend has it open: the log is still in its way."""
     with open(image(tmp_path / "a")):

@@ -74,10 +74,13 @@ def _look_at(path: Path, header: int, device: int, mount: int) -> None:
 
 
 def _is_stale(fd: int, header: int, device: int, mount: int) -> bool:
-    of_device, inode = struct.unpack("=QQ", os.pread(fd, 16, header))
+    image = os.pread(fd, 16, header)
     end = os.fstat(fd).st_size - SIZE
     owner = os.pread(fd, SIZE, end) if end > header else b""
-    if of_device != device or len(owner) != SIZE:
+    if len(image) != 16 or len(owner) != SIZE:
+        return False  # somebody is just making it
+    of_device, inode = struct.unpack("=QQ", image)
+    if of_device != device:
         return False
     handle, length, name = _OWNER.unpack(owner)
     if not length:
