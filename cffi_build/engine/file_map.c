@@ -221,6 +221,7 @@ bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request)
     if (request->take) {
         request->take(request, from);
     } else {
+        vb_prefetch(from, request->bytes);
         vb_request_fill(request, from);
     }
     atomic_signal_fence(memory_order_seq_cst);
