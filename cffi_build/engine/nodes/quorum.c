@@ -28,6 +28,7 @@
  * is changing at the same time would differ ever after. Late legs live from that copy, too.
  */
 #include "quorum.h"
+#include "quorum_compare.h"
 #include "../upcall.h"
 
 #include <errno.h>
@@ -499,22 +500,42 @@ static void read_again(struct op *op)
     start_read(quorum, request, true);
 }
 
-/* Every leg has its data in memory now. */
-static void compare_in_place(struct op *op)
+/* Every leg has its data in memory now. They go to the guest while they are compared. */
+static bool compare_into_guest(const struct vb_request *request, const unsigned char **versions,
+                               uint32_t count)
 {
-    const unsigned char *data = op->parts[lowest(op->asked)].data;
+    bool equal = true;
 
-    for (uint32_t leg = 0; op->asked >> leg; leg++) {
-        if ((op->asked & bit(leg)) && memcmp(data, op->parts[leg].data, op->bytes)) {
-            return; /* the vote shall say what that means */
+    vb_guest_write_begin();
+    for (uint32_t i = 0; equal && i < request->niov; i++) {
+        size_t bytes = request->iov[i].iov_len;
+
+        equal = quorum_compare(versions, count, bytes, request->iov[i].iov_base);
+        for (uint32_t version = 0; version < count; version++) {
+            versions[version] += bytes;
         }
     }
-    if (op->request->take) {
-        op->request->take(op->request, data);
-    } else {
-        vb_request_fill(op->request, data);
+    vb_guest_write_end();
+    return equal;
+}
+
+static void compare_in_place(struct op *op)
+{
+    const unsigned char *versions[VB_MAX_CHILDREN];
+    uint32_t found = 0;
+
+    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+        if (op->asked & bit(leg)) {
+            versions[found++] = op->parts[leg].data;
+        }
     }
-    op->agreed = true;
+    /* If they differ the vote shall say what that means. */
+    if (!op->request->take) {
+        op->agreed = compare_into_guest(op->request, versions, found);
+    } else if (quorum_compare(versions, found, op->bytes, NULL)) {
+        op->request->take(op->request, versions[0]);
+        op->agreed = true;
+    }
 }
 
 static void leg_taken(struct vb_request *request, const void *data)
