@@ -170,6 +170,11 @@ FILE_DAEMONS = (
     Daemon("aio=threads", (FILE + ",aio=threads",)),
 )
 
+
+def _name(stack: str, what: str, block: int, queues: int) -> str:
+    return f"{stack}-{what}{'-64k' if block > 4096 else ''}{'-2q' if queues > 1 else ''}"
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         name="null-randread",
@@ -340,46 +345,50 @@ ROWS: tuple[Row, ...] = (
     ),
     *(
         Row(
-            name=f"luks-{what}{'-64k' if block > 4096 else ''}",
+            name=_name("luks", what, block, queues),
             title="luks on a file in the page cache",
             nodes=luks(),
             compare=Compare.IOPS,
-            target=6.0 if block > 4096 else 4.0,
+            target=None if queues > 1 else 6.0 if block > 4096 else 4.0,
             job=Job(
                 what,
                 depth=8 if block > 4096 else 32,
                 block=block,
+                queues=queues,
                 span=16 if what == "randwrite" else 0,
             ),
             objects=(f"secret,id=key,data={PASSPHRASE}",),
             daemons=LUKS_DAEMONS,
             image=Image.LUKS,
         )
+        for queues in (1, 2)
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
     ),
     *(
         Row(
-            name=f"quorum-{what}{'-64k' if block > 4096 else ''}",
+            name=_name("quorum", what, block, queues),
             title="quorum of three qcow2, filled",
             nodes=quorum(),
             compare=Compare.IOPS,
-            target=None if block > 4096 else 5.0 if what == "randread" else 4.0,
+            target=None if queues > 1 or block > 4096 else 5.0 if what == "randread" else 4.0,
             job=Job(
                 what,
                 depth=8 if block > 4096 else 32,
                 block=block,
+                queues=queues,
                 span=16 if what == "randwrite" else 0,
             ),
             daemons=QUORUM_DAEMONS,
             image=Image.LEGS,
         )
+        for queues in (1, 2)
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
     ),
     *(
         Row(
-            name=f"flagship-{what}{'-64k' if block > 4096 else ''}{'-2q' if queues > 1 else ''}",
+            name=_name("flagship", what, block, queues),
             title="throttle, luks, quorum of three qcow2",
             nodes=flagship(),
             compare=Compare.IOPS,
