@@ -274,6 +274,8 @@ class Backend:
             if what == "apply":
                 self._check_headers_above(node)
             async with self.graph.drained([node]):
+                if what == "create":
+                    self.graph.check_snapshot([node])
                 snapshot = await change(what, name)
             described: dict[str, Any] = snapshot.describe()
             return described

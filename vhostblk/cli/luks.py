@@ -107,6 +107,8 @@ def _reencrypt(parser: Parser) -> None:
                         "object with a passphrase for the new key, besides the disk's own; may be "
                         "repeated")  # fmt: skip
     parser.add_argument("--speed", metavar="SIZE", help="at most so much per second")
+    parser.add_argument("--force", action="store_true", help="although images behind an overlay "
+                        "can only be opened with the detached header as it is now")  # fmt: skip
     configure_kdf(parser)
 
 
@@ -233,7 +235,8 @@ def _on_node(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
         if command == "list":
             return ask("list", {})
         if command == "reencrypt":
-            given |= {"secrets": args.secret, "speed": _speed(args), **_costs(args)}
+            given |= {"secrets": args.secret, "speed": _speed(args), "force": args.force,
+                      **_costs(args)}  # fmt: skip
             begun: dict[str, Any] = client.execute("luks-reencrypt", given)
             return begun
         if command == "remove":

@@ -152,6 +152,8 @@ class LuksReencrypt(LuksNode, KdfOptions):
     """Bytes per second; 0: no limit."""
     on_error: OnError = "report"
     """What happens when something cannot be read or written."""
+    force: OnOff = False
+    """Although images behind an overlay can only be opened with the detached header as it is."""
     auto_finalize: OnOff = True
     auto_dismiss: OnOff = True
 
@@ -166,7 +168,7 @@ async def luks_reencrypt(context: Context, arguments: LuksReencrypt) -> Any:
         node = find_node(backend, arguments.node_name)
         # What opens the node now has to open it at the next start.
         secrets = dict.fromkeys([node.options.key_secret, *arguments.secrets])
-        names = ("speed", "on_error", "auto_finalize", "auto_dismiss")
+        names = ("speed", "on_error", "force", "auto_finalize", "auto_dismiss")
         options = {name: getattr(arguments, name) for name in names}
         job = start_reencryption(
             backend, node, list(secrets), arguments.job_id, kdf=_kdf(arguments), **options

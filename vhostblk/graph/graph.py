@@ -14,7 +14,15 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -212,6 +220,11 @@ class Graph:
                 elif edge.parent not in found:
                     found.append(edge.parent)
         return found, backends
+
+    def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
+        """Whether the nodes above can do with this moment of nodes below. In a drained section."""
+        for node in self.above(covered)[0]:
+            node.check_snapshot(covered)
 
     def permissions_of(self, node: NodeDriver) -> tuple[Perm, Perm]:
         """What a node's parents do to it together, and what all of them let others do."""

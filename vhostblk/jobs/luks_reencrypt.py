@@ -139,9 +139,11 @@ def start_reencryption(
     node: ReencryptingNode,
     secrets: list[str],
     job_id: str | None = None,
+    *,
+    force: bool = False,
     **options: Any,
 ) -> ReencryptJob:
-    """Begin, or go on."""
+    """Begin, or go on. `force`: although images behind an overlay need the header as it is."""
     for job in backend.jobs:
         if isinstance(job, ReencryptJob) and job.node is node:
             raise VhostblkError(
@@ -152,6 +154,8 @@ def start_reencryption(
     backend.jobs.check_id(id)
     for secret in secrets:
         backend.objects.find(secret, Secret)
+    if node.log is None:
+        node.check_reencryption(force)
     job = ReencryptJob(id, backend, node, secrets, **options)
     backend.jobs.start(job)
     return job

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vhostblk import luks
 from vhostblk.engine.crypt import WHOLE, Cipher, CipherSpec, Half, new_cipher
 from vhostblk.luks import reencryption
 from vhostblk.luks.luks2 import REENCRYPTION
 from vhostblk.luks.reencryption import Reencryption
+from vhostblk.nodes._chain import layers, legs_below
 from vhostblk.nodes._crypt import CryptNode
 from vhostblk.nodes._zone_log import ZoneLog
+from vhostblk.nodes.driver import NodeDriver
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.schema import VhostblkError
 from vhostblk.secret import SecretBytes
@@ -102,6 +104,50 @@ class ReencryptingNode(CryptNode):
 
     # ---- re-encryption
 
+    def check_reencryption(self, force: bool) -> None:
+        """Refuse to begin one that cannot be, or after which images cannot be read that can be now.
+
+        `force`: somebody has seen to those images.
+        """
+        if not isinstance(self.volume, luks.Luks2):
+            raise VhostblkError(
+                f"Node '{self.name}' has a LUKS1 header, which cannot say how far a re-encryption "
+                "is; 'cryptsetup convert --type luks2' makes it LUKS2",
+                data={"code": "luks-version", "node": self.name},
+            )
+        header = self.children.get("header")
+        if header is None or force:
+            return
+        behind = {
+            layer.node.name: None
+            for leg in legs_below(self, None)
+            for layer in layers(leg.node)
+            if layer.depth
+        }
+        if behind:
+            raise VhostblkError(
+                f"Node '{self.name}' has a detached header ('{header.node.name}'), and there are "
+                f"images below that only the old key opens: {', '.join(behind)}. If they are of "
+                "use, copy the header first, for them; then 'force'",
+                data={"code": "snapshots-need-header", "node": self.name, "images": list(behind)},
+            )
+
+    def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
+        header = self.children.get("header")
+        if self.log is None or header is None:
+            return  # any header of this key will do, or each image has its own
+        below = [header.node]
+        for node in below:  # grows while it is walked
+            if node in covered:
+                return
+            below += [child.node for child in node.children.values()]
+        raise VhostblkError(
+            f"Node '{self.name}' is being re-encrypted: an image of its disk can only be read "
+            f"with its detached header as of the same moment. Cover '{header.node.name}' as well, "
+            "in one transaction, or wait for the end of luks-reencrypt",
+            data={"code": "luks-busy", "node": self.name, "header": header.node.name},
+        )
+
     async def prepare_reencryption(
         self, passphrases: Sequence[SecretBytes], kdf: luks.KdfOptions | None = None
     ) -> None:
@@ -112,12 +158,7 @@ class ReencryptingNode(CryptNode):
         if self._begun is not None:
             return
         volume = self.volume
-        if not isinstance(volume, luks.Luks2):
-            raise VhostblkError(
-                f"Node '{self.name}' has a LUKS1 header, which cannot say how far a re-encryption "
-                "is; 'cryptsetup convert --type luks2' makes it LUKS2",
-                data={"code": "luks-version", "node": self.name},
-            )
+        assert isinstance(volume, luks.Luks2)
         async with volume.changing:
             # What it is opened with at the next start has to open both keys.
             await self._check_opens(volume, passphrases[0])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntFlag
@@ -495,6 +495,12 @@ class NodeDriver:
         for name, value in self.prepared.items():
             self.prepared[name], ours[name] = ours[name], value
         self._exchanged = not self._exchanged
+
+    def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
+        """This moment of nodes below is about to be kept. Raise if nobody could read it later.
+
+        Called inside a drained section. `covered` are all nodes of which it is.
+        """
 
     async def expect_writes(self, below: NodeDriver) -> None:
         """A guest that writes to `below` is about to write to this overlay instead.

@@ -237,6 +237,7 @@ class _Common:
     def __init__(self) -> None:
         self.moment = names.timestamp()
         self.freezes: dict[str, Freeze] = {}
+        self.covered: list[NodeDriver] = []
 
 
 _commons: WeakKeyDictionary[Change, _Common] = WeakKeyDictionary()
@@ -271,6 +272,13 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
         fault_point("snapshot-covered")
         await make_read_only(backend, legs)
 
+    async def check() -> None:
+        backend.graph.check_snapshot(covered)
+
+    covered = _common(change).covered
+    if not covered:
+        change.inside(check)  # when all actions have said what they cover
+    covered += legs
     await flush()
     change.inside(in_the_pause, not_covered)
     change.after(afterwards)
