@@ -140,7 +140,9 @@ void vb_blk_release(struct vb_blk_request *blk)
 
 static void answer(struct vb_blk_request *blk, uint8_t status)
 {
+    vb_guest_write_begin();
     __atomic_store_n(blk->status, status, __ATOMIC_RELAXED); /* shared with the guest */
+    vb_guest_write_end();
     vb_queue_complete(blk);
 }
 
