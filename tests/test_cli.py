@@ -124,7 +124,8 @@ def test_completion(shell: str, tmp_path: Path) -> None:
     ("arguments", "status", "words"),
     [
         (["sevre"], 2, ["unknown command 'sevre'", "did you mean 'serve'"]),
-        (["--versoin"], 2, ["unknown option"]),
+        (["--versoin"], 2, ["unknown option", "did you mean '--version'?"]),
+        (["help", "sevre"], 2, ["unknown command 'sevre'", "did you mean 'serve'"]),
         (["serve"], 2, ["nothing to serve"]),
         (["serve", "--blokdev", "x"], 2, ["unknown option '--blokdev'", "'--blockdev'"]),
         (["serve", "--blockdev"], 2, ["--blockdev"]),
@@ -147,6 +148,36 @@ def test_completion(shell: str, tmp_path: Path) -> None:
             ["--blockdev", "Expected '='", "'c'"],
         ),
         (["serve", "--blockdev", '{"driver": null-co}'], 2, ["JSON parse error", "character"]),
+        (
+            ["serve", "--blockdev", '{"driver": "null-co", "size": %s}' % ("9" * 5000)],
+            2,
+            ["a number has 5000 digits"],
+        ),
+        (
+            ["serve", "--blockdev", r'{"driver": "file", "filename": "a\u0000b"}'],
+            2,
+            ["not a valid Unicode character"],
+        ),
+        (
+            ["serve", "--blockdev", "file,node-name=a,filename=/"],
+            1,
+            ["Could not open '/': Is a directory"],
+        ),
+        (["serve", "x", "--num-queues", "9" * 5000], 2, ["--num-queues", "expected a number"]),
+        (["serve", "x", "--stop-timeout", "nan"], 2, ["--stop-timeout", "'nan'"]),
+        (["serve", "x", "--stop-timeout", "-1"], 2, ["--stop-timeout", "'-1'"]),
+        (["status", "--interval", "abc"], 2, ["--interval", "'abc'"]),
+        (["serve", "--object", "iothread,id=a b"], 1, ["'id' expects an identifier", "'a b'"]),
+        (
+            ["serve", "--export", "vhost-user-blk,id=,node-name=n,addr.type=unix,addr.path=x"],
+            1,
+            ["'id' expects an identifier"],
+        ),
+        (
+            ["serve", "--export", "vhost-user-blk,id=e,node-name=n,addr.type=inet,addr.host=h"],
+            1,
+            ["'addr.type' does not accept value 'inet'; allowed: unix, fd"],
+        ),
         (
             ["serve", "--blockdev", "file,node-name=a,filename=/nonexistent/x"],
             1,
@@ -172,6 +203,7 @@ def test_completion(shell: str, tmp_path: Path) -> None:
         ),
         (["serve", "--name", "a/b", "x"], 2, ["Invalid name 'a/b'"]),
         (["serve", "--fd", "x", "--blk-file", "y"], 2, ["--fd x"]),
+        (["serve", "--fd", "9" * 30, "--blk-file", "/etc/hostname", "--read-only"], 1, ["9" * 30]),
         (["serve", "--fd", "3", "--socket-path", "y"], 2, ["not allowed with"]),
         (["serve", "--config", "/nonexistent.yaml"], 1, ["--config /nonexistent.yaml: No such"]),
         (["run", "disk.img"], 2, ["no command to run"]),
@@ -371,11 +403,12 @@ exports:            # before what they need: the file's order does not matter
     node-name: n
     addr: {{type: unix, path: {dir}/v}}
     writable: on
+    serial: 2026
     iothread: t0
 blockdevs:
   - driver: "null-co"
     node-name: n
-    size: 1M
+    size: 010M
     read-zeroes: true
 """
 
@@ -388,7 +421,9 @@ def test_config(start_backend: Start, short_dir: Path) -> None:
         [export] = client.execute("query-block-exports")
         assert export["id"] == "e" and export["writable"]
         [node] = client.execute("query-named-block-nodes")
-        assert node["image"]["virtual-size"] == 1 << 20
+        # As key=value: YAML alone would take 010 for eight, and 2026 for a number.
+        assert node["image"]["virtual-size"] == 10 << 20
+        assert export["serial"] == "2026"
         assert [t["id"] for t in client.execute("query-iothreads")] == ["t0"]
     assert process.stop() == 0
 
@@ -408,6 +443,10 @@ def test_config(start_backend: Start, short_dir: Path) -> None:
         ("name: a\nname: b", [":2: 'name' is written twice"]),
         ("blockdevs:\n  - {driver: null-co", [":2"]),
         ("a: &a [*a]", []),
+        ("blockdevs:\n  - {driver: null-co, size: 2026-99-99}", [":2:", "'size'", "2026-99-99"]),
+        ("blockdevs:\n  - {driver: null-co, size: !!timestamp 2026-99-99}", [":2:"]),
+        ("blockdevs:\n  - {driver: null-co, size: %s}" % ("9" * 5000), [":2:", "'size'"]),
+        ('blockdevs:\n  - {driver: file, filename: "a\\0b"}', [":2:", "NUL"]),
         ("- x", ["names and values"]),
         ("x: !!python/object/apply:os.system [true]", []),
     ],

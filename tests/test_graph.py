@@ -158,6 +158,13 @@ def test_resize_reaches_the_file_and_everyone_above() -> None:
         await host.backend.block_resize("f", MIB // 2)
         assert host.backend.graph.node("r").size == MIB // 2
         assert host.backend.query_block_exports()[0]["size"] == MIB // 2
+        drive = host.backend.query_block_exports()[0]["id"]
+        await host.backend.block_resize(None, MIB, drive)
+        assert host.backend.graph.node("r").size == os.path.getsize(path) == MIB
+        with refused("Export 'r2' is not found"):
+            await host.backend.block_resize(None, MIB, "r2")
+        with refused("One of 'device' (an export) and 'node-name' must be given"):
+            await host.backend.block_resize(None, MIB)
 
     with_host(test)
 
@@ -197,7 +204,7 @@ def test_block_backend_knows_its_filters_and_what_is_below() -> None:
     [
         ({"filename": "{dir}/none"}, ["Could not open", "No such file", "qemu-img create"]),
         ({"filename": "{dir}/no/ne"}, ["Could not open", "no' does not exist"]),
-        ({"filename": "{dir}"}, ["is a directory"]),
+        ({"filename": "{dir}"}, ["Is a directory"]),
         ({"filename": "/dev/null"}, ["requires '/dev/null' to be a regular file", "special file"]),
         ({"filename": "{dir}/a", "aio": "native"}, ["aio=native", "requires cache.direct=on"]),
         ({"filename": "{dir}/a", "aio": "nativ"}, ["allowed: threads, native, io_uring"]),

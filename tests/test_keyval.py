@@ -84,7 +84,7 @@ names = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
 trees = st.dictionaries(
     names,
     st.recursive(
-        st.text(max_size=12),
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12),
         lambda below: (
             st.lists(below, min_size=1, max_size=3)
             | st.dictionaries(names, below, min_size=1, max_size=3)

@@ -28,7 +28,7 @@ from vhostblk.jobs import quorum as quorum_jobs
 from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.objects import ObjectStore, object_types
-from vhostblk.objects.iothread import IOThreadObject
+from vhostblk.objects.iothread import IOThreadObject, IOThreadOptions
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as snapshot_actions  # known to transactions once loaded
 from vhostblk.snapshot.freeze import FrozenGuests
@@ -249,10 +249,21 @@ class Backend:
         """blockdev-reopen."""
         return await self.transaction([("blockdev-reopen", {"options": options, **more})])
 
-    async def block_resize(self, node_name: str, size: int) -> None:
-        """block_resize."""
+    async def block_resize(
+        self, node_name: str | None, size: int, device: str | None = None
+    ) -> None:
+        """block_resize: of a node, or of the root of an export."""
         async with self.changing():
-            await self.graph.resize(self.graph.node(node_name), size)
+            if (node_name is None) == (device is None):
+                raise VhostblkError(
+                    "One of 'device' (an export) and 'node-name' must be given",
+                    data={"code": "missing-parameter", "parameter": "node-name"},
+                )
+            if device is not None:
+                node = self.graph.backend(device).root
+            else:
+                node = self.graph.node(str(node_name))
+            await self.graph.resize(node, size)
 
     async def internal_snapshot(self, device: str, what: Any, name: str) -> dict[str, Any]:
         """Create, delete or go back to (`apply`) a snapshot inside an image."""
@@ -331,6 +342,14 @@ class Backend:
         """A node by its name, or the top node below the filters of an export."""
         if device in self.graph.nodes:
             return self.graph.node(device)
+        drives = [drive.name for drive in self.graph.backends]
+        if device not in drives:
+            text, data = f"There is no node or export '{device}'", {"code": "no-such-node"}
+            near = did_you_mean(device, [*self.graph.nodes, *drives])
+            if near is not None:
+                data["hint"] = f"did you mean '{near}'?"
+                text = f"{text}; {data['hint']}"
+            raise VhostblkError(text, data=data)
         return self.graph.backend(device).top_node_below_filters
 
     # ---- jobs
@@ -534,7 +553,8 @@ class Backend:
             for entry in self.objects
             if isinstance(entry, IOThreadObject)
         }
-        return [_describe_iothread(t, options.get(t)) for t in self.engine.iothreads]
+        default = IOThreadOptions(qom_type="iothread", id="default")
+        return [_describe_iothread(t, options.get(t, default)) for t in self.engine.iothreads]
 
     def _describe_node(self, node: NodeDriver) -> dict[str, Any]:
         options = node.options
@@ -576,15 +596,15 @@ class Backend:
         }
 
 
-def _describe_iothread(thread: IOThread, options: Any) -> dict[str, Any]:
+def _describe_iothread(thread: IOThread, options: IOThreadOptions) -> dict[str, Any]:
     info = thread.info()
     entry: dict[str, Any] = {
         "id": thread.name,
         "thread-id": info.thread_id,
-        "poll-max-ns": options.poll_max_ns if options is not None else 32768,
-        "poll-grow": options.poll_grow if options is not None else 0,
-        "poll-shrink": options.poll_shrink if options is not None else 0,
-        "aio-max-batch": options.aio_max_batch if options is not None else 0,
+        "poll-max-ns": options.poll_max_ns,
+        "poll-grow": options.poll_grow,
+        "poll-shrink": options.poll_shrink,
+        "aio-max-batch": options.aio_max_batch,
         "aio": AIO_NAMES[info.aio],
         "poll-ns": info.poll_ns,
         "loops": info.loops,

@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from vhostblk import jsontext
 from vhostblk.schema import VhostblkError
 
 _FRAGMENT = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_-]*|[0-9]+)\Z")
@@ -148,22 +149,11 @@ def _position(entry: Any) -> int:
 
 def _parse_json(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise _fail(f"JSON parse error, {error.msg}", text, error.pos) from None
-    except RecursionError:
-        raise _fail("JSON parse error, nested too deeply", text, 0) from None
+        value = jsontext.loads(text)
+    except jsontext.JsonError as error:
+        raise _fail(f"JSON parse error, {error}", text, error.position or 0) from None
     assert isinstance(value, dict)  # it starts with a brace
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise VhostblkError(f"JSON parse error, duplicate key '{key}'")
-        result[key] = value
-    return result
 
 
 def format_options(options: dict[str, Any]) -> str:

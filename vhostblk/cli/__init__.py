@@ -68,7 +68,7 @@ def backend_main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
-        if len(arguments) > 1 and arguments[1] in COMMANDS:
+        if len(arguments) > 1 and name == "help":
             return _dispatch([arguments[1], "--help"])
         print(overview(), end="")
         return 0 if arguments else 2
@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "'vhostblk --help' lists the commands"
         kind = "option" if name.startswith("-") else "command"
         print(f"vhostblk: unknown {kind} '{name}'; {hint}", file=sys.stderr)

@@ -14,13 +14,13 @@
         addr: {type: unix, path: /run/web1.sock}
         writable: true
 
-The names are those of the command line and of the control socket.
+The names are those of the command line and of the control socket, and a value is what it
+is there as key=value: text, which each option reads in its way (`64M`, `on`).
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ import yaml
 
 from vhostblk.cli.errors import CliError
 from vhostblk.cli.serving import Step
+from vhostblk.jsontext import has_bad_text
 
 _LISTS = {"objects": "object", "blockdevs": "blockdev", "exports": "export"}
 _SETTINGS: dict[str, type] = {
@@ -50,20 +51,17 @@ class Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the booleans of its version 1.2: `on` and `no` are words here.
+    """YAML whose plain words are text: `on`, `010`, `2001-01-01` arrive as they were written.
 
-    QEMU's options have values such as on, off and auto, which must arrive as
-    they were written.
+    Of the types that YAML would guess only null is left, for `backing: null`.
     """
 
 
+_KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
-)
 
 
 def load(path: str) -> Config:
@@ -111,7 +109,7 @@ def _take(config: Config, path: str, loader: _Loader, key: str, value: yaml.Node
         for entry in value.value:
             if not isinstance(entry, yaml.MappingNode):
                 raise _at(path, entry, f"an entry of '{key}' must have names and values")
-            options = loader.construct_document(entry)
+            options = _constructed(path, loader, entry)
             where = f"--config {path}:{entry.start_mark.line + 1}"
             config.steps.append(Step(where, _LISTS[key], options))
         return
@@ -120,11 +118,21 @@ def _take(config: Config, path: str, loader: _Loader, key: str, value: yaml.Node
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "known are " + ", ".join(known)
         raise _at(path, value, f"unknown name '{key}'; {hint}")
-    setting = loader.construct_document(value)
+    setting = _constructed(path, loader, value)
     if not isinstance(setting, _SETTINGS[key]):
         kind = "a list" if _SETTINGS[key] is list else "text"
         raise _at(path, value, f"'{key}' must be {kind}")
     config.settings[key] = setting
+
+
+def _constructed(path: str, loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        value = loader.construct_document(node)
+    except ValueError as error:  # what is marked !!int or !!timestamp and is none
+        raise _at(path, node, str(error)) from None
+    if has_bad_text(value):
+        raise _at(path, node, "text contains NUL or half a surrogate pair")
+    return value
 
 
 def _members(path: str, node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:

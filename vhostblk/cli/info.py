@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from vhostblk.cli import image
 from vhostblk.cli.errors import CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, did_you_mean
 
 DESCRIPTION = """\
 Say what an image in use is: format, sizes, backing files, features. For an image that
@@ -51,14 +52,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _node(device: str, client: Any) -> dict[str, Any]:
     """The node called `device`, or the image below the filters of that export."""
-    for drive in client.execute("query-block"):
-        if drive["device"] == device:
-            device = drive["top-node-below-filters"]
+    drives = {
+        drive["device"]: drive["top-node-below-filters"] for drive in client.execute("query-block")
+    }
     nodes: list[dict[str, Any]] = client.execute("query-named-block-nodes")
     for node in nodes:
-        if node["node-name"] == device:
+        if node["node-name"] == drives.get(device, device):
             return node
-    raise CliError(f"there is no node or export '{device}'; 'vhostblk graph' shows those there are")
+    names = [*drives, *(node["node-name"] for node in nodes)]
+    near = did_you_mean(device, names) or "; 'vhostblk graph' shows those there are"
+    if os.path.exists(device):
+        near = f"; for an image that nobody uses there is 'qemu-img info {device}'"
+    raise CliError(f"there is no node or export '{device}'{near}")
 
 
 def _text(value: Any) -> str:

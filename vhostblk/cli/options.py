@@ -12,7 +12,7 @@ from typing import Any
 from vhostblk import keyval
 from vhostblk.cli import places
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, seconds
 from vhostblk.cli.parser import Step as StepAction
 from vhostblk.cli.process import LOG_LEVELS
 from vhostblk.cli.serving import Control, Plan, Step
@@ -98,7 +98,7 @@ def configure_process(parser: Parser) -> None:
     group.add_argument(
         "--stop-timeout",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=30.0,
         help="when told to stop, wait this long for requests in flight (default: 30)",
     )
@@ -186,8 +186,8 @@ def _is_block_device(path: str) -> bool:
 
 
 def _number(option: str, text: str) -> int:
-    if not text.isdecimal() or not text.isascii():
-        raise CliError(f"{option} {text}: expected a number", status=USAGE)
+    if not text.isdecimal() or not text.isascii() or len(text) > 9:
+        raise CliError(f"{option} {text}: expected a number of at most 9 digits", status=USAGE)
     return int(text)
 
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from vhostblk.cli.errors import USAGE, CliError
+
+_LONGEST_WAIT = 1e6  # more than a week: nobody means more
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +45,19 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option '{option}'{hint}")
             self.error(f"unexpected argument '{first}'")
         return parsed
+
+
+def seconds(text: str) -> float:
+    """A time to wait, as a `type` of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _LONGEST_WAIT:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number of seconds from 0 to {_LONGEST_WAIT:g}"
+        )
+    return value
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

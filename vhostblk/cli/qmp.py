@@ -7,10 +7,10 @@ import argparse
 import json
 from typing import Any
 
-from vhostblk import keyval
+from vhostblk import jsontext, keyval
 from vhostblk.cli import places
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, seconds
 from vhostblk.control.client import ControlClient
 from vhostblk.schema import VhostblkError
 
@@ -47,7 +47,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=30.0,
         help="how long to wait for the answer (default: 30)",
     )
@@ -96,6 +96,6 @@ def _typed(value: Any) -> Any:
     if isinstance(value, list):
         return [_typed(below) for below in value]
     try:
-        return json.loads(value)
-    except ValueError:
+        return jsontext.loads(value)
+    except jsontext.JsonError:
         return value

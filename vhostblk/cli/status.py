@@ -10,7 +10,7 @@ from typing import Any
 
 from vhostblk.cli import places
 from vhostblk.cli.errors import NOT_RUNNING, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, seconds
 from vhostblk.cli.table import count, duration, size, table
 from vhostblk.control.client import ControlClient
 
@@ -41,7 +41,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--interval",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=1.0,
         help="how long to measure rates; 0: do not (default: 1)",
     )

@@ -233,14 +233,16 @@ async def query_block_graph(context: Context, arguments: NoArguments) -> Any:
 class BlockResize(Model):
     """Arguments of block_resize."""
 
-    node_name: str
+    device: str | None = None
+    """An export, whose root is meant."""
+    node_name: str | None = None
     size: Size
 
 
 @command("block_resize")
 async def block_resize(context: Context, arguments: BlockResize) -> None:
     """Change the size of a node; the guests that use it are told."""
-    await context.backend.block_resize(arguments.node_name, arguments.size)
+    await context.backend.block_resize(arguments.node_name, arguments.size, arguments.device)
 
 
 class QueryBlockstats(Model):

@@ -147,7 +147,7 @@ def _remove_stale(path: str) -> None:
 
 
 def _inherit(text: str) -> Listener:
-    if not text.isascii() or not text.isdecimal():
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
         raise _error(
             f"Parameter 'addr.str' expects the number of a file descriptor, not '{text}'",
             "addr.str",

@@ -24,7 +24,7 @@ from vhostblk.nodes.driver import Perm
 from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.objects.throttle_group import ThrottleGroup
 from vhostblk.ratelimit import RateLimitedLog
-from vhostblk.schema import Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError
+from vhostblk.schema import Identifier, Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class VhostUserBlkOptions(Model):
     """Options of a vhost-user-blk export."""
 
     type: Literal["vhost-user-blk"]
-    id: str
+    id: Identifier
     """Name of the export."""
     node_name: str
     """The node to export."""

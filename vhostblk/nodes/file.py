@@ -366,8 +366,6 @@ class File(NodeDriver):
             hint = "its file system does not support O_DIRECT: use cache.direct=off"
         elif error.errno in (errno.ENXIO, errno.ENODEV):
             hint = "it is not a file or a disk"
-        elif error.errno == errno.EISDIR:
-            hint = "it is a directory"
         elif error.errno == errno.EBUSY:
             hint = "it is in use, perhaps mounted"
         return self._error(f"Could not open '{path}': {error.strerror}", hint)

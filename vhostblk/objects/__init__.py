@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from vhostblk.engine import Engine
-from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
+from vhostblk.schema import Identifier, Model, VhostblkError, did_you_mean, validate
 
 
 class ObjectOptions(Model):
@@ -22,7 +22,7 @@ class ObjectOptions(Model):
 
     qom_type: str
     """The object's type."""
-    id: str
+    id: Identifier
     """The object's name."""
 
 

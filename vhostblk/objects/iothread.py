@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 from vhostblk.engine import AIO_NAMES, Aio, EngineError, IOThread
 from vhostblk.objects import BackendObject, ObjectOptions, register
-from vhostblk.schema import UInt32, UInt64, VhostblkError
+from vhostblk.schema import UInt32, UInt63, VhostblkError
 
 
 class IOThreadOptions(ObjectOptions):
     """Options of iothread."""
 
-    poll_max_ns: UInt64 = 100_000
+    poll_max_ns: UInt63 = 100_000
     """Longest busy wait for new requests before sleeping, in nanoseconds; 0: none."""
-    poll_grow: UInt64 = 0
+    poll_grow: UInt63 = 0
     """Factor by which the busy wait grows; 0 means 2."""
-    poll_shrink: UInt64 = 0
+    poll_shrink: UInt63 = 0
     """Divisor by which the busy wait shrinks; 0: straight to none."""
     aio: Literal["auto", "io_uring", "threads"] = "auto"
     """How files are read and written; auto takes io_uring where the kernel allows it."""

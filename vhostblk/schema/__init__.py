@@ -15,6 +15,7 @@ from vhostblk.schema.errors import (
 )
 from vhostblk.schema.model import (
     BlockdevRef,
+    Identifier,
     Int,
     Model,
     NodeName,
@@ -23,6 +24,7 @@ from vhostblk.schema.model import (
     StrOrList,
     UInt16,
     UInt32,
+    UInt63,
     UInt64,
     id_wellformed,
     json_types,
@@ -35,6 +37,7 @@ __all__ = [
     "CommandNotFound",
     "DeviceNotActive",
     "DeviceNotFound",
+    "Identifier",
     "Int",
     "Model",
     "NodeName",
@@ -43,6 +46,7 @@ __all__ = [
     "StrOrList",
     "UInt16",
     "UInt32",
+    "UInt63",
     "UInt64",
     "VhostblkError",
     "did_you_mean",

@@ -132,6 +132,10 @@ def _to_uint32(value: Any) -> Any:
     return _integer(value, 0, (1 << 32) - 1)
 
 
+def _to_uint63(value: Any) -> Any:
+    return _integer(value, 0, (1 << 63) - 1)
+
+
 def _to_uint64(value: Any) -> Any:
     return _integer(value, 0, (1 << 64) - 1)
 
@@ -151,6 +155,14 @@ def _to_bool(value: Any) -> Any:
 def id_wellformed(name: str) -> bool:
     """Whether QEMU accepts `name` as an id: a letter, then letters, digits, '-', '.' and '_'."""
     return _ID.match(name) is not None
+
+
+def _to_identifier(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise wrong_type("string")
+    if not id_wellformed(value):
+        raise wrong_value("an identifier: a letter, then letters, digits, '-', '.' and '_'")
+    return value
 
 
 def _to_node_name(value: Any) -> Any:
@@ -188,10 +200,15 @@ OnOff = Annotated[bool, BeforeValidator(_to_bool)]
 Int = Annotated[int, BeforeValidator(_to_int)]
 UInt16 = Annotated[int, BeforeValidator(_to_uint16)]
 UInt32 = Annotated[int, BeforeValidator(_to_uint32)]
+UInt63 = Annotated[int, BeforeValidator(_to_uint63)]
+"""QAPI's `int` where it may not be negative."""
 UInt64 = Annotated[int, BeforeValidator(_to_uint64)]
 
 NodeName = Annotated[str, BeforeValidator(_to_node_name)]
 """A name for a new node, by QEMU's rules."""
+
+Identifier = Annotated[str, BeforeValidator(_to_identifier)]
+"""A name for a new object or export, by QEMU's rules."""
 
 BlockdevRef = Annotated[str | dict[str, Any], BeforeValidator(_to_reference)]
 """A child: the name of a node that exists, or the options of one to make."""

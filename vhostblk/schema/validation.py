@@ -31,8 +31,9 @@ _TYPES = {
     "model_attributes_type": "object",
 }
 
-# What is looked at first: a misspelt name also makes the correct one "missing".
-_ORDER = {"extra_forbidden": 0, "missing": 2}
+# What is looked at first: a value of a union's type that is not known makes all its members
+# unexpected, and a misspelt name also makes the correct one "missing".
+_ORDER = {"literal_error": 0, "extra_forbidden": 1, "missing": 3}
 
 
 def validate(model: type[M], data: Any, where: str = "") -> M:
@@ -52,7 +53,7 @@ def validate(model: type[M], data: Any, where: str = "") -> M:
         return model.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        first = min(details, key=lambda detail: _ORDER.get(detail["type"], 1))
+        first = min(details, key=lambda detail: _ORDER.get(detail["type"], 2))
         raise _translate(model, first, where) from None
 
 
