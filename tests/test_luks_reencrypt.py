@@ -309,7 +309,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
     async def test(host: Host) -> None:
         await disk(host, one)
-        with refused("LUKS1", "cryptsetup convert"):
+        with refused("LUKS1", "vhostblk luks convert"):
             await command(host, "luks-reencrypt")
         with refused('secret "three" not found'):
             await command(host, "luks-reencrypt", secrets=["three"])

@@ -54,6 +54,7 @@ def configure(parser: Parser) -> None:
         ("remove", "destroy a key slot, or all that a passphrase opens", _remove),
         ("rotate", "replace a passphrase; the new one works before the old one ceases to", _rotate),
         ("reencrypt", "give a disk in use another key, or its first one, or go on", _reencrypt),
+        ("convert", "make a LUKS1 header LUKS2: same key, same passphrases", _nothing),
         ("repair", "write the damaged one of the two copies of a LUKS2 header again", _nothing),
     ):
         below = commands.add_parser(
@@ -182,6 +183,8 @@ def _at_rest(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
         if command == "repair":
             damage = list(volume.damage)
             return {"repaired": await volume.repair(), "damage": damage}
+        if command == "convert":
+            return luks.describe(await luks.convert(volume))
         if command == "remove" and slot is not None:
             await volume.remove_slot(slot, force=args.force)
             return {"keyslots": [slot]}
@@ -234,6 +237,9 @@ def _on_node(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
 
         if command == "list":
             return ask("list", {})
+        if command == "convert":
+            converted: dict[str, Any] = client.execute("luks-convert", given)
+            return converted
         if command == "reencrypt":
             given |= {"secrets": args.secret, "speed": _speed(args), "force": args.force,
                       **_costs(args)}  # fmt: skip
@@ -289,7 +295,7 @@ def kdf_options(args: argparse.Namespace) -> KdfOptions:
 
 def _text(args: argparse.Namespace, result: dict[str, Any]) -> str:
     command = args.luks_command
-    if command == "list":
+    if command in ("list", "convert"):
         return _listed(args.target, result)
     if command == "repair":
         if not result["repaired"]:

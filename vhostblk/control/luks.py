@@ -141,6 +141,17 @@ async def luks_key_slot_rotate(context: Context, arguments: LuksKeySlotRotate) -
         return {"keyslot": await volume.rotate(old, new, arguments.keyslot, _kdf(arguments))}
 
 
+@command("luks-convert")
+async def luks_convert(context: Context, arguments: LuksNode) -> Any:
+    """Make a LUKS1 header LUKS2: same key, same passphrases. QEMU cannot open it any more."""
+    from vhostblk.jobs.luks_reencrypt import find_node
+
+    node = find_node(context.backend, arguments.node_name)
+    with _errors_of(node.name):
+        node.volume = await luks.convert(node.volume)
+    return luks.describe(node.volume)
+
+
 class LuksReencrypt(LuksNode, KdfOptions):
     """Arguments of luks-reencrypt."""
 

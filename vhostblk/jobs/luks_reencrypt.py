@@ -32,13 +32,13 @@ _RETRY = 0.1  # seconds after an error: no zone can be left out
 
 
 def find_node(backend: Backend, name: str) -> ReencryptingNode:
-    """The encrypted node called `name`, if its key can be changed."""
+    """The encrypted node called `name`, if its header can be changed altogether."""
     from vhostblk.nodes._reencrypt import ReencryptingNode
 
     node = backend.graph.node(name)
     if not isinstance(node, ReencryptingNode):
         raise VhostblkError(
-            f"Node '{name}' is a '{node.driver}'; the nodes that can be re-encrypted are luks",
+            f"Node '{name}' is a '{node.driver}', and not a luks node",
             data={"code": "not-luks", "node-name": name},
         )
     if node.read_only:

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vhostblk.luks.conversion import convert
     from vhostblk.luks.creation import create
     from vhostblk.luks.kdf import Limits
     from vhostblk.luks.luks1 import Luks1
@@ -32,6 +33,7 @@ __all__ = [
     "SlotInfo",
     "Storage",
     "Volume",
+    "convert",
     "create",
     "describe",
     "new_digest",
@@ -41,6 +43,7 @@ __all__ = [
 
 # Loaded when they are used: most backends have nothing encrypted.
 _MODULES = {
+    "convert": "conversion",
     "create": "creation",
     "Limits": "kdf",
     "Luks1": "luks1",

@@ -104,6 +104,12 @@ def parse(data: bytes) -> Header:
     return header
 
 
+def slot_place(number: int) -> tuple[int, int]:
+    """Where in the header a key slot is described, in bytes: first, and after the last."""
+    at = _HEAD.size + number * _SLOT.size
+    return at, at + _SLOT.size
+
+
 def _check(header: Header) -> None:
     if not 1 <= header.key_size <= LARGEST_KEY:
         raise bad_header(f"a volume key of {header.key_size} bytes")
@@ -136,25 +142,25 @@ class Luks1(Volume):
 
     def __init__(self, storage: Storage, limits: Limits, header: Header) -> None:
         super().__init__(storage, limits)
-        self._header = header
+        self.header = header
         self.uuid = header.uuid
 
     @property
     def key_size(self) -> int:
-        return self._header.key_size
+        return self.header.key_size
 
     @property
     def hash(self) -> str:
         """The hash of everything."""
-        return self._header.hash
+        return self.header.hash
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        return (Segment(self._header.payload * SECTOR, None, SECTOR, self._header.spec, 0),)
+        return (Segment(self.header.payload * SECTOR, None, SECTOR, self.header.spec, 0),)
 
     @property
     def digests(self) -> dict[str, Digest]:
-        header = self._header
+        header = self.header
         made = Kdf(
             "pbkdf2", header.digest_salt, hash=header.hash, iterations=header.digest_iterations
         )
@@ -163,13 +169,13 @@ class Luks1(Volume):
     def active(self) -> list[Slot]:
         return [
             self._slot(number, entry, self._kdf(entry))
-            for number, entry in enumerate(self._header.slots)
+            for number, entry in enumerate(self.header.slots)
             if entry.active
         ]
 
     def slots(self) -> list[SlotInfo]:
         told = []
-        for number, entry in enumerate(self._header.slots):
+        for number, entry in enumerate(self.header.slots):
             if not entry.active:
                 told.append(SlotInfo(number, False))
                 continue
@@ -191,23 +197,23 @@ class Luks1(Volume):
         return
 
     def _kdf(self, entry: KeySlot) -> Kdf:
-        return Kdf("pbkdf2", entry.salt, hash=self._header.hash, iterations=entry.iterations)
+        return Kdf("pbkdf2", entry.salt, hash=self.header.hash, iterations=entry.iterations)
 
     def _slot(self, number: int, entry: KeySlot, made: Kdf) -> Slot:
-        header = self._header
+        header = self.header
         return Slot(
             number, made, header.key_size, entry.material * SECTOR, header.spec, header.key_size,
             header.hash, "0",
         )  # fmt: skip
 
     def _hash(self) -> str:
-        return self._header.hash
+        return self.header.hash
 
     def _area_key_size(self) -> int:
-        return self._header.key_size
+        return self.header.key_size
 
     def new_slot(self, number: int | None, key_size: int, digest: str, made: Kdf) -> Slot:
-        slots = self._header.slots
+        slots = self.header.slots
         free = [index for index, entry in enumerate(slots) if not entry.active]
         if number is None:
             if not free:
@@ -222,30 +228,30 @@ class Luks1(Volume):
     async def _store(self, slot: Slot, material: bytes) -> None:
         # Key material, then the slot's description, still inactive, then the word that makes it
         # active: the description may lie in two sectors, of which a crash may leave one written.
-        await self._storage.write(slot.area_offset, material)
+        await self.storage.write(slot.area_offset, material)
         entry = KeySlot(False, slot.kdf.iterations, slot.kdf.salt, slot.area_offset // SECTOR)
         await self._write_slot(slot.number, entry)
         await self._write_slot(slot.number, replace(entry, active=True))
 
     async def _erase(self, number: int) -> None:
         # First what the passphrase unlocks: whatever happens then, it does not any more.
-        entry = self._header.slots[number]
-        size = material_size(self._header.key_size)
-        await self._storage.write(entry.material * SECTOR, os.urandom(size))
-        await self._storage.flush()
+        entry = self.header.slots[number]
+        size = material_size(self.header.key_size)
+        await self.storage.write(entry.material * SECTOR, os.urandom(size))
+        await self.storage.flush()
         await self._write_slot(number, KeySlot(False, 0, bytes(32), entry.material))
 
     async def _write_slot(self, number: int, entry: KeySlot) -> None:
-        slots = list(self._header.slots)
+        slots = list(self.header.slots)
         slots[number] = entry
-        header = replace(self._header, slots=tuple(slots))
-        at = _HEAD.size + number * _SLOT.size
-        start, end = at // SECTOR * SECTOR, -(-(at + _SLOT.size) // SECTOR) * SECTOR
-        sectors = bytearray(await self._storage.read(start, end - start))
-        sectors[at - start : at - start + _SLOT.size] = entry.pack()
-        await self._storage.write(start, bytes(sectors))
-        await self._storage.flush()
-        self._header = header
+        header = replace(self.header, slots=tuple(slots))
+        at, after = slot_place(number)
+        start, end = at // SECTOR * SECTOR, -(-after // SECTOR) * SECTOR
+        sectors = bytearray(await self.storage.read(start, end - start))
+        sectors[at - start : after - start] = entry.pack()
+        await self.storage.write(start, bytes(sectors))
+        await self.storage.flush()
+        self.header = header
 
 
 def empty(

@@ -153,7 +153,7 @@ class Luks2(Volume):
         await self._write(checked)
 
     async def _write(self, metadata: dict[str, Any]) -> None:
-        written = await binary2.write(self._storage, self._binary, metadata)
+        written = await binary2.write(self.storage, self._binary, metadata)
         self._binary, self._metadata = written.binary, written.metadata
 
     def draft(self) -> Luks2:
@@ -161,7 +161,7 @@ class Luks2(Volume):
 
         For several changes at once: `write_metadata(draft.metadata)` makes them count.
         """
-        return _Draft(self._storage, self.limits, Found(Copy(self._binary, self.metadata)))
+        return _Draft(self.storage, self.limits, Found(Copy(self._binary, self.metadata)))
 
     async def repair(self) -> bool:
         async with self.changing:
@@ -171,7 +171,7 @@ class Luks2(Volume):
         if self._rewrite is None:
             return False
         good = Copy(self._binary, self._metadata)
-        await binary2.write_again(self._storage, good, self._rewrite)
+        await binary2.write_again(self.storage, good, self._rewrite)
         self.damage, self._rewrite, self._replaced = (), None, False
         return True
 
@@ -233,8 +233,8 @@ class Luks2(Volume):
 
     async def _store(self, slot: Slot, material: bytes) -> None:
         # Key material where no copy of the header points to, then the copies.
-        await self._storage.write(slot.area_offset, material)
-        await self._storage.flush()
+        await self.storage.write(slot.area_offset, material)
+        await self.storage.flush()
         metadata = self.metadata
         number = str(slot.number)
         metadata["keyslots"][number] = slot_json(slot)
@@ -269,8 +269,8 @@ class Luks2(Volume):
         """Overwrite it with noise."""
         for at in range(offset, offset + size, 1 << 20):
             length = min(1 << 20, offset + size - at)
-            await self._storage.write(at, os.urandom(length))
-        await self._storage.flush()
+            await self.storage.write(at, os.urandom(length))
+        await self.storage.flush()
 
 
 class _Draft(Luks2):

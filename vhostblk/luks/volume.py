@@ -60,8 +60,10 @@ class Volume(abc.ABC):
     """What is wrong with it and did not keep it from being opened; `repair()` may help."""
 
     def __init__(self, storage: Storage, limits: Limits) -> None:
-        self._storage = storage
+        self.storage = storage
         self.limits = limits
+        self.converted = False
+        """There is another `Volume` of this header now (conversion.py)."""
         self.step: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
         """Entered around what is written for a change of key slots, without any derivation."""
         self.changing = asyncio.Lock()
@@ -137,7 +139,13 @@ class Volume(abc.ABC):
         """Whether the disk has two keys at the moment."""
         return False
 
+    def check_current(self) -> None:
+        """Whoever has waited for `changing` looks whether there is still something to change."""
+        if self.converted:
+            raise error("luks-busy", "the header has just been converted to LUKS2", "try again")
+
     def _check_idle(self) -> None:
+        self.check_current()
         if self.is_reencrypting:
             raise error("luks-busy", "the disk is being re-encrypted", "wait until that is done")
 
@@ -183,7 +191,7 @@ class Volume(abc.ABC):
         self, slot: Slot, digest: Digest | None, passphrase: Buffer
     ) -> SecretBytes | None:
         size = material_size(slot.key_size)
-        material = await read_up_to(self._storage, slot.area_offset, size)
+        material = await read_up_to(self.storage, slot.area_offset, size)
         if len(material) < size:
             return None  # the file has been cut off
 

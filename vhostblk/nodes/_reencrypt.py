@@ -112,7 +112,7 @@ class ReencryptingNode(CryptNode):
         if not isinstance(self.volume, luks.Luks2):
             raise VhostblkError(
                 f"Node '{self.name}' has a LUKS1 header, which cannot say how far a re-encryption "
-                "is; 'cryptsetup convert --type luks2' makes it LUKS2",
+                "is; luks-convert ('vhostblk luks convert') makes it LUKS2, which QEMU cannot open",
                 data={"code": "luks-version", "node": self.name},
             )
         header = self.children.get("header")
