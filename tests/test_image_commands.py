@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,71 @@ def test_check_finds_what_qemu_finds() -> None:
         assert result.get("leaks", 0) == report.get("leaks", 0)
         assert bool(result.get("corruptions")) == bool(report.get("corruptions"))
         assert report.get("leaks", 0) + report.get("corruptions", 0) > 0
+
+    with_host(test)
+
+
+def test_an_image_in_use_is_what_qemu_says_it_is() -> None:
+    """Snapshots, bitmaps, sizes: of one that QEMU made, and after changes of ours."""
+
+    async def test(host: Host) -> None:
+        path = host.directory / "a.qcow2"
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+        qemu("qemu-io", "-f", "qcow2", "-c", "write 1M 1M", path)
+        qemu("qemu-img", "snapshot", "-c", "first", path)
+        qemu("qemu-img", "bitmap", "--add", path, "b0")
+        qemu("qemu-img", "bitmap", "--add", "--disable", path, "b1")
+        await host.add("qcow2", "d", file={"driver": "file", "filename": str(path)})
+        await host.add("raw", "r", file="d")
+
+        async def ours(name: str) -> dict[str, Any]:
+            sizes = await host.backend.actual_sizes()
+            found: dict[str, Any] = next(
+                node["image"]
+                for node in host.backend.query_named_block_nodes(sizes)
+                if node["node-name"] == name
+            )
+            return found
+
+        def theirs() -> dict[str, Any]:
+            info = json.loads(qemu("qemu-img", "info", "-U", "--output=json", path))
+            info.pop("children", None)  # of QEMU 8 and later
+            return dict(info)
+
+        assert await ours("d") == theirs()
+        assert [entry["flags"] for entry in theirs()["format-specific"]["data"]["bitmaps"]] == [
+            ["in-use", "auto"],
+            [],
+        ]
+        await host.backend.internal_snapshot("d", "create", "second")
+        assert [entry["name"] for entry in (await ours("d"))["snapshots"]] == ["first", "second"]
+        assert await ours("d") == theirs()
+        await host.backend.internal_snapshot("d", "delete", "first")
+        await host.backend.block_resize("d", 16 * MIB)
+        assert await ours("d") == theirs()
+        assert (await ours("r"))["actual-size"] == path.stat().st_blocks * 512
+
+    with_host(test)
+
+
+def test_a_file_server_that_has_gone_does_not_hold_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes on the host are the one thing in the answer that has to be asked for."""
+
+    async def test(host: Host) -> None:
+        gone = threading.Event()
+        await host.add("file", "f", filename=host.file("plain"))
+        node = host.backend.graph.node("f")
+        monkeypatch.setattr(node, "allocated", lambda: gone.wait(60) and 0)
+        monkeypatch.setattr("vhostblk.backend._SIZES_PATIENCE", 0.05)
+        try:
+            for _ in range(3):  # and it is asked once
+                assert await host.backend.actual_sizes() == {}
+        finally:
+            gone.set()
+        await host.until(lambda: host.backend._sizing is not None and host.backend._sizing.done())
+        assert await host.backend.actual_sizes() == {node: 0}
 
     with_host(test)
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from vhostblk.image import Extent, merged
 from vhostblk.jobs import JobStore
 from vhostblk.jobs import quorum as quorum_jobs
 from vhostblk.nodes import DriverRegistry
-from vhostblk.nodes.driver import NodeDriver
+from vhostblk.nodes.driver import NodeDriver, RoleKind
 from vhostblk.objects import ObjectStore, object_types
 from vhostblk.objects.iothread import IOThreadObject, IOThreadOptions
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 # How long a locked image is waited for, and how often it is looked at.
 LOCK_PATIENCE = 5.0
 LOCK_INTERVAL = 0.02
+_SIZES_PATIENCE = 1.0
 
 PERCENTILES = (("p50-ns", 50), ("p90-ns", 90), ("p99-ns", 99), ("p99.9-ns", 99.9))
 
@@ -60,6 +61,7 @@ class Backend:
         self._started: float | None = None
         self._closing = False
         self._state: StateFile | None = None
+        self._sizing: asyncio.Future[dict[NodeDriver, int]] | None = None
         self.jobs = JobStore(self.events)
         self.frozen_guests = FrozenGuests(self._record_frozen, self._settle_frozen)
         # Made by start(), which has a running event loop.
@@ -502,11 +504,26 @@ class Backend:
             "iothreads": len(self.engine.iothreads),
         }
 
-    def query_named_block_nodes(self) -> list[dict[str, Any]]:
-        """query-named-block-nodes."""
-        return [self._describe_node(node) for node in self.graph.open_nodes]
+    async def actual_sizes(self) -> dict[NodeDriver, int]:
+        """Bytes that nodes' files take on the host.
 
-    def query_block(self) -> list[dict[str, Any]]:
+        Nothing, if one of them does not answer: then a file server has gone, and who asks
+        wants to know the rest.
+        """
+        if self._sizing is None or self._sizing.done():
+            self._sizing = asyncio.ensure_future(
+                asyncio.to_thread(_allocated, self.graph.open_nodes)
+            )
+        done, _ = await asyncio.wait({self._sizing}, timeout=_SIZES_PATIENCE)
+        return self._sizing.result() if done else {}
+
+    def query_named_block_nodes(
+        self, sizes: Mapping[NodeDriver, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """query-named-block-nodes; with `sizes` they say what they take on the host."""
+        return [self._describe_node(node, sizes or {}) for node in self.graph.open_nodes]
+
+    def query_block(self, sizes: Mapping[NodeDriver, int] | None = None) -> list[dict[str, Any]]:
         """query-block: the drives, which are called as their exports."""
         return [
             {
@@ -514,7 +531,7 @@ class Backend:
                 "type": drive.what,
                 "removable": False,
                 "locked": False,
-                "inserted": self._describe_node(drive.root),
+                "inserted": self._describe_node(drive.root, sizes or {}),
                 **describe_drive(self.graph, drive),
             }
             for drive in self.graph.backends
@@ -556,11 +573,11 @@ class Backend:
         default = IOThreadOptions(qom_type="iothread", id="default")
         return [_describe_iothread(t, options.get(t, default)) for t in self.engine.iothreads]
 
-    def _describe_node(self, node: NodeDriver) -> dict[str, Any]:
+    def _describe_node(self, node: NodeDriver, sizes: Mapping[NodeDriver, int]) -> dict[str, Any]:
         options = node.options
         perm, shared = self.graph.permissions_of(node)
         filename = node.filename()
-        return {
+        described: dict[str, Any] = {
             "node-name": node.name,
             "drv": node.driver,
             "file": filename,
@@ -594,6 +611,33 @@ class Backend:
             "permissions": {"used": int(perm), "shared": int(shared)},
             **node.describe(),
         }
+        actual = _actual_size(node, sizes)
+        if actual is not None:
+            described["image"]["actual-size"] = actual
+        return described
+
+
+def _allocated(nodes: list[NodeDriver]) -> dict[NodeDriver, int]:
+    found: dict[NodeDriver, int] = {}
+    for node in nodes:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            allocated = node.allocated()
+            if allocated is not None:
+                found[node] = allocated
+    return found
+
+
+def _actual_size(node: NodeDriver, sizes: Mapping[NodeDriver, int]) -> int | None:
+    """What a node takes with all below it except for backing files, as QEMU counts."""
+    if node in sizes:
+        return sizes[node]
+    below = [
+        _actual_size(child.node, sizes)
+        for role, child in node.children.items()
+        if node.child_roles[role.split(".")[0]].kind is not RoleKind.BACKING
+    ]
+    known = [size for size in below if size is not None]
+    return sum(known) if known else None
 
 
 def _describe_iothread(thread: IOThread, options: IOThreadOptions) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from typing import Any
 
 from vhostblk.cli import image
 from vhostblk.cli.errors import CliError
 from vhostblk.cli.parser import Parser, did_you_mean
+from vhostblk.cli.table import table
 
 DESCRIPTION = """\
 Say what an image in use is: format, sizes, backing files, features. For an image that
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         if name == "format-specific":
             for key, detail in value["data"].items():
                 print(f"  {key}: {_text(detail)}")
+        elif name == "snapshots":
+            _print_snapshots(value)
         else:
             print(f"{name}: {_text(value)}")
     return 0
@@ -67,6 +71,19 @@ def _node(device: str, client: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
+    # Text from an image may be anything, and this is somebody's terminal.
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+
+
+def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
+    rows = [
+        [
+            _text(entry["id"]),
+            _text(entry["name"]),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["date-sec"])),
+            str(entry["vm-state-size"]),
+        ]
+        for entry in snapshots
+    ]
+    print("snapshots:")
+    print(table(["ID", "NAME", "DATE", "VM STATE"], rows, indent="  "), end="")

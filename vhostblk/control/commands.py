@@ -86,7 +86,7 @@ class QueryNamedBlockNodes(Model):
 @command("query-named-block-nodes", oob=True)
 async def query_named_block_nodes(context: Context, arguments: QueryNamedBlockNodes) -> Any:
     """All block nodes. With `flat` as with QEMU: no descriptions of children's images."""
-    return context.backend.query_named_block_nodes()
+    return context.backend.query_named_block_nodes(await context.backend.actual_sizes())
 
 
 @command("blockdev-add", union=introspect.blockdev_options)
@@ -221,7 +221,7 @@ async def transaction(context: Context, arguments: Transaction) -> Any:
 @command("query-block", oob=True)
 async def query_block(context: Context, arguments: NoArguments) -> Any:
     """All drives: what exports use, with their filters and what is below those."""
-    return context.backend.query_block()
+    return context.backend.query_block(await context.backend.actual_sizes())
 
 
 @command("query-block-graph", oob=True)

@@ -387,6 +387,10 @@ class NodeDriver:
         """Facts for `query-named-block-nodes`; may add members of the driver's own."""
         return {}
 
+    def allocated(self) -> int | None:
+        """Bytes that its file takes on the host, if it has one. May block: called in a thread."""
+        return None
+
     def filename(self) -> str:
         """What `file` of `query-named-block-nodes` says: a path, or json: as QEMU writes it."""
         return ""

@@ -172,6 +172,9 @@ class File(NodeDriver):
     def describe(self) -> dict[str, Any]:
         return {"aio": self.options.aio}
 
+    def allocated(self) -> int | None:
+        return os.fstat(self._fd).st_blocks * 512
+
     # ---- opening
 
     def _check_options(self, options: FileOptions) -> None:

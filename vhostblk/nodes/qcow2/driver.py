@@ -28,7 +28,7 @@ from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes._writable import WritableLater
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, Request
-from vhostblk.nodes.qcow2 import bitmaps, extents, internal, journal
+from vhostblk.nodes.qcow2 import bitmaps, extents, facts, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.check import check as check_at_rest
@@ -169,6 +169,7 @@ class Qcow2(WritableLater):
         self.refcounts = await self._load_refcounts()
         if not self.read_only:
             await self._make_writable()
+        self._tables = await facts.read_tables(self.file, self.header)
         header, token = self.header, 0
         limits = cache_limits(
             self.options, 1 << header.cluster_bits, self.options.refcount_cache_size or 0
@@ -464,45 +465,23 @@ class Qcow2(WritableLater):
 
     def describe(self) -> dict[str, Any]:
         header = self.header
-        image: dict[str, Any] = {
-            "filename": self.filename(),
-            "format": self.driver,
-            "virtual-size": self._size,
-            "actual-size": self.file.size,
-            "cluster-size": header.cluster_size,
-            "dirty-flag": header.dirty,
-        }
-        specific: dict[str, Any] = {
-            "compat": "1.1" if header.version >= 3 else "0.10",
-            "refcount-bits": header.refcount_bits,
-        }
-        if header.version >= 3:
-            specific |= {
-                "lazy-refcounts": header.lazy_refcounts,
-                "corrupt": header.corrupt,
-                "extended-l2": header.extended_l2,
-                "compression-type": header.compression,
-            }
-        if header.has_data_file:
-            specific["data-file-raw"] = header.data_file_raw
-            if header.data_file:
-                specific["data-file"] = header.data_file
-        image["format-specific"] = {"type": "qcow2", "data": specific}
-        facts: dict[str, Any] = {"image": image}
+        image = {"filename": self.filename(), **facts.info(header, self._tables)}
+        described: dict[str, Any] = {"image": image}
+        if self.volume is not None:
+            described["encrypted"] = True
+            specific = image["format-specific"]["data"]
+            specific["encrypt"] = {"format": "luks", **luks.describe(self.volume)}
         if header.backing_file:
-            image["backing-filename"] = header.backing_file
-            if header.backing_format:
-                image["backing-filename-format"] = header.backing_format
-            facts["backing_file"] = header.backing_file
+            described["backing_file"] = header.backing_file
         depth, node = 0, self.children.get("backing")
         if node is not None:
             image["full-backing-filename"] = node.node.filename()
         while node is not None:
             depth += 1
             node = node.node.children.get("backing")
-        facts["backing_file_depth"] = depth
-        facts["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
-        return facts
+        described["backing_file_depth"] = depth
+        described["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
+        return described
 
     @property
     def allocation_unit(self) -> int:
@@ -873,6 +852,7 @@ class Qcow2(WritableLater):
 
     async def truncate(self, size: int) -> None:
         await resize(self, size)
+        self._tables = await facts.read_tables(self.file, self.header)  # bitmaps may be out of date
 
     def set_size(self, size: int) -> None:
         """The disk has another size; nothing is in flight."""
@@ -888,10 +868,6 @@ class Qcow2(WritableLater):
     async def change_snapshots(self, what: internal.Change, name: str) -> Snapshot:
         """Create, delete or go back to an internal snapshot; inside a drained section."""
         return await internal.change(self, what, name)
-
-    async def snapshots(self) -> list[Snapshot]:
-        """The internal snapshots."""
-        return await internal.listed(self)
 
     # ---- closing
 
@@ -950,6 +926,7 @@ class Qcow2(WritableLater):
         self.l2.clear()
         self._decompressed.clear()
         self.header = await self._read_header()
+        self._tables = await facts.read_tables(self.file, self.header)
         self._size = self.header.size
         self.l1_offset = self.header.l1_table_offset
         self.l1 = await self._load_l1()

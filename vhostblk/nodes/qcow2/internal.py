@@ -46,8 +46,3 @@ async def change(live: Qcow2, what: Change, name: str) -> snapshots.Snapshot:
         return await editor.apply(name)
     finally:
         await live.read_again()
-
-
-async def listed(live: Qcow2) -> list[snapshots.Snapshot]:
-    """All snapshots of the image."""
-    return list((await snapshots.read_table(live.file, live.header)).snapshots)

@@ -295,7 +295,6 @@ class Qed(WritableLater):
             "filename": self.filename(),
             "format": "qed",
             "virtual-size": self._size,
-            "actual-size": self.file.size,
             "cluster-size": header.cluster_size,
             "dirty-flag": header.need_check,
         }
