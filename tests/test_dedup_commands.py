@@ -14,6 +14,7 @@ from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.control.commands import registry
+from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.check import Check, Result
@@ -39,14 +40,35 @@ def test_statistics() -> None:
         await run(host, "dedup-collect", node_name="disk")
         found = await run(host, "query-dedup", node_name="other")
         assert (found["logical"], found["unique"]) == (3 * MIB // 2, MIB // 2)
-        assert (found["physical"], found["ratio"]) == (MIB // 2, 3.0)
+        assert (found["compressed"], found["ratio"]) == (MIB // 2, 3.0)
         assert found["hits"] == MIB // BLOCK and found["stored-blocks"] == MIB // 2 // BLOCK
-        assert found["data-free"] + found["physical"] <= found["data-size"]
+        assert found["data-free"] + found["physical"] == found["data-size"]
+        assert found["physical"] >= found["compressed"]
         [disk, other] = found["disks"]
         assert (disk["disk"], disk["size"], disk["extents"]) == ("disk", MIB, 2)
         assert (other["blocks"], other["extents"]) == (MIB // 2 // BLOCK, 1)
         [node] = [n for n in host.backend.query_named_block_nodes() if n["node-name"] == "disk"]
         assert node["dedup"]["ratio"] == 3.0
+
+    with_host(test)
+
+
+def test_statistics_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event with all that QMP's schema says of it, while a guest writes, and then no more."""
+    monkeypatch.setattr(store_module, "STATISTICS_INTERVAL", 0.05)
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host, compress="zstd")
+        data = (b"text " * BLOCK)[:BLOCK]
+        await host.write("disk", 0, data * 2)
+        await host.until(lambda: bool(host.named("DEDUP_STATISTICS")))
+        [told] = host.named("DEDUP_STATISTICS")
+        assert EVENTS["DEDUP_STATISTICS"].model_validate(told)
+        assert (told["logical"], told["unique"]) == (2 * BLOCK, BLOCK)
+        assert 0 < told["compressed"] < BLOCK < told["physical"]
+        await asyncio.sleep(0.2)
+        assert host.named("DEDUP_STATISTICS") == [told]
 
     with_host(test)
 

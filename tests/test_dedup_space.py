@@ -7,6 +7,8 @@ import asyncio
 import os
 import random
 import subprocess
+import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,45 @@ def test_changes_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await host.read("disk", 0, MIB) == bytes(MIB)
         monkeypatch.undo()
         await sound(host)
+
+    with_host(test)
+
+
+def test_the_memory_of_changes_is_bounded_by_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the option says, even when the database takes nothing any more."""
+    limit = 4 * MIB
+
+    async def test(host: Host) -> None:
+        await create(host, size=256 * MIB, data=8 * MIB)
+        await open_disk(host, changes_size=limit)
+        store = store_of(host)
+        block = random.Random(1).randbytes(BLOCK)
+        await host.write("disk", 0, block * 256)
+        blocked = threading.Event()
+
+        def stuck(self: Any) -> None:
+            blocked.wait()
+
+        monkeypatch.setattr(type(store.tables), "write", stuck)
+        tracemalloc.start()
+        try:
+            writing = asyncio.create_task(fill(host, block))
+            await host.until(
+                lambda: store.tables.frozen and store.tables.changes > 4 * store.tuning.changes, 30
+            )
+            await asyncio.sleep(0.2)
+            used, _ = tracemalloc.get_traced_memory()
+            assert not writing.done() and limit / 8 < used <= limit + MIB
+        finally:
+            tracemalloc.stop()
+            monkeypatch.undo()
+            blocked.set()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    async def fill(host: Host, block: bytes) -> None:
+        for at in range(0, 256 * MIB, 64 * BLOCK):
+            await host.write("disk", at, block * 64)
 
     with_host(test)
 

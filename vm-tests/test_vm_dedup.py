@@ -91,7 +91,7 @@ class Store:
     def cost(self) -> int:
         """Bytes on both devices."""
         found = self.query()
-        return int(found["physical"] + found["metadata-size"])
+        return int(found["compressed"] + found["metadata-size"])
 
     def fill(self, name: str, image: Path) -> None:
         """Copy an image to a disk, as a guest would write it."""

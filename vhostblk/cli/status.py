@@ -249,9 +249,10 @@ def _dedup_stores(nodes: list[dict[str, Any]]) -> str:
             f"  {name}",
             size(store["logical"]),
             size(store["unique"]),
+            size(store["compressed"]),
             size(store["physical"]),
             f"{store['ratio']:.2f}",
-            count(store["hits"]),
+            count(store["hits-per-second"]),
             size(store["data-free"]),
             size(store["metadata-size"]),
         ]
@@ -259,7 +260,8 @@ def _dedup_stores(nodes: list[dict[str, Any]]) -> str:
     ]
     if not rows:
         return ""
-    head = ["  STORE", "LOGICAL", "UNIQUE", "STORED", "RATIO", "HITS", "FREE", "METADATA"]
+    head = ["  STORE", "LOGICAL", "UNIQUE", "COMPRESSED", "PHYSICAL", "RATIO", "HITS/S"]
+    head += ["FREE", "METADATA"]
     return table(head, rows) + "\n"
 
 

@@ -94,6 +94,38 @@ class DedupSpace(Model):
     percent: int
 
 
+class DedupStatistics(Model):
+    """Every ten seconds in which a guest has written to a dedup store; as `query-dedup` has it."""
+
+    metadata: str
+    """The directory of the store."""
+    block_size: int
+    hash: str
+    logical: int
+    """Bytes that disks show, zeroes aside."""
+    unique: int
+    """Bytes of these that are different."""
+    compressed: int
+    """Bytes of the data device that hold them."""
+    physical: int
+    """Bytes of the data device that are not free, with holes that nothing needs any more."""
+    ratio: float
+    """`logical` / `compressed`."""
+    data_size: int
+    data_free: int
+    metadata_size: int
+    written_blocks: int
+    """Since the store was opened."""
+    hits: int
+    """Of them, those that were there."""
+    hits_per_second: float
+    zero_blocks: int
+    stored_blocks: int
+    moved_blocks: int
+    checkpoints: int
+    full: bool
+
+
 class BlockImageCorrupted(Model):
     """An image is broken; with `fatal` nothing is written to it any more."""
 
@@ -154,6 +186,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
     "DEDUP_FULL": DedupFull,
     "DEDUP_SPACE": DedupSpace,
+    "DEDUP_STATISTICS": DedupStatistics,
 }
 
 

@@ -69,6 +69,12 @@ HOLD_INTERVAL = 0.5
 """Seconds until something that failed for want of space is tried again."""
 LEVELS = (80, 90, 95)
 """Per cent of the data device: when more is in use, there is an event."""
+CHANGE_BYTES = 256
+"""Memory for a change that waits for the database, at most (tests/test_dedup_space.py)."""
+_BACKLOG = 4
+"""Writes wait when there are so many times more changes than begin a checkpoint."""
+STATISTICS_INTERVAL = 10.0
+"""Seconds from one event with statistics to the next, if something has happened."""
 
 
 class Data(Protocol):
@@ -141,6 +147,14 @@ class Tuning:
     garbage: float = 0.25
     """Garbage collection begins when less than this part of the data device is free."""
 
+    @staticmethod
+    def changes_in(memory: int) -> int:
+        """After how many changes to begin a checkpoint so that all that wait fit into memory.
+
+        Two layers of them: one on its way to the database, and one that takes new ones.
+        """
+        return max(64, memory // (2 * _BACKLOG * CHANGE_BYTES))
+
 
 @dataclass
 class Counters:
@@ -182,6 +196,7 @@ class Store:
         self._told_level = 0
         self._watched = -1  # free segments when _watch() has last looked
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
+        self._told_written = 0  # blocks written when statistics were last told
         self._unmovable: set[int] = set()  # segments of which not everything can be read
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
         self._not_before = 0.0  # background work that has failed is not begun again before
@@ -239,6 +254,7 @@ class Store:
             self.tables.close()
             self._unlock()
             raise
+        self._run(self._tell_statistics())
 
     async def _read_superblock(self, data: Data) -> Superblock:
         here = Superblock.parse((self.directory / "superblock").read_bytes())
@@ -432,7 +448,7 @@ class Store:
         tables, zero = self.tables, self.zero
         if self._still is not None or self.tuning.verify:
             return None
-        if tables.changes > 4 * self.tuning.changes:
+        if tables.changes > _BACKLOG * self.tuning.changes:
             return None
         numbers = []
         for name in prints:
@@ -489,7 +505,7 @@ class Store:
 
     async def _may_change(self, data: Data) -> None:
         """Memory is bounded: too many changes wait for the database to take some."""
-        while self.tables.changes > 4 * self.tuning.changes:
+        while self.tables.changes > _BACKLOG * self.tuning.changes:
             try:
                 await self._checkpoint(data)
             except OSError as error:
@@ -794,7 +810,7 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """Numbers for the operator; bytes, where nothing else is said."""
         state, space, size = self.tables.state, self.space, self.super.block_size
-        physical = sum(space.used.values())
+        compressed = sum(space.used.values())
         logical = state.mapped * size
         counters = self.counters
         return {
@@ -803,8 +819,9 @@ class Store:
             "hash": self.super.hash,
             "logical": logical,
             "unique": state.blocks * size,
-            "physical": physical,
-            "ratio": round(logical / physical, 3) if physical else 1.0,
+            "compressed": compressed,
+            "physical": space.size - space.free,
+            "ratio": round(logical / compressed, 3) if compressed else 1.0,
             "data-size": space.size,
             "data-free": space.free,
             "metadata-size": self.tables.size + self.journal.size,
@@ -817,6 +834,14 @@ class Store:
             "checkpoints": counters.checkpoints,
             "full": self._told_full,
         }
+
+    async def _tell_statistics(self) -> None:
+        """An event now and then, as long as guests write."""
+        while True:
+            await asyncio.sleep(STATISTICS_INTERVAL)
+            if self.counters.written != self._told_written:
+                self._told_written = self.counters.written
+                self.emit("DEDUP_STATISTICS", self.stats())
 
     def _hit_rate(self) -> float:
         """Since somebody asked last, at least a second ago."""

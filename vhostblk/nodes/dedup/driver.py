@@ -61,6 +61,8 @@ class DedupOptions(NodeOptions):
     """Whether new blocks are compressed. For all disks of the store."""
     metadata_size: Size = 256 << 30
     """The most that the database may grow to. For all disks of the store."""
+    changes_size: Size = 64 << 20
+    """Bytes of memory for changes that are not in the database yet. For all disks of the store."""
     cache_size: Size = 32 << 20
     """Bytes of memory for the map of this disk."""
 
@@ -138,6 +140,7 @@ class Dedup(HookedNode):
         if shared is None:
             tuning = Tuning(
                 metadata_size=self.options.metadata_size,
+                changes=Tuning.changes_in(self.options.changes_size),
                 verify=self.options.verify,
                 compress=self.options.compress == "zstd",
                 hold=self.options.on_enospc == "hold",
