@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import resource
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +20,11 @@ import pytest
 from luks_headers import CHEAP1, CHEAP2, QUICK, Memory, run
 
 from vhostblk import luks
-from vhostblk.luks import binary2, luks2
+from vhostblk.luks import binary2, luks2, reencryption
 from vhostblk.schema import VhostblkError
 
 ONE = b"one"
+FUZZ = int(os.environ.get("VHOSTBLK_TEST_FUZZ", 150))
 HEAD1 = 208  # where the key slots of LUKS1 start
 PERMITTED = {
     "bad-luks-header", "not-luks", "luks-requirements", "luks-unsupported", "luks-cost",
@@ -324,6 +328,85 @@ def test_many_costly_slots_are_bounded_together(where: str) -> None:
     change(metadata)
     _put_json(storage, found.copy.binary, json.dumps(metadata).encode())
     assert "on 32 key slots would take minutes; name the slot" in problem(storage).desc
+
+    async def remove() -> None:
+        await (await luks.open_volume(storage)).remove_passphrase(ONE)
+
+    with pytest.raises(VhostblkError, match="would take minutes; name the slot"):
+        run(remove())
+
+
+JUNK: list[Any] = [
+    None, True, False, -1, 0, 1, 31, 32, 512, 4096, 1 << 31, 1 << 32, 1 << 63, 1 << 64, 10**300,
+    1.5, 1e300, "", "0", "1", "32", "-1", "512", "9" * 19, "9" * 30, "9" * 3000, "0x10", "luks2",
+    "pbkdf2", "raw", "crypt", "linear", "dynamic", "aes-xts-plain64", "aes-ecb", "sha1", "argon2id",
+    "whirlpool", "AAAA", "\0", "\ud800", "\u0663", [], {}, [[]], ["0"], ["0", "0"], [0], {"0": {}},
+    {"type": "luks2"}, {"0": {"type": "luks2"}}, ["backup-final"], {"mandatory": ["x"]},
+    {"mandatory": ["vhostblk-reencrypt"]}, json.loads("[" * 100 + "]" * 100),
+]  # fmt: skip
+
+
+def mutate(metadata: Json, rnd: random.Random) -> None:
+    """Something somewhere is another thing, or gone, or there twice."""
+    at: Any = metadata
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        if not keys:
+            at["x" if isinstance(at, dict) else slice(0)] = [rnd.choice(JUNK)]
+            return
+        key = rnd.choice(keys)
+        below = at[key]
+        if isinstance(below, dict | list) and rnd.random() < 0.8:
+            at = below
+            continue
+        what = rnd.random()
+        if what < 0.2:
+            del at[key]
+        elif what < 0.4 and isinstance(at, dict):
+            at[rnd.choice([str(rnd.randrange(40)), "x" * 100, "type"])] = copy.deepcopy(below)
+        else:
+            at[key] = copy.deepcopy(rnd.choice(JUNK))
+        return
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["ordinary", "reencrypting"])
+def test_metadata_with_anything_in_it(begun: bool) -> None:
+    """With good checksums. No error but ours, little time and memory, and nothing written."""
+    storage = Memory(64 << 10)
+    options = luks.CreateOptions(**CHEAP2)
+    volume = run(luks.create(storage, ONE, options, detached=True, pending=begun))
+    run(volume.add_passphrase(ONE, b"two", None, QUICK)) if not begun else None
+    found = run(binary2.find(storage))
+    limits = luks.Limits(iterations=10_000, memory=1 << 20, passes=1 << 22)
+
+    async def attempt(left: Memory) -> None:
+        volume = await luks.open_volume(left, limits, None)
+        luks.describe(volume)
+        assert isinstance(volume, luks.Luks2)
+        reencryption.find(volume)
+        (await volume.unlock(ONE))[1].close()
+
+    rnd = random.Random(9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for round in range(FUZZ):
+        metadata = copy.deepcopy(found.copy.metadata)
+        for _ in range(rnd.choice((1, 1, 2, 4))):
+            mutate(metadata, rnd)
+        left = Memory(bytes(storage.content))
+        text = json.dumps(metadata).encode()
+        if len(text) >= found.copy.binary.size - 4096:
+            continue
+        _put_json(left, found.copy.binary, text)
+        content = bytes(left.content)
+        started = time.process_time()
+        try:
+            run(attempt(left))
+        except VhostblkError as error:
+            assert (error.data or {})["code"] in PERMITTED, (round, metadata)
+            assert error.desc.isprintable()
+        assert time.process_time() - started < 5, (round, metadata)
+        assert bytes(left.content) == content
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
 def test_limits_can_be_raised() -> None:

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 from backend_process import BackendProcess
+from crash.tools import plain_environment
+from frontend import Device
 from luks_headers import run
 
 from vhostblk import luks
@@ -242,3 +245,56 @@ def test_reencryption_tells_nothing(
         assert secret not in said
     for key in (old, new):
         assert base64.b64encode(key).decode() not in said
+
+
+@pytest.mark.skipif(
+    not MAY_LOOK or shutil.which("gcore") is None, reason="needs root and gcore (gdb)"
+)
+@pytest.mark.parametrize("allowed", [False, True], ids=["as-it-is", "dumps-allowed"])
+def test_a_core_dump(
+    start_backend: Callable[..., BackendProcess],
+    short_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: bool,
+) -> None:
+    """What root's debugger writes has neither passphrases nor keys, nor key schedules."""
+    words, key = os.urandom(24).hex(), os.urandom(64)
+    (short_dir / "key").write_text(words)
+    image = short_dir / "image"
+    image.touch()
+
+    async def create() -> None:
+        with open_storage(str(image), write=True) as storage:
+            given = luks.CreateOptions(pbkdf_force_iterations=1000)
+            with SecretBytes(key) as own:
+                await luks.create(storage, words.encode(), given, key=own)
+            os.truncate(image, 8 << 20)
+
+    run(create())
+    if allowed:
+        monkeypatch.setenv("VHOSTBLK_CORE_DUMPS", "1")
+    backend = start_backend(
+        "--control", "{dir}/qmp.sock",
+        "--object", "secret,id=s,file={dir}/key",
+        "--blockdev", "luks,node-name=disk,key-secret=s,file.driver=file,file.filename={dir}/image",
+        "--export", "vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,"
+        "addr.path={dir}/e.sock",
+    )  # fmt: skip
+    with Device(str(short_dir / "e.sock")) as device:
+        device.write(0, bytes(4096))
+        pid = backend.process.pid
+        # The ciphers' key schedules begin with the halves of the key.
+        assert places(pid, key[:32]) > 0
+        subprocess.run(
+            ["gcore", "-o", short_dir / "core", str(pid)],
+            check=True, capture_output=True, timeout=120, env=plain_environment(),
+        )  # fmt: skip
+        assert device.read(0, 4096) == bytes(4096)
+    dump = (short_dir / f"core.{pid}").read_bytes()
+    assert dump[:4] == b"\x7fELF"
+    # What is in memory of its own is in no dump; with dumps allowed, OpenSSL's copies are.
+    assert words.encode() not in dump
+    assert key not in dump
+    assert (key[:32] in dump) == allowed
+    assert (key[32:] in dump) == allowed
+    assert backend.stop() == 0

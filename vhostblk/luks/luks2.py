@@ -45,7 +45,7 @@ class Luks2(Volume):
         self._rewrite = found.rewrite
         self._replaced = found.replaced
         self.uuid = self._binary.uuid
-        if not self._metadata["segments"]:
+        if all(segment.is_backup for segment in self.segments):
             raise bad_header("it describes no data")
 
     # ---- what it says

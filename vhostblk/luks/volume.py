@@ -50,6 +50,11 @@ class Segment:
     """The digest of the key it is encrypted with."""
     flags: tuple[str, ...] = ()
 
+    @property
+    def is_backup(self) -> bool:
+        """Whether it is no part of the disk as it is now."""
+        return any(flag.startswith("backup") for flag in self.flags)
+
 
 class Volume(abc.ABC):
     """An open header."""
@@ -127,7 +132,7 @@ class Volume(abc.ABC):
     @property
     def segment(self) -> Segment:
         """The disk, or its first part."""
-        return next(s for s in self.segments if not any(f.startswith("backup") for f in s.flags))
+        return next(segment for segment in self.segments if not segment.is_backup)
 
     @property
     def disk_digest(self) -> str:
@@ -166,26 +171,27 @@ class Volume(abc.ABC):
         candidates, cost = [], 0.0
         for entry in self._candidates(slot, digest):
             try:
-                entry.check(self.limits)
-                known = self.digests.get(entry.digest)
-                if known is not None:
-                    known.check(self.limits)
+                cost += self._cost_of(entry)
             except VhostblkError as error:
                 skipped = skipped or error
                 continue
-            candidates.append((entry, known))
-            cost += entry.kdf.cost() + (known.kdf.cost() if known is not None else 0)
-        if cost > PATIENCE and len(candidates) > 1:
-            raise too_costly(
-                f"trying the passphrase on {len(candidates)} key slots would take minutes",
-                "name the slot",
-            )
-        for entry, known in candidates:
-            key = await self._try(entry, known, words)
+            candidates.append(entry)
+        _check_patience(cost, len(candidates))
+        for entry in candidates:
+            key = await self._try(entry, self.digests.get(entry.digest), words)
             if key is not None:
                 return entry.number, key
         # What has not been tried might have been it.
         raise skipped or bad_passphrase()
+
+    def _cost_of(self, slot: Slot) -> float:
+        """Roughly the seconds that a passphrase takes there; refused if it may not be tried."""
+        slot.check(self.limits)
+        known = self.digests.get(slot.digest)
+        if known is None:
+            return slot.kdf.cost()
+        known.check(self.limits)
+        return slot.kdf.cost() + known.kdf.cost()
 
     async def _try(
         self, slot: Slot, digest: Digest | None, passphrase: Buffer
@@ -297,9 +303,9 @@ class Volume(abc.ABC):
         async with self.changing:
             numbers = []
             wanted = self.disk_digest
-            for slot in self.active():
-                if slot.digest != wanted:
-                    continue
+            slots = [slot for slot in self.active() if slot.digest == wanted]
+            _check_patience(sum(self._cost_of(slot) for slot in slots), len(slots))
+            for slot in slots:
                 try:
                     _, key = await self.unlock(passphrase, slot.number)
                 except VhostblkError as error:
@@ -377,6 +383,13 @@ def describe(volume: Volume) -> dict[str, Any]:
     if volume.damage:
         told["damage"] = list(volume.damage)
     return told
+
+
+def _check_patience(cost: float, slots: int) -> None:
+    if cost > PATIENCE and slots > 1:
+        raise too_costly(
+            f"trying the passphrase on {slots} key slots would take minutes", "name the slot"
+        )
 
 
 _NOTHING = kdf.Kdf("pbkdf2", b"", iterations=1)

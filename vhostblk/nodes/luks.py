@@ -135,7 +135,7 @@ class Luks(ReencryptingNode):
 
     def _only_segment(self) -> luks.Segment:
         """The disk. One in several parts has a requirement that open_volume() refuses."""
-        found = [s for s in self.volume.segments if not any("backup" in f for f in s.flags)]
+        found = [segment for segment in self.volume.segments if not segment.is_backup]
         if len(found) != 1:
             raise VhostblkError(
                 f"LUKS header: a disk of {len(found)} segments is not supported",
