@@ -372,8 +372,8 @@ def mutate(metadata: Json, rnd: random.Random) -> None:
 @pytest.mark.parametrize("begun", [False, True], ids=["ordinary", "reencrypting"])
 def test_metadata_with_anything_in_it(begun: bool) -> None:
     """With good checksums. No error but ours, little time and memory, and nothing written."""
-    storage = Memory(64 << 10)
-    options = luks.CreateOptions(**CHEAP2)
+    storage = Memory()
+    options = luks.CreateOptions(**CHEAP2, keyslots_size=1 << 20)
     volume = run(luks.create(storage, ONE, options, detached=True, pending=begun))
     run(volume.add_passphrase(ONE, b"two", None, QUICK)) if not begun else None
     found = run(binary2.find(storage))
