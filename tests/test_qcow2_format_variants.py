@@ -16,8 +16,9 @@ from crash import Tools, all_tools, newest_tools
 from qcow2_memory import MemoryDisk
 from qcow2_variants import VARIANTS, Variant, make
 
+from vhostblk.image.check import Repair
 from vhostblk.nodes.qcow2 import bitmaps, facts, snapshots
-from vhostblk.nodes.qcow2.check import CheckResult, Repair, check, repair_dirty
+from vhostblk.nodes.qcow2.check import CheckResult, check, repair_dirty
 from vhostblk.nodes.qcow2.geometry import COPIED, OFFSET_MASK
 from vhostblk.nodes.qcow2.header import DIRTY, Header
 from vhostblk.nodes.qcow2.layout import (

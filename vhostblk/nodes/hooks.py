@@ -29,6 +29,7 @@ from vhostblk.engine import (
     REQ_FUA,
     REQ_MAY_UNMAP,
     Buffer,
+    NodeHandle,
     guest_buffers,
 )
 from vhostblk.nodes.driver import Child, NodeDriver
@@ -165,6 +166,17 @@ class Request:
 
     # ---- the framework's
 
+    def submit_part(
+        self, target: NodeHandle, op: int, offset: int, length: int, position: int = 0
+    ) -> IO:
+        """Start I/O of `target` with what is at `position` of the guest's memory."""
+        self._inflight += 1
+        io = self._owner.engine.submit(
+            target, op, offset, None, length, request=self.handle, buffer_offset=position
+        )
+        io.owner = self
+        return io
+
     def io_done(self) -> None:
         """An I/O started by the hook has completed."""
         self._inflight -= 1
@@ -190,6 +202,12 @@ class HookedChild(Child):
             self._target.address, request.op, at, request.length, request.flags,
             request.handle, request,
         )  # fmt: skip
+
+    def forward_part(self, request: Request, offset: int, position: int, length: int) -> IO:
+        """Carry out a part of a read or write: `length` bytes of its data, from `position` on."""
+        self.check_range(offset, length)
+        assert self._target is not None
+        return request.submit_part(self._target, request.op, offset, length, position)
 
     def _start(
         self, op: int, offset: int, buffer: Buffer | None, length: int, flags: int, request: int = 0

@@ -28,14 +28,13 @@ from typing import Any, ClassVar, Literal
 from vhostblk.dedup.format import HASHES
 from vhostblk.dedup.store import Send, Store, Tuning
 from vhostblk.dedup.tables import PAGE
-from vhostblk.engine import IO, OP_WRITE
 from vhostblk.engine.dedup import DIGEST, new_dedup, written_digests
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.image.extent import merged
 from vhostblk.nodes.dedup.create import DedupCreateOptions, create
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
-from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
+from vhostblk.nodes.hooks import HookedNode, Request
 from vhostblk.schema import BlockdevRef, Model, OnOff, Size, VhostblkError
 
 _PAGE_BITS = PAGE.bit_length() - 1
@@ -67,27 +66,6 @@ class DedupOptions(NodeOptions):
     """Bytes of memory for the map of this disk."""
 
 
-class DedupChild(HookedChild):
-    """The data device."""
-
-    def send(self, request: Request, offset: int, position: int, length: int) -> IO:
-        """Write a part of a request's data, `position` bytes from its beginning."""
-        self.check_range(offset, length)
-        assert self._target is not None
-        request._inflight += 1
-        io = self._host.engine.submit(
-            self._target,
-            OP_WRITE,
-            offset,
-            None,
-            length,
-            request=request.handle,
-            buffer_offset=position,
-        )
-        io.owner = request
-        return io
-
-
 class _Shared:
     """A store and the nodes that are its disks."""
 
@@ -106,7 +84,6 @@ class Dedup(HookedNode):
     driver = "dedup"
     Options = DedupOptions
     options: DedupOptions
-    child_class = DedupChild
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole(RoleKind.STORAGE)}
     CreateOptions: ClassVar[type[Model] | None] = DedupCreateOptions
 
@@ -477,7 +454,7 @@ class Dedup(HookedNode):
         if before or after:
             data = await self._filled(data, before, after, first, end)
         elif digests is not None and request is not None:
-            send = partial(self.data.send, request)
+            send = partial(self.data.forward_part, request)
         view = memoryview(data)
         name = HASHES[self.store.super.hash]
         if digests is None:

@@ -18,9 +18,9 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
+from vhostblk.image.check import ImageCheck, Repair
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
 from vhostblk.nodes.qcow2.counts import PIECE, PIECE_BITS, Counts, Rewrite, load_table
 from vhostblk.nodes.qcow2.geometry import (
@@ -51,61 +51,13 @@ from vhostblk.nodes.qcow2.layout import (
 )
 from vhostblk.nodes.qcow2.refcounts import unpack_counts
 
-MAX_MESSAGES = 1000
-Repair = Literal["none", "leaks", "all"]
 
+@dataclass(kw_only=True)
+class CheckResult(ImageCheck):
+    """What a check of a qcow2 image has found."""
 
-@dataclass
-class CheckResult:
-    """What was found and is left, and what was repaired. Names as in QAPI's ImageCheck."""
-
-    check_errors: int = 0
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end_offset: int = 0
-    messages: list[str] = field(default_factory=list)
-    omitted: int = 0
-    """Messages beyond the first MAX_MESSAGES."""
     header: Header | None = None
     """As it is now, after a repair."""
-
-    @property
-    def clean(self) -> bool:
-        """Nothing is wrong (any more)."""
-        return not (self.check_errors or self.corruptions or self.leaks)
-
-    def say(self, text: str) -> None:
-        """Note a finding; there may be very many."""
-        if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(text)
-        else:
-            self.omitted += 1
-
-    def describe(self) -> dict[str, Any]:
-        """QAPI's ImageCheck, without the file's name; absent members are zero, as there."""
-        facts = {
-            "check-errors": self.check_errors,
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-        }
-        for name in (
-            "corruptions",
-            "leaks",
-            "corruptions_fixed",
-            "leaks_fixed",
-            "allocated_clusters",
-            "fragmented_clusters",
-            "compressed_clusters",
-        ):
-            if value := getattr(self, name):
-                facts[name.replace("_", "-")] = value
-        return facts
 
 
 async def check(storage: Storage, header: Header, repair: Repair = "none") -> CheckResult:

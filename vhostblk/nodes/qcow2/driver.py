@@ -21,13 +21,13 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
 from vhostblk import luks
-from vhostblk.engine import IO, OP_READ
-from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle, new_map
+from vhostblk.engine import IO
+from vhostblk.engine.map import MapHandle, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
-from vhostblk.nodes._writable import WritableLater
+from vhostblk.nodes._mapped import MappedImage
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
-from vhostblk.nodes.hooks import HookedChild, Request
+from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2 import bitmaps, extents, facts, internal, journal
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
@@ -69,35 +69,13 @@ _FIRST_SLICES = 64  # loaded for an overlay's first writes, with those that the 
 _DECOMPRESSED = 8
 
 
-class Qcow2Child(HookedChild):
-    """A child of a live image."""
-
-    def transfer(self, request: Request, offset: int, length: int, position: int) -> IO:
-        """Read into a guest's memory, `position` bytes from its beginning."""
-        self.check_range(offset, length)
-        assert self._target is not None
-        request._inflight += 1
-        io = self._host.engine.submit(
-            self._target,
-            OP_READ,
-            offset,
-            None,
-            length,
-            request=request.handle,
-            buffer_offset=position,
-        )
-        io.owner = request
-        return io
-
-
-class Qcow2(WritableLater):
+class Qcow2(MappedImage):
     """A qcow2 image."""
 
     driver = "qcow2"
     Options = Qcow2Options
     options: Qcow2Options
-    child_class = Qcow2Child
-    reopenable = WritableLater.reopenable | {
+    reopenable = MappedImage.reopenable | {
         "pass-discard-request",
         "pass-discard-snapshot",
         "pass-discard-other",
@@ -448,38 +426,15 @@ class Qcow2(WritableLater):
         size = self.geometry.cluster_size
         return range(offset // size * size, offset + length, size)
 
-    def _know_backing(self) -> None:
-        child = self.children.get("backing")
-        self.has_backing = child is not None
-        self.backing_size = child.size if child is not None else 0
-        self.nothing = MAP_BACKING if self.has_backing else MAP_ZERO
-
     # ---- what it is
 
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def filename(self) -> str:
-        return self.child("file").node.filename()
-
     def describe(self) -> dict[str, Any]:
-        header = self.header
-        image = {"filename": self.filename(), **facts.info(header, self._tables)}
-        described: dict[str, Any] = {"image": image}
+        image = facts.info(self.header, self._tables)
+        described = self._describe(image)
         if self.volume is not None:
             described["encrypted"] = True
             specific = image["format-specific"]["data"]
             specific["encrypt"] = {"format": "luks", **luks.describe(self.volume)}
-        if header.backing_file:
-            described["backing_file"] = header.backing_file
-        depth, node = 0, self.children.get("backing")
-        if node is not None:
-            image["full-backing-filename"] = node.node.filename()
-        while node is not None:
-            depth += 1
-            node = node.node.children.get("backing")
-        described["backing_file_depth"] = depth
         described["l2-cache"] = {"slices": len(self.l2), "limit": self.l2.limit}
         return described
 
@@ -524,18 +479,6 @@ class Qcow2(WritableLater):
         await self.file.write(0, start)
         await self.file.flush()
 
-    def children_changed(self) -> None:
-        before = self.has_backing, self.backing_size
-        self._know_backing()
-        if (self.has_backing, self.backing_size) != before:
-            self.map.set_size(self._size, self.backing_size)
-            self.l2.install_again()
-
-    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        if role.kind is RoleKind.BACKING:
-            return Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-        return super().child_permissions(role, perm, shared)
-
     def refuse_writes(self) -> None:
         """Raise if nothing may be written any more."""
         if self.stopped:
@@ -544,16 +487,9 @@ class Qcow2(WritableLater):
     # ---- for the parts
 
     def transfer(self, role: str, request: Request, offset: int, length: int, position: int) -> IO:
-        """Read from a child into a guest's memory, `position` bytes from its beginning."""
         if role == self.data_role and self._encrypted is not None:
             return self._encrypted.transfer(request, offset, length, position)
-        child = self.children[role]
-        assert isinstance(child, Qcow2Child)
-        return child.transfer(request, offset, length, position)
-
-    def read_backing(self, offset: int, into: memoryview) -> IO:
-        """Read what the image does not have."""
-        return self.children["backing"].read(offset, into)
+        return super().transfer(role, request, offset, length, position)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -572,15 +508,6 @@ class Qcow2(WritableLater):
         await self.map.grace()
         for reader in readers:
             await reader
-
-    async def again(self, request: Request, op: int) -> None:
-        """Carry out a request through the engine's map once more, without its flags."""
-        io = self.engine.submit(
-            self.map, op, request.offset, None, request.length, request=request.handle
-        )
-        request._inflight += 1
-        io.owner = request
-        await io
 
     def missing_tables(self) -> int:
         """How many L2 tables what is in memory may need at the next flush."""
@@ -732,11 +659,6 @@ class Qcow2(WritableLater):
 
     def _writeback_failed(self, error: OSError) -> None:
         logger.warning("metadata of '%s' could not be written: %s", self.filename(), error)
-
-    def _error(self, text: str, code: str = "bad-image") -> VhostblkError:
-        return VhostblkError(
-            text, data={"code": code, "node": self.name, "filename": self.filename()}
-        )
 
     # ---- changes
 

@@ -128,13 +128,7 @@ class EncryptedStorage(ChildStorage):
     def transfer(self, request: Request, offset: int, length: int, position: int) -> IO:
         """Read into a guest's memory, `position` bytes from its beginning."""
         self.child.check_range(offset, length)
-        request._inflight += 1
-        io = self._engine.submit(
-            self.handle, OP_READ, offset, None, length,
-            request=request.handle, buffer_offset=position,
-        )  # fmt: skip
-        io.owner = request
-        return io
+        return request.submit_part(self.handle, OP_READ, offset, length, position)
 
     async def read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)

@@ -13,52 +13,22 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
+from vhostblk.image.check import ImageCheck, Repair
 from vhostblk.nodes.qed.header import NEED_CHECK, Header, Writer, write_header
 from vhostblk.nodes.qed.tables import entries_from
 
 _CHUNK = 1 << 20
-_MESSAGES = 100
-
-Repair = Literal["none", "leaks", "all"]
 
 
-@dataclass
-class QedCheck:
-    """What is left after the repair, and what was repaired, as in QAPI's ImageCheck."""
+@dataclass(kw_only=True)
+class QedCheck(ImageCheck):
+    """What a check of a QED image has found."""
 
     header: Header
-    corruptions: int = 0
-    corruptions_fixed: int = 0
-    leaks: int = 0
-    leaks_fixed: int = 0
-    check_errors: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end_offset: int = 0
-    messages: list[str] = field(default_factory=list)
+    """As it is now, after a repair."""
     used: set[int] = field(default_factory=set)
-
-    def describe(self) -> dict[str, Any]:
-        """QAPI's ImageCheck, without the file's name; absent members are zero, as there."""
-        facts = {
-            "check-errors": self.check_errors,
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-        }
-        for name in (
-            "corruptions",
-            "leaks",
-            "corruptions_fixed",
-            "leaks_fixed",
-            "allocated_clusters",
-            "fragmented_clusters",
-        ):
-            if value := getattr(self, name):
-                facts[name.replace("_", "-")] = value
-        return facts
+    """Clusters that are named."""
 
 
 async def check(storage: Writer, header: Header, repair: Repair = "none") -> QedCheck:
@@ -90,7 +60,7 @@ class _Check:
         self._fix = fix
         self._end = storage.size
         size = header.cluster_size
-        self.result = QedCheck(header)
+        self.result = QedCheck(header=header)
         self.result.total_clusters = -(-header.size // size)
         self.result.image_end_offset = self._end
         self._last = 0
@@ -104,7 +74,7 @@ class _Check:
             if not self._valid(entry, header.table_bytes):
                 await self._bad(at, f"L1 entry {number} ({entry:#x}) names no table in the file")
             elif not self._use(entry, header.table_size):
-                self._say(f"L1 entry {number} ({entry:#x}) names clusters that are in use")
+                self.result.say(f"L1 entry {number} ({entry:#x}) names clusters that are in use")
                 result.corruptions += 1
             else:
                 tables.append((number, entry))
@@ -116,7 +86,7 @@ class _Check:
                 if not self._valid(entry, header.cluster_size):
                     await self._bad(at, f"{where} names no cluster in the file")
                 elif not self._use(entry, 1):
-                    self._say(f"{where} names a cluster that is in use")
+                    self.result.say(f"{where} names a cluster that is in use")
                     result.corruptions += 1
                 else:
                     result.allocated_clusters += 1
@@ -151,7 +121,7 @@ class _Check:
         return free
 
     async def _bad(self, at: int, text: str) -> None:
-        self._say(text)
+        self.result.say(text)
         if not self._fix:
             self.result.corruptions += 1
             return
@@ -161,7 +131,3 @@ class _Check:
         struct.pack_into("<Q", raw, at - sector, 0)
         await self._storage.write(sector, bytes(raw))
         self.result.corruptions_fixed += 1
-
-    def _say(self, text: str) -> None:
-        if len(self.result.messages) < _MESSAGES:
-            self.result.messages.append(text)

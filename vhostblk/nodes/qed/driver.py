@@ -34,16 +34,15 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
-from vhostblk.engine import IO, OP_WRITE
+from vhostblk.engine import OP_WRITE
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
-from vhostblk.nodes._writable import WritableLater
+from vhostblk.nodes._mapped import MappedImage
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.creating import NewFile
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
-from vhostblk.nodes.qcow2.driver import Qcow2Child
 from vhostblk.nodes.qcow2.extents import extents
 from vhostblk.nodes.qcow2.geometry import ZERO, translate, units_of
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
@@ -68,7 +67,7 @@ from vhostblk.nodes.qed.tables import (
     geometry,
     words_of,
 )
-from vhostblk.schema import BlockdevRef, Model, StrOrList, VhostblkError
+from vhostblk.schema import BlockdevRef, Model, StrOrList
 
 logger = logging.getLogger(__name__)
 
@@ -163,14 +162,13 @@ class _Path(DataPath):
                 self.settle(claim)
 
 
-class Qed(WritableLater):
+class Qed(MappedImage):
     """A QED image."""
 
     driver = "qed"
     Options = QedOptions
     options: QedOptions
-    child_class = Qcow2Child
-    reopenable = WritableLater.reopenable | {"allow-backing-from"}
+    reopenable = MappedImage.reopenable | {"allow-backing-from"}
     child_roles: ClassVar[Mapping[str, ChildRole]] = {
         "file": ChildRole(RoleKind.STORAGE),
         "backing": ChildRole(RoleKind.BACKING, optional=True),
@@ -274,44 +272,21 @@ class Qed(WritableLater):
         length = -(-8 * header.l1_entries // SECTOR) * SECTOR
         return entries_from(await self.file.read(header.l1_table_offset, length))
 
-    def _know_backing(self) -> None:
-        child = self.children.get("backing")
-        self.has_backing = child is not None
-        self.backing_size = child.size if child is not None else 0
-        self.nothing = MAP_BACKING if self.has_backing else MAP_ZERO
-
     # ---- what it is
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def filename(self) -> str:
-        return self.child("file").node.filename()
 
     def describe(self) -> dict[str, Any]:
         header = self.header
         image: dict[str, Any] = {
-            "filename": self.filename(),
             "format": "qed",
             "virtual-size": self._size,
             "cluster-size": header.cluster_size,
             "dirty-flag": header.need_check,
         }
-        facts: dict[str, Any] = {"image": image}
         if header.backing_file:
             image["backing-filename"] = header.backing_file
             if header.backing_format:
                 image["backing-filename-format"] = header.backing_format
-            facts["backing_file"] = header.backing_file
-        depth, node = 0, self.children.get("backing")
-        if node is not None:
-            image["full-backing-filename"] = node.node.filename()
-        while node is not None:
-            depth += 1
-            node = node.node.children.get("backing")
-        facts["backing_file_depth"] = depth
-        return facts
+        return self._describe(image)
 
     @property
     def allocation_unit(self) -> int:
@@ -350,32 +325,10 @@ class Qed(WritableLater):
         self.header = self._forgotten
         await write_header(self.file, self.header)
 
-    def children_changed(self) -> None:
-        before = self.has_backing, self.backing_size
-        self._know_backing()
-        if (self.has_backing, self.backing_size) != before:
-            self.map.set_size(self._size, self.backing_size)
-            self.l2.install_again()
-
-    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        if role.kind is RoleKind.BACKING:
-            return Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-        return super().child_permissions(role, perm, shared)
-
     def commit_permissions(self, perm: Perm, shared: Perm) -> None:
         self._written_to = bool(perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE))
 
     # ---- for the data path and the cache
-
-    def transfer(self, role: str, request: Request, offset: int, length: int, position: int) -> IO:
-        """Read from a child into a guest's memory, `position` bytes from its beginning."""
-        child = self.children[role]
-        assert isinstance(child, Qcow2Child)
-        return child.transfer(request, offset, length, position)
-
-    def read_backing(self, offset: int, into: memoryview) -> IO:
-        """Read what the image does not have."""
-        return self.children["backing"].read(offset, into)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -385,15 +338,6 @@ class Qed(WritableLater):
     async def grace(self) -> None:
         """Done when all requests that have begun by now have ended in the engine."""
         await self.map.grace()
-
-    async def again(self, request: Request, op: int) -> None:
-        """Carry out a request through the engine's map once more, without its flags."""
-        io = self.engine.submit(
-            self.map, op, request.offset, None, request.length, request=request.handle
-        )
-        request._inflight += 1
-        io.owner = request
-        await io
 
     def entries_of(self, slice: Slice, index: int) -> list[int]:
         """What the engine is to know of one cluster."""
@@ -734,11 +678,6 @@ class Qed(WritableLater):
         await self.allocator.trim()
         await self.file.flush()
         await self._clear()
-
-    def _error(self, text: str, code: str = "bad-image") -> VhostblkError:
-        return VhostblkError(
-            text, data={"code": code, "node": self.name, "filename": self.filename()}
-        )
 
 
 def _nothing() -> None:
