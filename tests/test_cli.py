@@ -365,12 +365,17 @@ def test_daemonize(short_dir: Path, image: Path) -> None:
     assert not pidfile.exists()
 
 
-def test_daemonize_says_what_failed(short_dir: Path) -> None:
+@pytest.mark.parametrize("log", [False, True])
+def test_daemonize_says_what_failed(short_dir: Path, log: bool) -> None:
+    """To the caller, also if the log is a file."""
+    more = ["--log-file", str(short_dir / "log")] if log else []
     done = vhostblk(
-        "serve", "--daemonize", "--blockdev", "null-cx,node-name=a", directory=short_dir
+        "serve", "--daemonize", *more, "--blockdev", "null-cx,node-name=a", directory=short_dir
     )
     assert done.returncode == 1
     assert "null-co" in done.stderr
+    if log:
+        assert "null-co" in (short_dir / "log").read_text()
 
 
 def test_log_file(start_backend: Start, short_dir: Path, image: Path) -> None:

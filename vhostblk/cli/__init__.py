@@ -123,28 +123,33 @@ def guarded(program: str, action: Callable[[], int]) -> int:
 
 
 def _report(program: str, error: Exception) -> int:
+    from vhostblk.cli.process import tell_caller
+
+    text, status = _explained(error)
+    line = f"{program}: {text}"
+    print(line, file=sys.stderr)
+    tell_caller(line)
+    return status
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What went wrong, and the status that says so."""
     from vhostblk.cli.errors import FAILED, NOT_RUNNING, REFUSED, TIMEOUT, CliError, error_text
     from vhostblk.control.client import NotRunning, Refused
     from vhostblk.schema import VhostblkError
 
     if isinstance(error, VhostblkError):
-        print(f"{program}: {error_text(error)}", file=sys.stderr)
+        text = error_text(error)
         if isinstance(error, CliError):
-            return error.status
+            return text, error.status
         if isinstance(error, NotRunning):
-            return NOT_RUNNING
-        return REFUSED if isinstance(error, Refused) else FAILED
+            return text, NOT_RUNNING
+        return text, REFUSED if isinstance(error, Refused) else FAILED
     if isinstance(error, TimeoutError):
-        print(f"{program}: {error or 'timed out'}", file=sys.stderr)
-        return TIMEOUT
+        return str(error) or "timed out", TIMEOUT
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{program}: {where}{error.strerror or error}", file=sys.stderr)
-        return FAILED
+        return f"{where}{error.strerror or error}", FAILED
     text = " ".join(str(error).split())
-    print(
-        f"{program}: internal error: {type(error).__name__}: {text} "
-        "(VHOSTBLK_TRACEBACK=1 shows where)",
-        file=sys.stderr,
-    )
-    return FAILED
+    kind = type(error).__name__
+    return f"internal error: {kind}: {text} (VHOSTBLK_TRACEBACK=1 shows where)", FAILED

@@ -13,6 +13,8 @@ from typing import NoReturn
 from vhostblk.cli.errors import FAILED, CliError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# What standard error was, if the log is a file; until --daemonize lets the terminal go.
+_caller: int | None = None
 # syslog's priorities, which the journal reads from the start of a line.
 _PRIORITIES = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}
 
@@ -115,6 +117,7 @@ class Background:
         if log_file is None:
             os.dup2(null, 2)
         os.close(null)
+        _let_caller_go()
         os.write(self._writer, b"\0")
         os.close(self._writer)
 
@@ -159,6 +162,8 @@ def set_up_logging(program: str, level: str, log_file: str | None) -> None:
             fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         except OSError as error:
             raise CliError(f"Cannot open log file '{log_file}': {error.strerror}") from None
+        global _caller
+        _caller = os.dup(2)
         os.dup2(fd, 2)
         os.close(fd)
     handler = logging.StreamHandler(sys.stderr)
@@ -168,6 +173,20 @@ def set_up_logging(program: str, level: str, log_file: str | None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(max(root.level, logging.WARNING))
+
+
+def tell_caller(line: str) -> None:
+    """Whoever started us is to know why we end, also if the log is elsewhere."""
+    if _caller is not None:
+        with contextlib.suppress(OSError):
+            os.write(_caller, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def _let_caller_go() -> None:
+    global _caller
+    if _caller is not None:
+        os.close(_caller)
+        _caller = None
 
 
 def _stderr_is_journal() -> bool:
