@@ -293,7 +293,17 @@ def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixt
         (["-f", "qcow2", "-b", "there", "new", "1M"], "-b needs -F"),
         (["-f", "qcow2", "-b", "missing", "-F", "raw", "new", "1M"], "does not exist"),
         (["-f", "raw", "-b", "there", "-F", "raw", "new", "1M"], "cannot have a backing file"),
+        (["-f", "qcow2", "-b", "there", "-F", "rw", "new", "1M"], "did you mean 'raw'?"),
+        (["-f", "qcow2", "-o", "data_file=there", "new", "1M"], "'there' exists and is not empty"),
+        (["-f", "qcow2", "-o", "data_file=./new", "new", "1M"], "must be two files"),
+        (["-f", "qcow2", "-o", "data_file=no/dir", "new", "1M"], "No such file or directory"),
         (["-f", "null-co", "new", "1M"], "does not support blockdev-create"),
+        # What --force may replace stays when it cannot be replaced.
+        (["--force", "-f", "qcow2", "-o", "cluster_size=3", "there", "1M"], "Cluster size"),
+        (["--force", "-f", "qcow2", "-o", "cluster_size=512", "there", "9P"], "L1 table"),
+        (["--force", "-f", "qcow2", "-o", "sise=3", "there", "1M"], "unexpected"),
+        (["--force", "-f", "qed", "-o", "table_size=3", "there", "1M"], "table size"),
+        (["--force", "-f", "raw", "-o", "preallocation=ful", "there", "1M"], "'full'"),
     ],
 )
 def test_create_refuses_in_a_sentence(
@@ -310,3 +320,11 @@ def test_create_refuses_in_a_sentence(
     assert text in error and "Traceback" not in error
     assert Path("there").read_bytes() == b"data"
     assert not Path("new").exists()
+
+
+def test_create_rounds_up_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, data = tmp_path / "a.qcow2", tmp_path / "a.raw"
+    assert main(["create", "-f", "qcow2", "-o", f"data_file={data}", str(path), "1000"]) == 0
+    assert "1024 bytes" in capsys.readouterr().out
+    assert json.loads(qemu("qemu-img", "info", "--output=json", path))["virtual-size"] == 1024
+    assert data.exists()

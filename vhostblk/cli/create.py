@@ -11,8 +11,9 @@ from typing import Any
 
 from vhostblk.cli import luks_create, passphrase
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, did_you_mean
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
+from vhostblk.nodes.qcow2.backing import CONTAINERS, STORAGE
 from vhostblk.schema.model import parse_size
 
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ Options are those of blockdev-create, and the names that 'qemu-img create -o' ha
 (cluster_size, compat=0.10 or 1.1, backing_fmt, …).
 """
 
+SECTOR = 512
 _COMPAT = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
 
 
@@ -62,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(str(error), status=USAGE) from None
     options = _options(args.options)
     path = Path(args.file)
-    for file in filter(None, (args.file, args.header)):
+    files = [file for file in (args.file, args.header, options.get("data-file")) if file]
+    if len({os.path.realpath(file) for file in files}) != len(files):
+        raise CliError("an image and its other file must be two files", status=USAGE)
+    for file in files:
         if os.path.exists(file) and os.path.getsize(file) and not args.force:
             raise CliError(f"'{file}' exists and is not empty; --force replaces it")
     if args.format != "luks" and (args.header or passphrase.is_given(args, "key-")):
@@ -81,6 +86,12 @@ def run(args: argparse.Namespace) -> int:
                                status=USAGE)  # fmt: skip
             _check_backing(path, args.backing)
             options |= {"backing-file": args.backing, "backing-fmt": args.backing_format}
+        known, fmt = (*CONTAINERS, *STORAGE), options.get("backing-fmt")
+        if fmt is not None and fmt not in known:
+            near = did_you_mean(fmt, known)
+            raise CliError(f"the format of a backing file is one of {', '.join(known)}, not "
+                           f"'{fmt}'{near}", status=USAGE)  # fmt: skip
+        size = -(-size // SECTOR) * SECTOR
         asyncio.run(_create(args.format, str(path), size, options))
     print(f"{path}: {made}, {size} bytes")
     return 0
@@ -120,30 +131,36 @@ def _check_backing(path: Path, name: str) -> None:
 
 async def _create(format: str, path: str, size: int, options: dict[str, Any]) -> None:
     from vhostblk.backend import Backend
-    from vhostblk.jobs.create import Creator
+    from vhostblk.jobs.create import Creator, check_options
 
     backend = Backend()
     await backend.start()
     try:
         creator = Creator(backend.graph, backend.driver_registry, "create", locked=False)
-        data = options.pop("data-file", None)
-        if data is not None:
-            create_file(FileCreateOptions(driver="file", filename=data, size=0))
-            options["data-file"] = {"driver": "file", "filename": data}
-        existed = os.path.exists(path)
-        create_file(FileCreateOptions(driver="file", filename=path, size=0))
+        files = [path]
+        wanted = {
+            "driver": format,
+            "file": {"driver": "file", "filename": path},
+            "size": size,
+            **options,
+        }
+        if "data-file" in options:
+            files.append(options["data-file"])
+            wanted["data-file"] = {"driver": "file", "filename": options["data-file"]}
+        # Before a file is emptied that --force may replace.
+        driver, checked = check_options(backend.driver_registry, wanted)
+        driver.check_create(checked)
+        made: list[str] = []
         try:
-            await creator.create(
-                {
-                    "driver": format,
-                    "file": {"driver": "file", "filename": path},
-                    "size": size,
-                    **options,
-                }
-            )
+            for file in files:
+                existed = os.path.exists(file)
+                create_file(FileCreateOptions(driver="file", filename=file, size=0))
+                if not existed:
+                    made.append(file)
+            await creator.create(wanted)
         except BaseException:
-            if not existed:
-                os.unlink(path)
+            for file in made:
+                os.unlink(file)
             raise
     finally:
         await backend.close()

@@ -300,6 +300,10 @@ class NodeDriver:
     # ---- creating images
 
     @classmethod
+    def check_create(cls, options: Any) -> None:
+        """Refuse an instance of `CreateOptions` that cannot be an image, before there is a file."""
+
+    @classmethod
     async def create(cls, host: CreateHost, options: Any) -> None:
         """Create an image as `options`, an instance of `CreateOptions`, describe it."""
         raise NotImplementedError

@@ -17,8 +17,8 @@ from typing import Any
 from vhostblk.schema import VhostblkError
 
 # What an image may name: formats and filters that look at files, and files themselves.
-_CONTAINERS = ("raw", "qcow2", "qed")
-_STORAGE = ("file", "host_device")
+CONTAINERS = ("raw", "qcow2", "qed")
+STORAGE = ("file", "host_device")
 _HAVE_CHAINS = ("qcow2", "qed")  # take allow-backing-from in turn
 _MAX_NESTING = 16
 
@@ -47,13 +47,13 @@ class NamedFiles:
                 "the options",
             )
         path = self._path(name, "backing file")
-        if format in _STORAGE:
+        if format in STORAGE:
             return {"driver": format, "filename": path}
-        if format not in _CONTAINERS:
+        if format not in CONTAINERS:
             raise self._error(
                 f"Image '{self._filename}': its backing file '{name}' has format '{format}', "
                 f"which may not be opened because an image says so; allowed: "
-                f"{', '.join((*_CONTAINERS, *_STORAGE))}",
+                f"{', '.join((*CONTAINERS, *STORAGE))}",
                 "backing-format",
                 "give 'backing' in the options",
             )
@@ -115,10 +115,10 @@ class NamedFiles:
 
     def _checked(self, options: dict[str, Any], what: str, depth: int = 0) -> dict[str, Any]:
         driver = options.get("driver")
-        if depth > _MAX_NESTING or driver not in (*_CONTAINERS, *_STORAGE):
+        if depth > _MAX_NESTING or driver not in (*CONTAINERS, *STORAGE):
             raise self._error(
                 f"Image '{self._filename}': its {what} uses driver '{driver}', which may not be "
-                f"used because an image says so; allowed: {', '.join((*_CONTAINERS, *_STORAGE))}",
+                f"used because an image says so; allowed: {', '.join((*CONTAINERS, *STORAGE))}",
                 "backing-driver",
                 "give 'backing' in the options",
             )
@@ -131,7 +131,7 @@ class NamedFiles:
             "qed": ("driver", "file", "backing"),
         }[str(driver)]
         checked = {key: options[key] for key in known if key in options}
-        if driver in _STORAGE:
+        if driver in STORAGE:
             filename = options.get("filename")
             if not isinstance(filename, str):
                 raise self._error(

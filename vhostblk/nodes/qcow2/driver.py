@@ -34,7 +34,8 @@ from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.check import check as check_at_rest
 from vhostblk.nodes.qcow2.check import repair_dirty
 from vhostblk.nodes.qcow2.compression import decompress
-from vhostblk.nodes.qcow2.create import Qcow2CreateOptions
+from vhostblk.nodes.qcow2.create import Qcow2CreateOptions, plan
+from vhostblk.nodes.qcow2.create import check as check_options
 from vhostblk.nodes.qcow2.creating import create_image
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.discard import Discarder
@@ -92,6 +93,11 @@ class Qcow2(MappedImage):
     # ---- creating
 
     CreateOptions: ClassVar[type[Model] | None] = Qcow2CreateOptions
+
+    @classmethod
+    def check_create(cls, options: Qcow2CreateOptions) -> None:
+        check_options(options)
+        plan(options)
 
     @classmethod
     async def create(cls, host: CreateHost, options: Qcow2CreateOptions) -> None:

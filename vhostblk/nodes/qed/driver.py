@@ -48,7 +48,7 @@ from vhostblk.nodes.qcow2.geometry import ZERO, translate, units_of
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.nodes.qed.check import check
-from vhostblk.nodes.qed.create import QedCreateOptions, create
+from vhostblk.nodes.qed.create import QedCreateOptions, create, plan
 from vhostblk.nodes.qed.header import (
     BACKING,
     MAX_L1_BYTES,
@@ -179,6 +179,10 @@ class Qed(MappedImage):
     stopped = False
     engine_allocates = False
     data_role = "file"
+
+    @classmethod
+    def check_create(cls, options: QedCreateOptions) -> None:
+        plan(options)
 
     @classmethod
     async def create(cls, host: CreateHost, options: QedCreateOptions) -> None:
