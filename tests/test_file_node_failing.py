@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from bare_engine import AIO, FLUSH, FUA, READ, WRITE, BareEngine
+from crash.tools import plain_environment
 
 MIB = 1 << 20
 
@@ -49,6 +50,7 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
             ],
             stderr=subprocess.PIPE,
             text=True,
+            env=plain_environment(),
         )
         processes.append(process)
         deadline = time.monotonic() + 20

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from bare_engine import AIO
+from crash.tools import plain_environment
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parent / "cffi_build" / "engine"
@@ -95,6 +96,7 @@ def test_random_requests(
             capture_output=True,
             text=True,
             timeout=100,
+            env=plain_environment(),
         )
     finally:
         image.unlink()

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from backend_process import BackendProcess
+from crash.tools import plain_environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +113,8 @@ def reference() -> Iterator[str]:
             NODE,
             "--object",
             "iothread,id=t0",
-        ]
+        ],
+        env=plain_environment(),
     )
     try:
         deadline = time.monotonic() + 10
