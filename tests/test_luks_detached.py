@@ -102,7 +102,7 @@ def test_a_new_key_with_snapshots_below(tmp_path: Path) -> None:
         await made.make()
         before.append(made.content)
         await host.backend.transaction([made.cover(1)])
-        with refused("detached header ('h')", "only the old key opens: base", "copy the header"):
+        with refused("detached header ('h')", "only the old key opens: base. ", "copy the header"):
             await command(host, "luks-reencrypt", **CHEAP)
         assert not list(host.backend.jobs)
         shutil.copy(made.header, tmp_path / "copy")
@@ -165,5 +165,38 @@ def test_a_snapshot_inside_an_image_half_way(tmp_path: Path) -> None:
         job.set_speed(0)
         await until_done(host)
         await host.backend.internal_snapshot(node, "create", "s")
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("what", ["block-stream", "copy-on-read"])
+def test_a_header_that_is_an_overlay_is_no_leg(tmp_path: Path, what: str) -> None:
+    """What fills the disk's overlays has no business in the header's, nor lets it go."""
+    before: list[bytes] = []
+
+    async def test(host: Host) -> None:
+        from vhostblk.jobs.stream import start_stream
+
+        made = Detached(host, tmp_path)
+        await made.make()
+        before.append(made.content)
+        await host.backend.transaction([made.cover(1), made.cover_header()])
+        graph = host.backend.graph
+        if what == "copy-on-read":
+            node = await host.add("copy-on-read", "cor", file="disk")
+            assert [leg.node.driver for leg in node.targets] == ["qcow2"]
+            assert await host.read("cor", 0, DISK) == made.content
+        else:
+            async with host.backend.changing():
+                await start_stream(host.backend, "e", "job")
+            await host.until(lambda: not list(host.backend.jobs), 40)
+            [told] = host.named("BLOCK_JOB_COMPLETED")
+            assert "error" not in told
+            assert "backing" not in graph.node("disk").child("file").node.children
+        header = graph.node("disk").child("header").node
+        assert header.driver == "qcow2"
+        assert header.children["backing"].node.name == "h"
+        assert await host.read("disk", 0, DISK) == made.content
+        await command(host, "luks-key-slot-test", key_secret="one")
 
     with_host(test)

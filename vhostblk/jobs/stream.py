@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob, reason
 from vhostblk.jobs.restart import restartable
-from vhostblk.nodes._chain import backing_of, backing_role
+from vhostblk.nodes._chain import backing_of, backing_role, data_children
 from vhostblk.nodes.copy_on_read import PORTION, CopyFailed, CopyOnRead
 from vhostblk.schema import VhostblkError
 
@@ -130,8 +130,8 @@ def _place(backend: Backend, device: str) -> NodeDriver:
         node = graph.backend(device).root
     except VhostblkError:
         node = graph.node(device)
-    while node.is_filter and len(node.children) == 1:
-        node = next(iter(node.children.values())).node
+    while node.is_filter and len(below := data_children(node)) == 1:
+        [node] = below
     return node
 
 

@@ -61,6 +61,28 @@ def backing_of(node: NodeDriver) -> NodeDriver | None:
     return child.node if child is not None else None
 
 
+def data_children(node: NodeDriver) -> list[NodeDriver]:
+    """The children that have the data of a node: not those that only describe them."""
+    return [
+        child.node
+        for role, child in node.children.items()
+        if node.child_roles[role.partition(".")[0]].kind is not RoleKind.METADATA
+    ]
+
+
+def images_behind(top: NodeDriver) -> list[NodeDriver]:
+    """What is behind each overlay at or below a node."""
+    found: dict[NodeDriver, None] = {}
+    waiting = [top]
+    for node in waiting:  # grows while it is walked
+        if backing_role(node) is None:
+            waiting += data_children(node) if node.data_shift() is not None else []
+        elif (behind := backing_of(node)) is not None:
+            found[behind] = None
+            waiting.append(behind)
+    return list(found)
+
+
 def layers(top: NodeDriver) -> Iterator[Layer]:
     """The images of a chain, from the top down. Filters between them are left out."""
     node: NodeDriver | None = top
@@ -71,7 +93,7 @@ def layers(top: NodeDriver) -> Iterator[Layer]:
         if backing_role(node) is not None:
             node, depth = backing_of(node), depth + 1
         elif node.children and node.data_shift() is not None:
-            node = next(iter(node.children.values())).node
+            node = data_children(node)[0]
         else:
             return
 
@@ -79,7 +101,7 @@ def layers(top: NodeDriver) -> Iterator[Layer]:
 def legs_below(node: NodeDriver, bottom: str | None) -> list[Leg]:
     """The topmost overlays below a node that have something behind them."""
     found: list[Leg] = []
-    waiting = [(child.node, 0) for child in node.children.values()]
+    waiting = [(child, 0) for child in data_children(node)]
     while waiting:
         current, shift = waiting.pop(0)
         if backing_role(current) is not None:
@@ -90,7 +112,7 @@ def legs_below(node: NodeDriver, bottom: str | None) -> list[Leg]:
             continue
         further = current.data_shift()
         if further is not None:
-            waiting += [(child.node, shift + further) for child in current.children.values()]
+            waiting += [(child, shift + further) for child in data_children(current)]
     if bottom is not None and not waiting and not found:
         _check_bottom(node, bottom)
     return list({leg.node: leg for leg in found}.values())
@@ -111,12 +133,12 @@ def _limited(top: NodeDriver, shift: int, above: NodeDriver, bottom: str) -> lis
 
 def _check_bottom(node: NodeDriver, bottom: str) -> None:
     """`bottom` must be somewhere below, though it makes no difference."""
-    waiting = [child.node for child in node.children.values()]
+    waiting = data_children(node)
     for current in waiting:  # grows while it is walked
         if any(layer.node.name == bottom for layer in layers(current)):
             return
         if current.is_filter:
-            waiting += [child.node for child in current.children.values()]
+            waiting += data_children(current)
     raise _not_in_chain(node, waiting[0], bottom)
 
 

@@ -22,7 +22,7 @@ from vhostblk.engine.crypt import WHOLE, Cipher, CipherSpec, Half, new_cipher
 from vhostblk.luks import reencryption
 from vhostblk.luks.luks2 import REENCRYPTION
 from vhostblk.luks.reencryption import Reencryption
-from vhostblk.nodes._chain import layers, legs_below
+from vhostblk.nodes._chain import images_behind
 from vhostblk.nodes._crypt import CryptNode
 from vhostblk.nodes._zone_log import ZoneLog
 from vhostblk.nodes.driver import NodeDriver
@@ -118,18 +118,13 @@ class ReencryptingNode(CryptNode):
         header = self.children.get("header")
         if header is None or force:
             return
-        behind = {
-            layer.node.name: None
-            for leg in legs_below(self, None)
-            for layer in layers(leg.node)
-            if layer.depth
-        }
+        behind = [node.name for node in images_behind(self.child("file").node)]
         if behind:
             raise VhostblkError(
                 f"Node '{self.name}' has a detached header ('{header.node.name}'), and there are "
                 f"images below that only the old key opens: {', '.join(behind)}. If they are of "
                 "use, copy the header first, for them; then 'force'",
-                data={"code": "snapshots-need-header", "node": self.name, "images": list(behind)},
+                data={"code": "snapshots-need-header", "node": self.name, "images": behind},
             )
 
     def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
