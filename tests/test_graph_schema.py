@@ -63,7 +63,7 @@ def test_sizes_as_qemu_writes_them(text: str, size: int) -> None:
     assert validate(Options, {"driver": "file", "size": text}).size == size
 
 
-@pytest.mark.parametrize("text", ["", "k", "1kk", "-1", "1.k", "1 k", "1e3", "0x"])
+@pytest.mark.parametrize("text", ["", "k", "1kk", "-1", "1.k", "1 k", "1e3", "0x", "0.5", "1.5b"])
 def test_what_is_no_size(text: str) -> None:
     assert "'size' expects" in text_of({"driver": "file", "size": text})
 

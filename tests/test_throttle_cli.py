@@ -145,6 +145,8 @@ def test_words(backend: Daemon, words: list[str], expected: dict[str, int]) -> N
     [
         (["g", "iops"], "not LIMIT=VALUE"),
         (["g", "iops=fast"], "not a number"),
+        (["g", "iops=0.5"], "not a number"),  # and not 0, which is no limit
+        (["g", "iops=2", "burst=0.1x"], "not a number"),
         (["g", "speed=3"], "there is no limit 'speed'"),
         (["g", "burst=3x"], "burst= needs a limit"),
         (["g", "iops=500", "burst=100"], "iops-total-max (100) cannot be lower than iops-total"),

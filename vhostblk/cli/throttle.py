@@ -141,7 +141,10 @@ def _excluded(name: str, value: int) -> tuple[str, ...]:
 def _burst(name: str, average: int, text: str) -> int:
     times = re.fullmatch(r"([0-9.]+)x", text)
     try:
-        return round(average * float(times[1])) if times else _number("burst", text)
+        most = round(average * float(times[1])) if times else _number("burst", text)
+        if times and not most:
+            raise ValueError  # 0 would be no limit
+        return most
     except ValueError:
         raise CliError(f"burst={text}: not a number, such as 2000 or 4x", status=USAGE) from None
 

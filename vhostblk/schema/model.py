@@ -87,6 +87,8 @@ def parse_size(text: str) -> int:
     whole, fraction, suffix = match.groups()
     shift = _SHIFTS[suffix.lower()]
     size = int(whole) << shift
+    if fraction and not shift:
+        raise ValueError(f"'{text}' is not a number of bytes")
     if fraction:
         size += (int(fraction) << shift) // 10 ** len(fraction)
     return size
