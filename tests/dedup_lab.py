@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
+import lmdb
 from in_process import MIB, Host
+
+from vhostblk.dedup.file import FileData
+from vhostblk.dedup.rebuild import Rebuild, Report
+from vhostblk.dedup.tables import DATABASES, FILE
 
 BLOCK = 4096
 SEGMENT = 256 << 10
@@ -48,3 +55,33 @@ def store_of(host: Host, name: str = "disk") -> Any:
 def files(directory: Path) -> dict[str, bytes]:
     """What is in a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def rebuild(data: Path, directory: Path) -> Report:
+    """New metadata in `directory`, from a data device that is a plain file."""
+
+    async def run() -> Report:
+        source = FileData(data)
+        try:
+            return await Rebuild(directory, source).run()
+        finally:
+            source.close()
+
+    return asyncio.run(run())
+
+
+async def rebuilt(data: Path, directory: Path) -> Report:
+    """The same in a test that has a loop."""
+    return await asyncio.to_thread(rebuild, data, directory)
+
+
+def contents(directory: Path) -> dict[str, dict[bytes, bytes]]:
+    """All that the database of a store that nobody uses says, but for what may differ."""
+    found = {}
+    with lmdb.open(os.fspath(directory / FILE), subdir=False, max_dbs=16) as env:
+        for name in DATABASES:
+            db = env.open_db(name.encode())
+            with env.begin() as txn:
+                found[name] = dict(txn.cursor(db))
+    del found["state"], found["index"]
+    return found

@@ -78,7 +78,7 @@ def test_events_while_there_is_still_time() -> None:
         await create(host, data=8 * MIB, size=8 * MIB)
         await open_disk(host)
         rnd = random.Random(2)
-        for at in range(0, 7 * MIB, SEGMENT):
+        for at in range(0, 6 * MIB, SEGMENT):
             await host.write("disk", at, rnd.randbytes(SEGMENT))
         percents = [event["percent"] for event in host.named("DEDUP_SPACE")]
         assert percents and percents == sorted(percents) and percents[0] < 90, percents
@@ -139,7 +139,7 @@ def test_bad_content_is_found() -> None:
         await create(host)
         await open_disk(host)
         await host.write("disk", 0, random.Random(4).randbytes(MIB))
-        await host.write("data", (64 << 10) + 5 * BLOCK, b"rotten".ljust(512))
+        await host.write("data", store_of(host).tables.block(5).offset, b"rotten".ljust(512))
         found = await run(host, "dedup-check", node_name="disk", content=True)
         assert found["corruptions"] == 1 and "another content" in found["messages"][0]
 
@@ -154,7 +154,7 @@ def test_equal_content_is_compared_if_wanted() -> None:
         await open_disk(host, verify=True)
         data = random.Random(5).randbytes(MIB // 2)
         await host.write("disk", 0, data)
-        await host.write("data", (64 << 10) + 5 * BLOCK, b"rotten".ljust(512))
+        await host.write("data", store_of(host).tables.block(5).offset, b"rotten".ljust(512))
         await host.write("disk", MIB // 2, data)
         assert await host.read("disk", MIB // 2, MIB // 2) == data
         assert store_of(host).tables.state.blocks == MIB // 2 // BLOCK + 1

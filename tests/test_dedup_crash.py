@@ -15,8 +15,9 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from crash import Drive, History, Recording
 from crash.recorder import Recorder
 from crash.recording import MODES, Change, Mode, Survival
 from crash.stage import SEED_VARIABLE
-from dedup_lab import BLOCK, SEGMENT, create
+from dedup_lab import BLOCK, SEGMENT, contents, create, rebuilt
 from in_process import MIB, Host, with_host
 
 from vhostblk.dedup import store as store_module
@@ -118,14 +119,21 @@ class RecordedJournal(Journal):
 
 class RecordedTables(Tables):
     def write(self) -> None:
-        metadata = watched.get(self.path.parent)
-        if metadata is None:
+        with self._commit():
             super().write()
-            return
-        begin = metadata.recording.clock.tick()
-        super().write()
-        end = metadata.recording.clock.tick()
-        metadata.databases.append((begin, end, self.path.read_bytes()))
+
+    def put_ledger(self, value: bytes) -> None:
+        with self._commit():
+            super().put_ledger(value)
+
+    @contextlib.contextmanager
+    def _commit(self) -> Iterator[None]:
+        metadata = watched.get(self.path.parent)
+        begin = metadata.recording.clock.tick() if metadata is not None else 0
+        yield
+        if metadata is not None:
+            end = metadata.recording.clock.tick()
+            metadata.databases.append((begin, end, self.path.read_bytes()))
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +212,17 @@ async def content_of(host: Host, where: Path) -> bytes:
     return content
 
 
+async def content_of_data_alone(host: Host, where: Path) -> bytes:
+    """The metadata are lost with the power, and are rebuilt."""
+    alone = where.parent / "alone"
+    shutil.rmtree(alone, ignore_errors=True)
+    alone.mkdir()
+    shutil.copy(where / "data.raw", alone)
+    report = await rebuilt(alone / "data.raw", alone / "meta")
+    assert not report.messages and not report.lost, report
+    return await content_of(host, alone)
+
+
 async def judge(host: Host, life: Life, history: History, rnd: random.Random, cuts: int) -> None:
     modes: Counter[str] = Counter()
     times = life.recording.times(rnd, cuts, life.opened + 1)
@@ -216,6 +235,8 @@ async def judge(host: Host, life: Life, history: History, rnd: random.Random, cu
         where = life.directory.parent / "cut"
         life.leave(where, time, Survival(mode, rnd))
         try:
+            if number % 2 == 0:
+                history.judge(await content_of_data_alone(host, where), time)
             if number % 3 == 0:
                 await cut_again(host, where, history, time, rnd)
             history.judge(await content_of(host, where), time)
@@ -239,6 +260,13 @@ async def cut_again(
         history.judge(await content_of(host, again), time)
     # For who comes next: as it was cut the second time.
     (where / "data.raw").write_bytes((again / "data.raw").read_bytes())
+
+
+async def same_metadata(host: Host, life: Life) -> None:
+    """A store that was closed is rebuilt to the last bit."""
+    report = await rebuilt(life.data, host.directory / "rebuilt")
+    assert not report.messages and not report.lost and not report.dropped, report
+    assert contents(host.directory / "rebuilt") == contents(life.directory)
 
 
 Scenario = Callable[[Drive], Awaitable[None]]
@@ -283,6 +311,17 @@ async def checkpoints(drive: Drive) -> None:
     await mixed(drive)
 
 
+async def generations(drive: Drive) -> None:
+    """The ledger begins anew all the time."""
+    store = drive.host.backend.graph.node("disk").store
+    store.tuning.changes = 20
+    store.ledger.least_log = 16 << 10
+    first = store.ledger.state.segments[0]
+    await mixed(drive)
+    await overwrites(drive)
+    assert first not in store.ledger.state.segments
+
+
 async def moves(drive: Drive) -> None:
     """Blocks are moved, by collection and in the disk's order, while guests overwrite them."""
     node = drive.host.backend.graph.node("disk")
@@ -311,7 +350,7 @@ async def compressed(drive: Drive) -> None:
     await duplicates(drive)
 
 
-SCENARIOS = [unique, mixed, duplicates, overwrites, checkpoints, moves, compressed]
+SCENARIOS = [unique, mixed, duplicates, overwrites, checkpoints, generations, moves, compressed]
 
 
 @pytest.mark.parametrize("block", [4096, 16384])
@@ -321,7 +360,7 @@ def test_power_cuts(tmp_path: Path, scenario: Scenario, block: int) -> None:
     print(f"{SEED_VARIABLE}={seed}")
 
     async def test(host: Host) -> None:
-        await create(host, size=SIZE, data=3 * MIB, segment_size=SEGMENT, block_size=block)
+        await create(host, size=SIZE, data=4 * MIB, segment_size=SEGMENT, block_size=block)
         await host.backend.blockdev_del("data")
         life = await Life.begin(host, Path(host.path("data.raw")), Path(host.path("meta")))
         history = History(life.recording.clock, bytes(SIZE))
@@ -329,6 +368,7 @@ def test_power_cuts(tmp_path: Path, scenario: Scenario, block: int) -> None:
         await scenario(drive)
         await drive.check()
         await life.end()
+        await same_metadata(host, life)
         await judge(host, life, history, random.Random(seed), cuts=32)
         history.judge(await content_of(host, host.directory), life.recording.clock.now)
 

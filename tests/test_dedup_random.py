@@ -110,7 +110,7 @@ class Model:
 )
 def test_two_disks(plan: list[Any], compress: str, verify: str) -> None:
     async def test(host: Host) -> None:
-        await create(host, data=3 * MIB, segment_size=SEGMENT, size=SIZE)
+        await create(host, data=4 * MIB, segment_size=SEGMENT, size=SIZE)
         model = Model(host, {"compress": compress, "verify": verify})
         await model.open()
         for step in plan:

@@ -334,7 +334,7 @@ def test_the_map_in_memory_is_bounded_and_metadata_are_small() -> None:
         assert blocks == size // BLOCK
         assert store.tables.size / blocks <= 300
         copy = host.directory / "copy.mdb"
-        store.tables.copy(copy)
+        store.tables.copy(copy, b"")
         assert copy.stat().st_size / blocks <= 200
 
     with_host(test)

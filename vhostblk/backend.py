@@ -37,6 +37,7 @@ from vhostblk.transaction import run_actions
 
 if TYPE_CHECKING:
     from vhostblk.jobs.block_job import BlockJob
+    from vhostblk.jobs.create import Creator
 
 logger = logging.getLogger(__name__)
 
@@ -363,6 +364,14 @@ class Backend:
         self._refuse_when_closing()
         self.jobs.check_id(job_id)
         self.jobs.start(CreateJob(job_id, self.graph, self._registry, options))
+
+    def creator(self, job_id: str) -> Creator:
+        """What gives a job that creates something the nodes to write to."""
+        from vhostblk.jobs.create import Creator
+
+        self._refuse_when_closing()
+        self.jobs.check_id(job_id)
+        return Creator(self.graph, self._registry, job_id, locked=False)
 
     async def restart_job(self, entry: dict[str, Any]) -> None:
         """Begin a job that a predecessor had not finished."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.control.registry import Context, Registry
-from vhostblk.schema import Model, OnOff, UInt64, VhostblkError
+from vhostblk.schema import BlockdevRef, Model, OnOff, UInt64, VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.nodes.dedup import Dedup
@@ -117,6 +117,27 @@ async def dedup_defragment(context: Context, arguments: DedupDefragment) -> Any:
     id = arguments.job_id or f"defragment-{node.name}"
     context.backend.jobs.start(DefragmentJob(id, context.backend, node, speed=arguments.speed))
     return {"job-id": id}
+
+
+class DedupRebuild(Model):
+    """Arguments of dedup-rebuild."""
+
+    job_id: str
+    """What the job is called."""
+    file: BlockdevRef
+    """The data device: a node that nobody else writes to, or options of one."""
+    metadata: str
+    """The directory to put them in; without metadata of a store."""
+
+
+@command("dedup-rebuild")
+async def dedup_rebuild(context: Context, arguments: DedupRebuild) -> None:
+    """Begin a job that makes lost metadata of a store anew, from what is on its data device."""
+    from vhostblk.jobs.dedup import RebuildJob
+
+    id, backend = arguments.job_id, context.backend
+    directory = Path(arguments.metadata)
+    backend.jobs.start(RebuildJob(id, backend.creator(id), arguments.file, directory))
 
 
 def _dedup(context: Context, name: str) -> Dedup:

@@ -114,6 +114,10 @@ class DedupStatistics(Model):
     data_size: int
     data_free: int
     metadata_size: int
+    ledger_size: int
+    """Bytes of the data device that hold records of the metadata."""
+    rebuildable: bool
+    """The metadata can be made anew from these records."""
     written_blocks: int
     """Since the store was opened."""
     hits: int
@@ -124,6 +128,25 @@ class DedupStatistics(Model):
     moved_blocks: int
     checkpoints: int
     full: bool
+
+
+class DedupRebuilt(Model):
+    """The job `dedup-rebuild` has made the metadata of a dedup store anew."""
+
+    id: str
+    """The job."""
+    metadata: str
+    """The directory where they are."""
+    disks: list[str]
+    """Disks of the store."""
+    blocks: int
+    """Stored blocks."""
+    time: int
+    """When the last record was written that was found: seconds since 1970."""
+    dropped: int
+    """Blocks of disks whose last, unflushed write was not on the data device."""
+    lost: int
+    """Records that could not be used, since some before them are missing."""
 
 
 class BlockImageCorrupted(Model):
@@ -185,6 +208,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_FILTER_ERROR": FilterError,
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
     "DEDUP_FULL": DedupFull,
+    "DEDUP_REBUILT": DedupRebuilt,
     "DEDUP_SPACE": DedupSpace,
     "DEDUP_STATISTICS": DedupStatistics,
 }

@@ -8,5 +8,8 @@ Usable without the engine: a `Store` works on anything that reads and writes.
 * `tables`: the metadata, in an LMDB database and in memory
 * `space`: the data device as a log of segments
 * `store`: all of it together: writing, flushing, checkpoints, crashes, garbage collection
+* `ledger`: records of the metadata on the data device
+* `rebuild`: makes lost metadata anew from these
+* `replay`: frames of the journal or the ledger on top of a database
 * `check`: recomputes everything that can be recomputed
 """

@@ -23,6 +23,7 @@ from vhostblk.dedup.format import (
     pack_block,
     unpack_block,
 )
+from vhostblk.dedup.ledger import State
 from vhostblk.dedup.tables import INDEX_KEY, Tables
 
 _KEY = struct.Struct(">Q")
@@ -64,6 +65,8 @@ class Check:
         self._super = super
         self._size = size
         self._repair = repair
+        ledger = tables.ledger()
+        self._ledger = set(State.parse(ledger).segments if ledger else ())
         self.result = Result()
 
     def run(self) -> Result:
@@ -167,6 +170,7 @@ class Check:
             and 0 < block.length <= super.block_size
             and super.segment_of(block.offset) == super.segment_of(end - 1)
             and super.segment_of(block.offset) < super.segments(self._size)
+            and super.segment_of(block.offset) not in self._ledger
         )
 
     def _overlaps(self, blocks: list[Block]) -> None:

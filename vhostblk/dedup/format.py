@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a dedup store looks like on its data device, and the records of its journal.
 
-docs/dedup.md describes all of it. The data device begins with a superblock, written once. After
-64 KiB come the segments, which are filled with blocks from front to back, one after the other.
+docs/dedup.md describes all of it. The data device begins with a superblock, written once, and a
+sector that is written whenever the store is opened. After 64 KiB come the segments, which are
+filled from front to back, one after the other: with blocks, some of them with the ledger.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vhostblk.engine.dedup import blake3
 from vhostblk.schema import VhostblkError
@@ -20,7 +21,8 @@ SUPERBLOCK = 4096
 FIRST_SEGMENT = 64 << 10
 SECTOR = 512
 _MAGIC = b"vhostblk dedup\0\0"
-_VERSION = 1
+_VERSION = 2
+"""Version 1 had no ledger. A store stays what it was made as."""
 _SUPERBLOCK = struct.Struct("<16sIIII16s16s")
 FINGERPRINT = 32
 
@@ -41,6 +43,12 @@ class Superblock:
     segment_bits: int
     hash: str
     uuid: bytes
+    version: int = _VERSION
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether the data device has records of the metadata, too (vhostblk/dedup/ledger.py)."""
+        return self.version > 1
 
     @property
     def block_size(self) -> int:
@@ -53,7 +61,7 @@ class Superblock:
     def pack(self) -> bytes:
         number = next(n for n, name in _HASH_NUMBERS.items() if name == self.hash)
         body = _SUPERBLOCK.pack(
-            _MAGIC, _VERSION, self.block_bits, self.segment_bits, number, self.uuid, bytes(16)
+            _MAGIC, self.version, self.block_bits, self.segment_bits, number, self.uuid, bytes(16)
         )
         return (body + hashlib.sha256(body).digest()).ljust(SUPERBLOCK, b"\0")
 
@@ -70,13 +78,13 @@ class Superblock:
             raise VhostblkError(
                 "the superblock of the dedup store is damaged", data={"code": "corrupt"}
             )
-        if version != _VERSION or number not in _HASH_NUMBERS:
+        if not 1 <= version <= _VERSION or number not in _HASH_NUMBERS:
             raise VhostblkError(
                 f"the dedup store has version {version} and hash {number}; this program knows "
-                f"version {_VERSION} only",
+                f"versions 1 to {_VERSION} and hashes 1 to {max(_HASH_NUMBERS)}",
                 data={"code": "unsupported"},
             )
-        return cls(block_bits, segment_bits, _HASH_NUMBERS[number], uuid)
+        return cls(block_bits, segment_bits, _HASH_NUMBERS[number], uuid, version)
 
     def segments(self, size: int) -> int:
         """How many fit on a data device of that size."""
@@ -91,6 +99,27 @@ class Superblock:
         return (offset - FIRST_SEGMENT) >> self.segment_bits
 
 
+LIFE_AT = SUPERBLOCK
+"""Behind the superblock: which life of the store has last written to the data device."""
+_LIFE_MAGIC = b"vhostblk life\0\0\0"
+_LIFE = struct.Struct("<16sQ")
+
+
+def pack_life(uuid: bytes, life: int) -> bytes:
+    """The sector there."""
+    body = _LIFE.pack(_LIFE_MAGIC, life)
+    return (body + hashlib.sha256(uuid + body).digest()).ljust(SUPERBLOCK, b"\0")
+
+
+def parse_life(uuid: bytes, data: bytes | bytearray) -> int:
+    """What it says; 0: nothing."""
+    body = bytes(data[: _LIFE.size])
+    if bytes(data[len(body) : len(body) + 32]) != hashlib.sha256(uuid + body).digest():
+        return 0
+    magic, life = _LIFE.unpack(body)
+    return int(life) if magic == _LIFE_MAGIC else 0
+
+
 class Block(NamedTuple):
     """A stored block. A `length` below the block size says that it is compressed."""
 
@@ -102,7 +131,12 @@ class Block(NamedTuple):
     @property
     def space(self) -> int:
         """Bytes of the data device."""
-        return -(-self.length // SECTOR) * SECTOR
+        return stored_space(self.length)
+
+
+def stored_space(length: int) -> int:
+    """Bytes of the data device for a block of that stored length."""
+    return -(-length // SECTOR) * SECTOR
 
 
 _BLOCK = struct.Struct("<QII32s")
@@ -119,7 +153,7 @@ def unpack_block(value: bytes) -> Block:
     return Block._make(_BLOCK.unpack(value))
 
 
-# ---- records of the journal --------------------------------------------------------------
+# ---- records of the journal and the ledger -----------------------------------------------
 
 
 class Stored(NamedTuple):
@@ -154,12 +188,53 @@ class Disk(NamedTuple):
     name: str
 
 
-Record = Stored | Mapped | Marked | Disk
+class Taken(NamedTuple):
+    """A segment is the ledger's from now on."""
+
+    segment: int
+
+
+class Gone(NamedTuple):
+    """Stored blocks from `first` on have ended: nothing showed them. In the ledger only."""
+
+    first: int
+    blocks: int
+
+
+class Kept(NamedTuple):
+    """A stored block as the database has it. In snapshots in the ledger only."""
+
+    number: int
+    value: bytes
+
+
+class Page(NamedTuple):
+    """A page of a disk's map as the database has it. In snapshots in the ledger only."""
+
+    disk: int
+    page: int
+    value: bytes
+
+
+Record = Stored | Mapped | Marked | Disk | Taken | Gone | Kept | Page
 
 _STORED = struct.Struct("<BQQI32s")
 _MAPPED = struct.Struct("<BIQQQ")
 _MARKED = struct.Struct("<BQ")
 _DISK = struct.Struct("<BIQB")
+_TAKEN = struct.Struct("<BQ")
+_GONE = struct.Struct("<BQQ")
+_KEPT = struct.Struct("<BQ48s")
+_PAGE = struct.Struct("<BIQH")
+_PLAIN: dict[int, tuple[struct.Struct, Callable[[Iterable[Any]], Record]]] = {
+    1: (_MAPPED, Mapped._make),
+    2: (_STORED, Stored._make),
+    3: (_MARKED, Marked._make),
+    5: (_TAKEN, Taken._make),
+    6: (_GONE, Gone._make),
+    7: (_KEPT, Kept._make),
+}
+assert BLOCK_VALUE == 48
 
 
 def pack_record(record: Record) -> bytes:
@@ -168,10 +243,23 @@ def pack_record(record: Record) -> bytes:
         return _MAPPED.pack(1, *record)
     if isinstance(record, Stored):
         return _STORED.pack(2, *record)
-    if isinstance(record, Marked):
-        return _MARKED.pack(3, *record)
-    name = record.name.encode()
-    return _DISK.pack(4, record.disk, record.size, len(name)) + name
+    if isinstance(record, Disk):
+        name = record.name.encode()
+        return _DISK.pack(4, record.disk, record.size, len(name)) + name
+    if isinstance(record, Page):
+        return _PAGE.pack(8, record.disk, record.page, len(record.value)) + record.value
+    if isinstance(record, Kept):
+        return _KEPT.pack(7, *record)
+    if isinstance(record, Gone):
+        return _GONE.pack(6, *record)
+    if isinstance(record, Taken):
+        return _TAKEN.pack(5, *record)
+    return _MARKED.pack(3, *record)
+
+
+def pack_records(records: Iterable[Record]) -> bytes:
+    """A frame's content."""
+    return b"".join(map(pack_record, records))
 
 
 def unpack_records(data: bytes) -> Iterator[Record]:
@@ -179,19 +267,19 @@ def unpack_records(data: bytes) -> Iterator[Record]:
     at = 0
     while at < len(data):
         kind = data[at]
-        if kind == 1:
-            yield Mapped._make(_MAPPED.unpack_from(data, at)[1:])
-            at += _MAPPED.size
-        elif kind == 2:
-            yield Stored._make(_STORED.unpack_from(data, at)[1:])
-            at += _STORED.size
-        elif kind == 3:
-            yield Marked(_MARKED.unpack_from(data, at)[1])
-            at += _MARKED.size
+        if kind in _PLAIN:
+            layout, make = _PLAIN[kind]
+            yield make(layout.unpack_from(data, at)[1:])
+            at += layout.size
         elif kind == 4:
             _, disk, size, length = _DISK.unpack_from(data, at)
             at += _DISK.size
             yield Disk(disk, size, data[at : at + length].decode())
+            at += length
+        elif kind == 8:
+            _, disk, page, length = _PAGE.unpack_from(data, at)
+            at += _PAGE.size
+            yield Page(disk, page, data[at : at + length])
             at += length
         else:
             raise VhostblkError(

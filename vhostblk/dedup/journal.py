@@ -16,10 +16,10 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vhostblk.dedup.format import Record, pack_record, unpack_records
+from vhostblk.dedup.format import Record, unpack_records
 
 _HEADER = struct.Struct("<IIQ16s")
 _MAGIC = 0x76646A31
@@ -81,9 +81,8 @@ class Journal:
         self._directory_changed = True
         self.number, self.next_frame = number, frame
 
-    def append(self, records: Iterable[Record]) -> int:
-        """A frame; its number. It is complete in the page cache, or OSError is raised."""
-        payload = b"".join(map(pack_record, records))
+    def append(self, payload: bytes) -> int:
+        """A frame of packed records; its number. It is in the page cache, or OSError is raised."""
         number = self.next_frame
         header = _HEADER.pack(_MAGIC, len(payload), number, self._digest(number, payload))
         self._write(header + payload)
@@ -177,3 +176,11 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file, which survives a power cut; its name does with sync_directory()."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

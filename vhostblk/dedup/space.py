@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import errno
 import heapq
+from collections.abc import Iterable
 
 from vhostblk.dedup.format import SECTOR, Superblock
 
 RESERVE = 2
 """Segments that only garbage collection may use: it needs room to make room."""
+GUESTS_RESERVE = RESERVE + 1
+"""Segments that guests' writes may not use: the ledger goes on when these have to stop."""
 
 
 class NoSpace(OSError):
@@ -27,8 +30,12 @@ class NoSpace(OSError):
 class Space:
     """The segments of one store."""
 
-    def __init__(self, super: Superblock, size: int, used: dict[int, int], head: int) -> None:
+    def __init__(
+        self, super: Superblock, size: int, used: dict[int, int], head: int, ledger: Iterable[int]
+    ) -> None:
         self._super = super
+        self.ledger = set(ledger)
+        """Segments of the ledger, which are never in `used`."""
         self.used = used
         """Bytes of each segment that blocks need; those not here are free, or the head's."""
         self._flying: dict[int, int] = {}
@@ -55,7 +62,8 @@ class Space:
     def resize(self, size: int) -> None:
         """The data device has this size now."""
         count = self._super.segments(size)
-        self._free += [number for number in range(self.count, count) if number not in self.used]
+        taken = self.used.keys() | self.ledger
+        self._free += [number for number in range(self.count, count) if number not in taken]
         heapq.heapify(self._free)
         self.count = max(self.count, count)
 
@@ -75,7 +83,7 @@ class Space:
         return self.count << self._super.segment_bits
 
     def allocate(
-        self, wanted: int, *, moving: bool = False, reserve: int = RESERVE
+        self, wanted: int, *, moving: bool = False, reserve: int = GUESTS_RESERVE
     ) -> tuple[int, int]:
         """Up to `wanted` bytes at the head, at least a block if one is wanted: offset, bytes.
 
@@ -102,6 +110,25 @@ class Space:
             self.head = end
         self._flying[segment] = self._flying.get(segment, 0) + 1
         return head, length
+
+    def take(self) -> int:
+        """A segment for the ledger."""
+        if len(self._free) <= RESERVE:
+            raise NoSpace
+        segment = heapq.heappop(self._free)
+        self.ledger.add(segment)
+        return segment
+
+    def give_back(self, segment: int) -> None:
+        """The ledger does not need one any more."""
+        assert segment not in self.used
+        self.ledger.discard(segment)
+        heapq.heappush(self._free, segment)
+
+    def taken(self, segment: int) -> None:
+        """The journal says that one is the ledger's."""
+        self.ledger.add(segment)
+        self._forget_free(segment)
 
     def landed(self, offset: int) -> None:
         """What was allocated there is written and recorded, or has failed."""
@@ -147,12 +174,15 @@ class Space:
     def replayed(self, offset: int, length: int) -> None:
         """The journal has a block there, after what the database knows."""
         segment = self._super.segment_of(offset)
-        if segment in self._free:
-            self._free.remove(segment)
-            heapq.heapify(self._free)
+        self._forget_free(segment)
         # Blocks are recorded when they are written, in any order: where the log ended is not known.
         self.head = 0
         self.use(offset, length)
+
+    def _forget_free(self, segment: int) -> None:
+        if segment in self._free:
+            self._free.remove(segment)
+            heapq.heapify(self._free)
 
     def worst(self, limit: int) -> list[int]:
         """Segments with at most `limit` bytes in use, the emptiest first."""

@@ -6,10 +6,11 @@ The order of writes, from which everything else follows (docs/dedup.md has the l
 1. New blocks are written where nothing is, at the head of the log on the data device.
 2. When they are there, a frame in the journal says where, and which blocks of which disk show
    them. Then the guest's write is complete: a kill of this process loses neither.
-3. A flush flushes the data device, then adds a mark to the journal, "all blocks before this frame
-   are on stable storage", and syncs the journal.
-4. A checkpoint begins a new journal file, flushes the data device, writes the metadata database in
-   one durable transaction, and only then removes the old journal and gives back segments.
+3. A flush writes the ledger (ledger.py), flushes the data device, then adds a mark to the
+   journal, "all blocks before this frame are on stable storage", and syncs the journal.
+4. A checkpoint begins a new journal file, writes the ledger, flushes the data device, writes the
+   metadata database in one durable transaction, and only then removes the old journal and gives
+   back segments.
 
 Whoever opens the store after a crash replays the journal. Blocks that came after the last mark
 may not have reached the data device: each is read and its fingerprint compared. One that is not
@@ -45,6 +46,7 @@ from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.compression import compress, decompress
 from vhostblk.dedup.format import (
     HASHES,
+    LIFE_AT,
     SUPERBLOCK,
     Block,
     Disk,
@@ -53,10 +55,18 @@ from vhostblk.dedup.format import (
     Record,
     Stored,
     Superblock,
+    Taken,
+    pack_life,
+    pack_records,
+    parse_life,
+    stored_space,
 )
-from vhostblk.dedup.journal import Journal, sync_directory
-from vhostblk.dedup.space import RESERVE, NoSpace, Space
-from vhostblk.dedup.tables import FILE, PAGE, Tables
+from vhostblk.dedup.journal import Journal, sync_directory, write_file
+from vhostblk.dedup.ledger import Ledger, portions
+from vhostblk.dedup.ledger import State as LedgerState
+from vhostblk.dedup.replay import Replay
+from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
+from vhostblk.dedup.tables import FILE, PAGE, Dump, Tables
 from vhostblk.schema import VhostblkError
 
 logger = logging.getLogger(__name__)
@@ -69,6 +79,8 @@ HOLD_INTERVAL = 0.5
 """Seconds until something that failed for want of space is tried again."""
 LEVELS = (80, 90, 95)
 """Per cent of the data device: when more is in use, there is an event."""
+LEAST_SEGMENTS = 8
+"""Of a store: what is kept for garbage collection and the ledger, and a few for data."""
 CHANGE_BYTES = 256
 """Memory for a change that waits for the database, at most (tests/test_dedup_space.py)."""
 _BACKLOG = 4
@@ -196,6 +208,7 @@ class Store:
         self._told_level = 0
         self._watched = -1  # free segments when _watch() has last looked
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
+        self._dump: tuple[Dump, int] | None = None  # what the ledger's snapshot is made of
         self._told_written = 0  # blocks written when statistics were last told
         self._unmovable: set[int] = set()  # segments of which not everything can be read
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
@@ -215,8 +228,8 @@ class Store:
                 f"'{directory}' has the metadata of a dedup store already",
                 data={"code": "exists"},
             )
-        if super.segments(data.size) < 4:
-            need = super.segment_at(4)
+        if super.segments(data.size) < LEAST_SEGMENTS:
+            need = super.segment_at(LEAST_SEGMENTS)
             raise VhostblkError(
                 f"the data device has {data.size} bytes; a dedup store with segments of "
                 f"{super.segment_size} needs at least {need}",
@@ -228,7 +241,7 @@ class Store:
         # The file that makes the directory a store comes last.
         path = directory / "superblock"
         temporary = directory / "superblock.new"
-        await asyncio.to_thread(_write_file, temporary, packed)
+        await asyncio.to_thread(write_file, temporary, packed)
         temporary.rename(path)
         sync_directory(directory)
 
@@ -245,8 +258,16 @@ class Store:
         self._hash = HASHES[self.super.hash]
         self.zero = self._hash(bytes(self.super.block_size))
         self.journal = Journal(self.directory, self.super.uuid)
-        state = self.tables.state
-        self.space = Space(self.super, data.size, self.tables.segments(), state.head)
+        try:
+            ledger = await self._next_life(data)
+        except BaseException:
+            self.tables.close()
+            self._unlock()
+            raise
+        head, used = self.tables.state.head, self.tables.segments()
+        self.space = Space(self.super, data.size, used, head, ledger.segments)
+        name = str(self.directory)
+        self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name)
         try:
             await self._recover(data)
         except BaseException:
@@ -255,6 +276,28 @@ class Store:
             self._unlock()
             raise
         self._run(self._tell_statistics())
+
+    async def _next_life(self, data: Data) -> LedgerState:
+        """The database knows of it, durably, before the data device is written to."""
+        saved = self.tables.ledger()
+        state = LedgerState.parse(saved) if saved else LedgerState()
+        if not self.super.has_ledger:
+            return state
+        uuid = self.super.uuid
+        there = parse_life(uuid, await data.read(LIFE_AT, SUPERBLOCK))
+        if there not in (state.life, state.previous):
+            logger.warning(
+                "dedup store '%s': these metadata are not those that the data device was last used "
+                "with; if they are older, blocks may have been overwritten since: dedup-check with "
+                "content finds out",
+                self.directory,
+            )
+            state.broken, state.complete = True, False
+        state.previous = there
+        state.life = max(state.life, there, time.time_ns() // 1_000_000) + 1
+        self.tables.put_ledger(state.pack())
+        await data.write(LIFE_AT, pack_life(uuid, state.life))
+        return state
 
     async def _read_superblock(self, data: Data) -> Superblock:
         here = Superblock.parse((self.directory / "superblock").read_bytes())
@@ -322,31 +365,26 @@ class Store:
         state, journal = self.tables.state, self.journal
         frames = list(journal.read(state.journal, state.frame))
         marks = (r.frame for _, records in frames for r in records if isinstance(r, Marked))
-        trusted = max(marks, default=0)
-        missing: set[int] = set()
-        dropped = 0
+        taken = [r.segment for _, records in frames for r in records if isinstance(r, Taken)]
+        for segment in taken:
+            self.space.taken(segment)
+        self.ledger.resume(state.frame, taken, crashed=bool(frames))
+        replay = Replay(self.tables, max(marks, default=0), partial(self._is_there, data))
         for frame, records in frames:
-            for record in records:
+            held = await replay.frame(frame, records)
+            for record in held:
                 if isinstance(record, Stored):
-                    if frame < trusted or await self._is_there(data, record):
-                        missing.discard(record.number)
-                        self._replay_stored(record)
-                    elif self.tables.block(record.number) is None:
-                        missing.add(record.number)
-                        state.next_block = max(state.next_block, record.number + 1)
-                elif isinstance(record, Mapped) and record.number in missing:
-                    dropped += record.blocks
-                else:
-                    self.tables.apply(record)
+                    self.space.replayed(record.offset, stored_space(record.length))
+            self.ledger.add(frame, pack_records(held))
         if frames:
             logger.info(
                 "dedup store '%s' was not closed: %d changes replayed", self.directory, len(frames)
             )
-        if dropped:
+        if replay.dropped:
             logger.info(
                 "dedup store '%s': %d unflushed writes had not reached the data device",
                 self.directory,
-                dropped,
+                replay.dropped,
             )
         last = frames[-1][0] + 1 if frames else state.frame
         # Files of the past must not seem to follow what is written from now on.
@@ -354,11 +392,6 @@ class Store:
         journal.begin(number, last)
         self._durable = last
         await self._checkpoint(data, rotate=False)
-
-    def _replay_stored(self, record: Stored) -> None:
-        self.tables.apply(record)
-        block = Block(record.offset, record.length, 0, record.fingerprint)
-        self.space.replayed(block.offset, block.space)
 
     async def _is_there(self, data: Data, record: Stored) -> bool:
         block = Block(record.offset, record.length, 0, record.fingerprint)
@@ -523,7 +556,7 @@ class Store:
 
     def _record(self, records: list[Record]) -> None:
         """A change takes effect: first in the journal, then in memory."""
-        self.journal.append(records)
+        self._append(records)
         if not self._dirty:
             self._dirty = True
             for member in self.members:
@@ -533,6 +566,14 @@ class Store:
             if isinstance(record, Stored):
                 block = Block(record.offset, record.length, 0, record.fingerprint)
                 self.space.use(block.offset, block.space)
+
+    def _append(self, records: Iterable[Record]) -> None:
+        """To the journal, and with the next flush to the ledger."""
+        payload = pack_records(records)
+        self.ledger.add(self.journal.append(payload), payload)
+
+    def _journal_ledger(self, record: Record) -> None:
+        self._append([record])
 
     async def _until(self, attempt: Any) -> None:
         """Do something that may fail for want of space in the metadata directory."""
@@ -574,13 +615,13 @@ class Store:
         space, limit = self.space, self.super.segment_size - self.super.block_size
         async with self._room_lock:
             with contextlib.suppress(OSError):
-                if space.free_segments <= RESERVE:
+                if space.free_segments <= GUESTS_RESERVE:
                     await self._checkpoint(data)
                 for _ in range(space.count):
-                    if space.free_segments > RESERVE or not self._worst(limit):
+                    if space.free_segments > GUESTS_RESERVE or not self._worst(limit):
                         break
                     await self._collect(data, limit)
-        return space.free_segments > RESERVE
+        return space.free_segments > GUESTS_RESERVE
 
     async def _wait_for_room(self) -> None:
         if self._room is None or self._room.done():
@@ -633,8 +674,9 @@ class Store:
             if self._durable >= wanted:
                 return  # somebody else's flush has done it
             frame = self.journal.next_frame
-            await data.flush()
-            await self._until(lambda: self.journal.append([Marked(frame)]))
+            await self.ledger.write(data)
+            await self._flush_data(data, frame)
+            await self._until(lambda: self._append([Marked(frame)]))
             alone = self.journal.next_frame == frame + 1
             older = self.journal.older
             try:
@@ -648,6 +690,15 @@ class Store:
             if self.journal.next_frame == self._durable:
                 self._clean()
 
+    async def _flush_data(self, data: Data, frame: int) -> None:
+        """The blocks of all earlier frames are on stable storage, and the ledger has these."""
+        try:
+            await data.flush()
+        except OSError as error:
+            self.ledger.fail(error)
+            raise
+        self.ledger.durable = max(self.ledger.durable, frame)
+
     def _clean(self) -> None:
         self._dirty = False
         for member in self.members:
@@ -659,6 +710,7 @@ class Store:
         """Start what is due."""
         tuning, tables = self.tuning, self.tables
         due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
+        due = due or self.ledger.unsaved
         # The space there is changes by whole segments; most writes change nothing of it.
         if not due and self.space.free_segments == self._watched:
             return
@@ -725,15 +777,25 @@ class Store:
             tables, journal, state = self.tables, self.journal, self.tables.state
             if not tables.frozen:
                 if rotate:
-                    if not tables.changes:
+                    if not tables.changes and not self.ledger.unsaved:
                         return
                     journal.begin(journal.number + 1, journal.next_frame)
                 state.journal, state.frame = journal.number, journal.next_frame
                 state.head = self.space.head
-                self._lost += tables.freeze()
-            await data.flush()
-            await asyncio.to_thread(tables.write)
+                self._freeze()
+            await self.ledger.write(data)
+            freed = self.ledger.obsolete
+            self.ledger.obsolete, self.ledger.unsaved = [], False
+            tables.set_ledger(self.ledger.state.pack())
+            try:
+                await self._flush_data(data, state.frame)
+                await asyncio.to_thread(tables.write)
+            except BaseException:
+                self.ledger.obsolete += freed
+                self.ledger.unsaved = True
+                raise
             tables.written()
+            self._begin_dump(data, state.frame)
             self.counters.checkpoints += 1
             async with self._flush_lock:
                 journal.let_go(journal.older)
@@ -741,7 +803,81 @@ class Store:
             lost, self._lost = self._lost, []
             self.space.lose(lost)
             self._watched = -1  # there may be something to collect now
+            await self._release(data, freed, self.space.give_back)
             await self._free_segments(data)
+        if self._dump is not None and not self.members:
+            await self._write_dump(data)
+
+    def _freeze(self) -> None:
+        tables, ledger = self.tables, self.ledger
+        dying = tables.dying()
+        for number in dying:
+            tables.end(number)
+        self._lost += tables.freeze()
+        ledger.gone(tables.state.frame, dying)
+        size = tables.dump_size()
+        # Opening a store does not take longer because of it, and closing neither.
+        if ledger.is_due(size) and (self.members or size <= _PORTION):
+            ledger.turn()
+
+    async def _release(self, data: Data, segments: list[int], give: Callable[[int], None]) -> None:
+        for segment in segments:
+            if self.tuning.discard:
+                with contextlib.suppress(OSError):
+                    offset = self.super.segment_at(segment)
+                    await data.discard(offset, self.super.segment_size)
+            give(segment)
+
+    # ---- snapshots in the ledger
+
+    def _begin_dump(self, data: Data, base: int) -> None:
+        """The database ends before frame `base`."""
+        if not self.ledger.turned or self._dump is not None:
+            return
+        self._dump = self.tables.begin_dump(), base
+        if self.members:
+            self._run(self._write_dump(data))
+
+    async def _write_dump(self, data: Data) -> None:
+        assert self._dump is not None
+        dump, base = self._dump
+        parts = portions(dump.records())
+        index = length = 0
+        last = False
+        try:
+            while not last:
+                part, last = await _in_thread(lambda: next(parts))
+                async with self._step(data) as where:
+                    put = self.ledger.put_snapshot(where, part, base, index, last=last)
+                    length += await self._to_the_end(put)
+                index += 1
+            async with self._step(data) as where:
+                await self._to_the_end(self._end_dump(where, length))
+        except OSError as error:
+            self.ledger.abandon(error)
+        finally:
+            self.ledger.abandon()
+            dump.close()
+            self._dump = None
+            self._watched = -1
+
+    async def _end_dump(self, data: Data, length: int) -> None:
+        try:
+            await data.flush()
+        except OSError as error:
+            self.ledger.fail(error)
+            raise
+        self.ledger.completed(length)
+
+    @contextlib.asynccontextmanager
+    async def _step(self, data: Data) -> AsyncIterator[Data]:
+        """A step of background work, and where the data device is."""
+        if not self.members:  # the store is being opened or closed
+            yield data
+            return
+        member = self.members[0]
+        async with member.working():
+            yield member.data
 
     async def _free_segments(self, data: Data) -> None:
         empty = self.space.empty()
@@ -755,12 +891,7 @@ class Store:
             await member.grace()
         if self._readers:
             await asyncio.wait(list(self._readers))
-        for segment in empty:
-            if self.tuning.discard:
-                with contextlib.suppress(OSError):
-                    offset = self.super.segment_at(segment)
-                    await data.discard(offset, self.super.segment_size)
-            self.space.release(segment)
+        await self._release(data, empty, self.space.release)
         self._told_full = False
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
@@ -825,6 +956,8 @@ class Store:
             "data-size": space.size,
             "data-free": space.free,
             "metadata-size": self.tables.size + self.journal.size,
+            "ledger-size": self.ledger.size,
+            "rebuildable": self.ledger.sound,
             "written-blocks": counters.written,
             "hits": counters.hits,
             "hits-per-second": self._hit_rate(),
@@ -899,15 +1032,18 @@ class Store:
         # No checkpoint meanwhile: it would remove the journal that goes on from the copy.
         async with self._checkpoint_lock:
             await data.flush()
-            await asyncio.to_thread(self.tables.copy, directory / FILE)
+            # When it comes back, the ledger will have gone on, and must begin anew.
+            unknown = LedgerState().pack()
+            await asyncio.to_thread(self.tables.copy, directory / FILE, unknown)
+            (directory / f"{FILE}-lock").unlink(missing_ok=True)
             await asyncio.to_thread(self._copy_journal, directory)
 
     def _copy_journal(self, directory: Path) -> None:
         # All of it: after a failed checkpoint the database goes on in an older file.
         for number in self.journal.numbers():
             source = self.journal.path(number)
-            _write_file(directory / source.name, source.read_bytes())
-        _write_file(directory / "superblock", self.super.pack())
+            write_file(directory / source.name, source.read_bytes())
+        write_file(directory / "superblock", self.super.pack())
         sync_directory(directory)
 
     # ---- garbage collection
@@ -1038,7 +1174,7 @@ class Store:
 
     async def _gather(self, data: Data, numbers: list[int]) -> int:
         async with self._collect_lock:
-            moved = await self._move_blocks(data, numbers, 0, 1 << 63, RESERVE)
+            moved = await self._move_blocks(data, numbers, 0, 1 << 63, GUESTS_RESERVE)
         self._watch()
         return moved << self.super.block_bits
 
@@ -1260,6 +1396,15 @@ def _joined(offsets: list[int], contents: list[bytearray]) -> Iterator[tuple[int
         yield start, piece
 
 
+async def _in_thread(work: Callable[[], Result_]) -> Result_:
+    """Ends when the thread has, also when cancelled."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
+
+
 def _future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
 
@@ -1268,10 +1413,3 @@ def _done() -> asyncio.Future[None]:
     future = _future()
     future.set_result(None)
     return future
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

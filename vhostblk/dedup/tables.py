@@ -25,7 +25,7 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ import lmdb
 from vhostblk.dedup.format import (
     Block,
     Disk,
+    Kept,
     Mapped,
+    Page,
     Record,
     Stored,
     Superblock,
@@ -99,10 +101,39 @@ class Layer:
     segments: dict[int, int] = field(default_factory=dict)
     """By how much the bytes in use have changed."""
     disks: dict[int, tuple[int, str]] = field(default_factory=dict)
+    ledger: bytes | None = None
+    """What the database is to know of the ledger."""
     state: State = field(default_factory=State)
 
     def __len__(self) -> int:
         return len(self.map) + 2 * len(self.blocks) + len(self.disks)
+
+
+class Dump:
+    """The database as it was at one moment, as records. Any thread, one at a time."""
+
+    def __init__(self, reader: Any, dbs: dict[str, Any]) -> None:
+        self._reader = reader
+        self._dbs = dbs
+
+    def records(self) -> Iterator[Record]:
+        """Disks, then blocks, then what shows them."""
+        for key, value in self._pairs("disks"):
+            [size] = _DISK.unpack_from(value)
+            yield Disk(_KEY.unpack(key)[0], size, value[_DISK.size :].decode())
+        for key, value in self._pairs("blocks"):
+            yield Kept(_KEY.unpack(key)[0], value)
+        for key, value in self._pairs("map"):
+            disk, page = _PAGE_KEY.unpack(key)
+            yield Page(disk, page, value)
+
+    def _pairs(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        with self._reader.cursor(self._dbs[name]) as cursor:
+            yield from cursor
+
+    def close(self) -> None:
+        """The database may forget how it was."""
+        self._reader.abort()
 
 
 class Tables:
@@ -329,26 +360,46 @@ class Tables:
 
     # ---- to the database
 
+    def dying(self) -> list[int]:
+        """Blocks that nothing refers to."""
+        return sorted(number for number in self._unreferenced if not self.pins.get(number))
+
+    def end(self, number: int) -> None:
+        """A block that nothing refers to goes."""
+        block = self.block(number)
+        assert block is not None and block.refs == 0
+        self._vacate(block)
+        self._active.blocks[number] = None
+        self._active.unindexed.append((block.fingerprint[:INDEX_KEY], number))
+        self._unreferenced.discard(number)
+        self.state.blocks -= 1
+
     def freeze(self) -> list[tuple[int, int]]:
         """Changes from here on are not part of the next write().
 
-        Blocks that nothing refers to end here. What is given back becomes free when write() has
-        succeeded: segment, bytes.
+        What is given back becomes free when write() has succeeded: segment, bytes.
         """
         assert self._frozen is None
-        dying = [number for number in self._unreferenced if not self.pins.get(number)]
-        for number in dying:
-            block = self.block(number)
-            assert block is not None and block.refs == 0
-            self._vacate(block)
-            self._active.blocks[number] = None
-            self._active.unindexed.append((block.fingerprint[:INDEX_KEY], number))
-            self._unreferenced.discard(number)
-            self.state.blocks -= 1
         self._frozen, self._active = self._active, Layer()
         self._frozen.state = State(**vars(self.state))
         lost, self._lost = self._lost, []
         return lost
+
+    def set_ledger(self, value: bytes) -> None:
+        """What the next write() says of the ledger."""
+        assert self._frozen is not None
+        self._frozen.ledger = value
+
+    def put_ledger(self, value: bytes) -> None:
+        """The same at once, durably."""
+        with self._env.begin(write=True) as txn:
+            txn.put(b"ledger", value, db=self._dbs["state"])
+        self._reader.abort()
+        self._reader = self._env.begin()
+
+    def ledger(self) -> bytes | None:
+        """What the database knows of the ledger."""
+        return self._get("state", b"ledger")
 
     def write(self) -> None:
         """Put the frozen changes into the database, durably. Any thread; OSError if it fails."""
@@ -396,6 +447,8 @@ class Tables:
             else:
                 txn.delete(_KEY.pack(disk), db=dbs["disks"])
         txn.put(b"state", layer.state.pack(), db=dbs["state"])
+        if layer.ledger is not None:
+            txn.put(b"ledger", layer.ledger, db=dbs["state"])
 
     def _put(self, txn: Any, name: str, entries: Iterator[tuple[bytes, bytes]]) -> None:
         """Sorted entries. In portions: else the control thread would wait for Python's lock."""
@@ -431,6 +484,51 @@ class Tables:
         elif value:
             txn.delete(name, db=db)
 
+    # ---- for the ledger
+
+    def dump_size(self) -> int:
+        """About how many bytes that is in the ledger."""
+        blocks, pages = (
+            self._reader.stat(self._dbs[name])["entries"] for name in ("blocks", "map")
+        )
+        return int(blocks * 57 + pages * (15 + 8 * PAGE))
+
+    def begin_dump(self) -> Dump:
+        """All that the database has now."""
+        return Dump(self._env.begin(), self._dbs)
+
+    def load(self, records: Iterable[Record]) -> None:
+        """Put records of a snapshot into a database that is being made anew. Durable."""
+        state = self.state
+        used: dict[int, int] = {}
+        with self._env.begin(write=True) as txn:
+            for record in records:
+                if isinstance(record, Kept):
+                    self._load_block(txn, record, used)
+                elif isinstance(record, Page):
+                    key = _PAGE_KEY.pack(record.disk, record.page)
+                    txn.put(key, record.value, db=self._dbs["map"])
+                    state.mapped += sum(map(bool, array("Q", record.value)))
+                elif isinstance(record, Disk):
+                    value = _DISK.pack(record.size) + record.name.encode()
+                    txn.put(_KEY.pack(record.disk), value, db=self._dbs["disks"])
+            for segment, change in used.items():
+                self._count(txn, segment, change)
+            txn.put(b"state", state.pack(), db=self._dbs["state"])
+        self._reader.abort()
+        self._reader = self._env.begin()
+
+    def _load_block(self, txn: Any, record: Kept, used: dict[int, int]) -> None:
+        block, state, dbs = unpack_block(record.value), self.state, self._dbs
+        number = _NUMBER.pack(record.number)
+        txn.put(_KEY.pack(record.number), record.value, db=dbs["blocks"])
+        txn.put(block.fingerprint[:INDEX_KEY], number, db=dbs["index"])
+        txn.put(_KEY.pack(block.offset), number, db=dbs["places"])
+        segment = self._super.segment_of(block.offset)
+        used[segment] = used.get(segment, 0) + block.space
+        state.blocks += 1
+        state.next_block = max(state.next_block, record.number + 1)
+
     # ---- for the check
 
     @contextlib.contextmanager
@@ -442,6 +540,12 @@ class Tables:
         self._reader.abort()
         self._reader = self._env.begin()
 
-    def copy(self, path: Path) -> None:
-        """A consistent copy of the database, while it is in use. Any thread."""
+    def copy(self, path: Path, ledger: bytes) -> None:
+        """A consistent copy of the database, while it is in use, with that for ledger(). Any
+        thread."""
         self._env.copy(os.fspath(path), compact=True)
+        copy = lmdb.open(
+            os.fspath(path), subdir=False, map_size=self._env.info()["map_size"], max_dbs=1
+        )
+        with copy, copy.begin(write=True) as txn:
+            txn.put(b"ledger", ledger, db=copy.open_db(b"state", txn))
