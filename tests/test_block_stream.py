@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -14,6 +15,8 @@ import pytest
 from cor_images import KIB, MIB, NEEDS_TOOLS, Chain, make_chain, tools
 from frontend import Daemon, Qmp, vhostblk
 from in_process import Host, refused, with_host
+
+from vhostblk.state import document
 
 pytestmark = NEEDS_TOOLS
 
@@ -178,6 +181,35 @@ def test_an_overlay_that_is_full() -> None:
         await ended(host)
         await host.backend.close()
         independent(chain)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_no_state_names_a_filter_that_has_gone(given_up: bool) -> None:
+    """Whatever is recorded can be started from: the filter goes in a change of its own."""
+    states: list[dict[str, Any]] = []
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        await chain.open()
+        await host.export("top", "e")
+
+        async def record() -> None:
+            states.append(json.loads(document.describe(host.backend)))
+
+        host.backend.graph.on_switched = record
+        job = await start(host, "e", speed=64 * KIB if given_up else 0)
+        if given_up:
+            job.cancel()
+            await host.until(lambda: not list(host.backend.jobs))
+        else:
+            await ended(host)
+        assert len(states) > 1
+        for state in states:
+            names = [node["name"] for node in state["nodes"]]
+            for entry in state["jobs"]:
+                assert entry["filter-node-name"] in names
 
     with_host(test)
 

@@ -10,14 +10,20 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from backend_process import BackendProcess
 from cor_images import KIB, MIB, NEEDS_TOOLS, make_chain, tools
-from frontend import Type
+from frontend import Device, Type
 from in_process import Guest, Host, with_host
 from test_block_stream import ended, independent, start
+
+from vhostblk.control.client import ControlClient
 
 pytestmark = NEEDS_TOOLS
 
@@ -147,3 +153,61 @@ def test_any_base(kind: str) -> None:
         assert tools().check(top, format="qcow2").corruptions == 0
 
     with_host(test)
+
+
+def test_kill_9_while_a_guest_writes(
+    start_backend: Callable[..., BackendProcess], short_dir: Path
+) -> None:
+    """Killed again and again, the job goes on; what the guest was told is written is there."""
+    size = 8 * MIB
+    content = bytearray(random.Random(21).randbytes(size))
+    base, top = short_dir / "base.raw", short_dir / "top.qcow2"
+    base.write_bytes(content)
+    tools().create(top, size, "qcow2", backing=base, backing_format="raw")
+    rnd = random.Random(22)
+    doubtful: tuple[int, bytes] | None = None
+    kills, began = 0, False
+
+    def check(device: Device) -> None:
+        if doubtful is not None:  # the last write of a guest that was not answered
+            at, new = doubtful
+            found = device.read(at, len(new))
+            assert found in (content[at : at + len(new)], new)
+            content[at : at + len(new)] = found
+        for at in rnd.sample(range(0, size, 64 * KIB), 8):  # what is read is copied: not all of it
+            assert device.read(at, 4 * KIB) == content[at : at + 4 * KIB], at
+
+    while True:
+        backend = start_backend(
+            "--state", "{dir}/state.json", "--control", "{dir}/qmp.sock",
+            "--blockdev", "qcow2,node-name=top,file.driver=file,file.filename={dir}/top.qcow2",
+            "--export", "vhost-user-blk,id=e,node-name=top,writable=on,addr.type=unix,"
+            "addr.path={dir}/e.sock",
+        )  # fmt: skip
+        with ControlClient(str(short_dir / "qmp.sock")) as client:
+            if not began:
+                client.execute("block-stream", {"device": "e", "job-id": "j", "speed": 2 * MIB})
+                began = True
+            jobs = client.execute("query-block-jobs")
+        with Device(str(short_dir / "e.sock")) as device:
+            check(device)
+            if not jobs:
+                break
+            deadline = time.monotonic() + rnd.uniform(0.1, 0.4)
+            while time.monotonic() < deadline:
+                length = 512 * rnd.choice((1, 8, 64))
+                at = 512 * rnd.randrange((size - length) // 512)
+                data = rnd.randbytes(length)
+                device.write(at, data)
+                content[at : at + length] = data
+                time.sleep(0.01)
+            doubtful = 512 * rnd.randrange(size // 512), rnd.randbytes(512)
+            device.submit(Type.OUT, doubtful[0] // 512, doubtful[1])
+            backend.process.kill()
+            assert backend.wait() == -signal.SIGKILL
+        kills += 1
+    assert kills > 2
+    assert backend.stop() == 0
+    base.unlink()
+    assert tools().check(top, format="qcow2").corruptions == 0
+    assert tools().content(top, "qcow2") == content

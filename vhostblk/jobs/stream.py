@@ -39,7 +39,11 @@ class StreamJob(BlockJob):
         self._complete: object = None  # the filter's generation when nothing was missing
         self.total_progress = filter.size
 
-    def state_options(self) -> dict[str, Any]:
+    def state_options(self) -> dict[str, Any] | None:
+        graph, filter = self._backend.graph, self._filter
+        there = graph.nodes.get(filter.name) is filter
+        if not there or not (graph.is_owned(filter) or graph.parents_of(filter)):
+            return None  # the filter goes in the very change that is being recorded
         return {"filter-node-name": self._filter.name, **self.block_options()}
 
     # ---- the work
