@@ -244,6 +244,25 @@ def test_greeting_as_qemu_does(path: str, reference: str) -> None:
             assert mine["error"]["class"] == original["error"]["class"]
 
 
+def test_a_full_disk_is_no_mistake_of_ours(path: str, tmp_path: Path) -> None:
+    """What the host refuses is told with the command's name, as an error of the host."""
+    with Raw(path) as ours:
+        (tmp_path / "full").write_bytes(bytes(1 << 20))
+        node = {"driver": "file", "filename": str(tmp_path / "full")}
+        broken = {"driver": "error-inject", "node-name": "broken", "file": node}
+        broken |= {"operations": ["flush"], "errno": "ENOSPC"}
+        assert "return" in ours.ask({"execute": "blockdev-add", "arguments": broken})
+        overlay = tmp_path / "overlay.qcow2"
+        snapshot = {"node-name": "broken", "snapshot-file": str(overlay)}
+        answer = ours.ask({"execute": "blockdev-snapshot-sync", "arguments": snapshot})
+        assert answer["error"] == {
+            "class": "GenericError",
+            "desc": "blockdev-snapshot-sync: No space left on device",
+            "data": {"code": "host-error", "errno": "ENOSPC"},
+        }
+        assert not overlay.exists()
+
+
 def test_nodes_and_statistics_have_the_members_of_qemu(path: str, reference: str) -> None:
     """Ours may say more, never less."""
     for name, arguments in [

@@ -10,6 +10,7 @@ disconnected once a bounded amount of them waits for it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import socket
@@ -137,6 +138,8 @@ class Session:
                 answer = {"return": await command.run(self._server.context, arguments)}
         except VhostblkError as error:
             answer = {"error": error_object(error)}
+        except OSError as error:  # a full disk, a file that has gone, a device that fails
+            answer = {"error": error_object(_host_error(message, error))}
         except Exception as error:
             # A mistake of ours must not cost the operator the connection.
             logger.error(
@@ -272,6 +275,13 @@ class ControlServer:
             self._sessions.discard(session)
             self._tasks.discard(task)
             logger.debug("control client %s disconnected", session.peer)
+
+
+def _host_error(message: Any, error: OSError) -> VhostblkError:
+    name = message.get("execute", message.get("exec-oob"))
+    where = f"'{error.filename}': " if error.filename else ""
+    data = {"code": "host-error", "errno": errno.errorcode.get(error.errno or 0, "EIO")}
+    return VhostblkError(f"{name}: {where}{error.strerror or error}", data=data)
 
 
 def _peer_name(writer: asyncio.StreamWriter) -> str:

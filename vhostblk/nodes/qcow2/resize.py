@@ -38,9 +38,13 @@ async def resize(live: Qcow2, size: int) -> None:
         await _cut(live, size, old)
     await live.writeback.flush()
     await live.allocator.settle()
-    if size > old:
-        await _make_room(live, old, size)
-    await live.write_header(size=size)
+    try:
+        if size > old:
+            await _make_room(live, old, size)
+        await live.write_header(size=size)
+    except BaseException:
+        live.set_size(old)  # or the next attempt would find nothing left to do
+        raise
     live.set_size(size)
     if live.geometry.external:
         await live.data.truncate(size)
@@ -71,12 +75,8 @@ async def _make_room(live: Qcow2, old: int, size: int) -> None:
     if live.geometry.l1_entries(size) > len(live.l1):
         await _longer_l1(live, size)
     live.set_size(size)
-    try:
-        await _zero_what_appears(live, old, size)
-        await live.writeback.flush()
-    except BaseException:
-        live.set_size(old)
-        raise
+    await _zero_what_appears(live, old, size)
+    await live.writeback.flush()
 
 
 async def _longer_l1(live: Qcow2, size: int) -> None:
@@ -86,9 +86,13 @@ async def _longer_l1(live: Qcow2, size: int) -> None:
     entries = live.l1 + [0] * (count - len(live.l1))
     host = await live.allocator.reserve(clusters)
     data = struct.pack(f">{count}Q", *entries)
-    await live.file.write(host, data + bytes((clusters << geometry.cluster_bits) - len(data)))
-    await live.allocator.write_counts()
-    await live.file.flush()
+    try:
+        await live.file.write(host, data + bytes((clusters << geometry.cluster_bits) - len(data)))
+        await live.allocator.write_counts()
+        await live.file.flush()
+    except BaseException:
+        await live.allocator.free_pieces([(host, clusters)])
+        raise
     old, old_clusters = live.l1_offset, geometry.clusters(8 * len(live.l1))
     await live.write_header(l1_size=count, l1_table_offset=host)
     live.l1, live.l1_offset = entries, host
