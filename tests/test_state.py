@@ -365,6 +365,27 @@ def test_broken_files(text: str, words: list[str]) -> None:
     run(test)
 
 
+def test_a_job_that_cannot_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    """The disks are served all the same."""
+
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await host.null("n")
+        state = json.loads((directory / "s").read_text())
+        state["jobs"] = [
+            {"type": "stream", "id": "j", "filter-node-name": "gone", "speed": 0},
+            {"type": "nonesuch", "id": "k"},
+        ]
+        (directory / "s").write_text(json.dumps(state))
+        async with kept(directory) as host:
+            assert "n" in host.backend.graph.nodes
+            assert not list(host.backend.jobs)
+        assert "job 'j': Failed to find node with node-name='gone'" in caplog.text
+        assert "job 'k': A job of type 'nonesuch' cannot be restarted" in caplog.text
+
+    run(test)
+
+
 def test_any_document_is_loaded_or_refused_with_a_sentence() -> None:
     """A valid file with one thing changed, many times."""
 

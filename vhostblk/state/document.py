@@ -13,6 +13,7 @@ given on the command line again.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -25,6 +26,8 @@ from vhostblk.state.file import StateFile
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "vhostblk-state"
 VERSION = 1
@@ -262,8 +265,11 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
         with _about(file, f"export '{options.get('id')}'"):
             await backend.block_export_add(options)
     for entry in document.jobs:
-        with _about(file, f"job '{entry.get('id')}'"):
-            await backend.restart_job(entry)
+        try:
+            with _about(file, f"job '{entry.get('id')}'"):
+                await backend.restart_job(entry)
+        except VhostblkError as error:  # which is no reason not to serve the disks
+            logger.error("%s; it does not go on", error.desc)
     await backend.restore_covered([entry.name for entry in document.nodes if entry.covered])
     backend.frozen_guests.take_over(document.frozen_guests)
 
