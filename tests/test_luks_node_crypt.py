@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,47 @@ def test_zeroes_are_data_and_discards_stay_where_they_are() -> None:
         there = Path(host.path("f")).read_bytes()[MIB : 3 * MIB]
         # A file of which one cannot see where the zeroes are.
         assert len({there[at : at + 16] for at in range(0, 2 * MIB, 16)}) == 2 * MIB // 16
+
+    with_host(test, RawKey)
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer has memory of its own")
+def test_a_long_request_that_ends_inside_sectors_takes_no_memory() -> None:
+    """A guest may ask for 2 GiB of zeroes: only the ends of that are Python's."""
+
+    async def test(host: Host) -> None:
+        size = 1 << 30
+        await host.null("f", size=size)
+        await host.add("raw-key", "d", file="f", key=KEY.hex(), sector_size=4096)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        await submit(host, OP_WRITE_ZEROES, 512, size - 1024)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 64 << 10  # KiB
+
+    with_host(test, RawKey)
+
+
+@pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
+def test_the_ends_of_a_request_and_what_is_between(op: int) -> None:
+    async def test(host: Host) -> None:
+        await disk(host, sector_size=4096)
+        model = bytearray(await submit(host, OP_READ, 0, SIZE))
+        for begin, end in (
+            (512, 1024), (3584, 4608), (512, 4096), (4096, 4608), (512, 8192), (4096, 8704),
+            (512, 9216), (3584, 12800), (512, 2 * MIB + 512), (MIB - 512, SIZE - 512),
+        ):  # fmt: skip
+            data = os.urandom(end - begin) if op == OP_WRITE else bytes(end - begin)
+            await submit(host, op, begin, data if op == OP_WRITE else end - begin, REQ_FUA)
+            model[begin:end] = data
+            assert await submit(host, OP_READ, 0, SIZE) == model, (begin, end)
+        await host.export("d")
+        async with host.device() as guest:  # whose memory is in pieces
+            data = os.urandom(70000 // 512 * 512)
+            cuts = [16, 1, 511, 5000, 4096, 20000]
+            await guest.wait(await guest.submit(Type.OUT, 3, data, out_split=cuts))
+            model[1536 : 1536 + len(data)] = data
+        assert await submit(host, OP_READ, 0, SIZE) == model
+        assert plain(host, "f", sector_size=4096) == model
 
     with_host(test, RawKey)
 

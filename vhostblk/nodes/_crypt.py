@@ -188,20 +188,37 @@ class CryptNode(HookedNode):
         request.retry()
 
     async def _write_partly(self, request: Request) -> None:
+        """The parts of sectors at either end here; what is between goes to the engine again."""
+        assert self.handle is not None
+        begin, end, size = request.offset, request.offset + request.length, self.sector_size
+        first, last = -(-begin // size) * size, end // size * size
+        if first >= last:
+            await self._write_edge(request, begin, end)
+        else:
+            if begin < first:
+                await self._write_edge(request, begin, first)
+            if last < end:
+                await self._write_edge(request, last, end)
+            length, position = last - first, first - begin
+            await request.submit_part(self.handle, request.op, first, length, position)
+        if request.fua:
+            await self.child("file").flush()
+
+    async def _write_edge(self, request: Request, begin: int, end: int) -> None:
+        """Less than a sector, or parts of two: they are read and written with the rest."""
         size = self.sector_size
-        begin = request.offset // size * size
-        end = -(-(request.offset + request.length) // size) * size
-        async with self.held(begin, end):
-            buffer = memoryview(bytearray(end - begin))
-            pieces = self._pieces(begin, end)
+        start, stop = begin // size * size, -(-end // size) * size
+        async with self.held(start, stop):
+            buffer = memoryview(bytearray(stop - start))
+            pieces = self._pieces(start, stop)
             for half, at, length in pieces:
-                await self.read_sectors(half, at, buffer[at - begin : at - begin + length])
-            data = request.data() if request.op == OP_WRITE else bytes(request.length)
-            buffer[request.offset - begin : request.offset - begin + request.length] = data
+                await self.read_sectors(half, at, buffer[at - start : at - start + length])
+            data = bytes(end - begin)
+            if request.op == OP_WRITE:
+                data = _part_of(request.buffers, begin - request.offset, end - begin)
+            buffer[begin - start : end - start] = data
             for half, at, length in pieces:
-                await self.write_sectors(half, at, buffer[at - begin : at - begin + length])
-            if request.fua:
-                await self.child("file").flush()
+                await self.write_sectors(half, at, buffer[at - start : at - start + length])
 
     def _pieces(self, begin: int, end: int) -> list[tuple[Half, int, int]]:
         """The range on either side of the boundary: its half, offset, length."""
@@ -209,3 +226,13 @@ class CryptNode(HookedNode):
         middle = min(max(self.boundary, begin), end)
         pieces = [(low, begin, middle - begin), (high, middle, end - middle)]
         return [piece for piece in pieces if piece[2]]
+
+
+def _part_of(buffers: list[memoryview], position: int, length: int) -> bytes:
+    """A copy of some bytes of buffers in a row."""
+    parts: list[memoryview] = []
+    for buffer in buffers:
+        parts.append(buffer[position : position + length])
+        length -= len(parts[-1])
+        position = max(0, position - len(buffer))
+    return b"".join(parts)
