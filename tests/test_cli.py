@@ -259,6 +259,32 @@ def test_serve_an_image(start_backend: Start, short_dir: Path, image: Path) -> N
     assert not place.exists()
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "driver"),
+    [
+        ("qcow2", "qcow2", "qcow2"),
+        ("qcow2", "auto", "qcow2"),
+        ("qed", "auto", "qed"),
+        ("raw", "auto", "raw"),
+        ("qcow2", None, "raw"),
+    ],
+)
+def test_the_format_is_not_guessed_unless_asked(
+    start_backend: Start, short_dir: Path, made: str, given: str | None, driver: str
+) -> None:
+    path = short_dir / "a.img"
+    assert vhostblk("create", "-f", made, str(path), "8M").returncode == 0
+    process = start_backend(str(path), *([] if given is None else ["--format", given]))
+    with ControlClient(str(short_dir / "vhostblk/a/qmp.sock")) as client:
+        nodes = {n["node-name"]: n for n in client.execute("query-named-block-nodes")}
+        [export] = client.execute("query-block-exports")
+    assert nodes["a"]["drv"] == driver
+    inside = given is not None or made == "raw"
+    assert (export["size"] == 8 << 20) == inside
+    assert any("looks like a qcow2 image" in line for line in process.log) != inside
+    assert process.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_it_cleanly(
     start_backend: Start, image: Path, number: signal.Signals, short_dir: Path

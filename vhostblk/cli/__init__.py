@@ -30,7 +30,7 @@ COMMANDS = {
 _EXAMPLES = """\
 examples:
   vhostblk serve disk.img
-      Serve a raw image; the QEMU options to use are printed.
+      Serve an image; the QEMU options to use are printed.
   vhostblk run disk.img -- qemu-system-x86_64 -m 2G -nographic @VHOSTBLK@
       The same, and start QEMU with those options in place of the mark.
   vhostblk status

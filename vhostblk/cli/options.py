@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import stat
 from pathlib import Path
@@ -18,8 +20,12 @@ from vhostblk.cli.process import LOG_LEVELS
 from vhostblk.cli.serving import Control, Plan, Step
 from vhostblk.schema import VhostblkError
 
+logger = logging.getLogger("vhostblk")
+
 IMPLIED_KEYS = {"blockdev": "driver", "object": "qom-type", "export": "type"}
-DEFAULT_CONTROL = "default"
+FORMATS = ("raw", "qcow2", "qed", "auto")
+# The first four bytes: qcow2 and QED, as their specifications have them.
+_MAGIC = {b"QFI\xfb": "qcow2", b"QED\0": "qed"}
 
 
 def configure_tree(parser: Parser) -> None:
@@ -64,7 +70,13 @@ def configure_tree(parser: Parser) -> None:
 def configure_image(parser: Parser) -> None:
     """Options for the simple case: one image, one device."""
     group = parser.add_argument_group("one image")
-    group.add_argument("image", nargs="?", metavar="IMAGE", help="a raw image or a block device")
+    group.add_argument("image", nargs="?", metavar="IMAGE", help="an image or a block device")
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="raw",
+        help="of IMAGE: raw (the default, whatever is in it), qcow2, qed, or auto to look at it",
+    )
     group.add_argument("--name", help="name of the backend (from IMAGE if not given)")
     group.add_argument("--read-only", action="store_true", help="the guest may not write")
     group.add_argument("--serial", metavar="TEXT", help="serial number the guest sees")
@@ -147,7 +159,7 @@ def image_steps(
     addr: dict[str, Any],
     args: argparse.Namespace,
 ) -> list[Step]:
-    """What serving one raw image takes: two nodes and an export."""
+    """What serving one image takes: two nodes and an export."""
     path = os.path.abspath(image)
     read_only = args.read_only
     file: dict[str, Any] = {
@@ -159,7 +171,13 @@ def image_steps(
     }
     if getattr(args, "direct", False):
         file["cache"] = {"direct": True}
-    raw = {"driver": "raw", "node-name": name, "file": f"{name}-file", "read-only": read_only}
+    disk = {
+        "driver": _format(path, getattr(args, "format", "raw")),
+        "node-name": name,
+        "file": f"{name}-file",
+        "read-only": read_only,
+        "discard": "unmap",
+    }
     export: dict[str, Any] = {
         "type": "vhost-user-blk",
         "id": name,
@@ -173,9 +191,31 @@ def image_steps(
         export["num-queues"] = _number("--num-queues", args.num_queues)
     return [
         Step(image, "blockdev", file),
-        Step(image, "blockdev", raw),
+        Step(image, "blockdev", disk),
         Step(image, "export", export),
     ]
+
+
+def _format(path: str, wanted: str) -> str:
+    """The driver for an image; a guess is made only if that is asked for."""
+    found = "raw"
+    with contextlib.suppress(OSError):  # opening it will say what is wrong
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = _MAGIC.get(os.read(fd, 4), "raw")
+        finally:
+            os.close(fd)
+    if wanted == "auto":
+        return found
+    if wanted == "raw" != found:
+        logger.warning(
+            "'%s' looks like a %s image, and is served as raw: the guest sees the bytes of the "
+            "file; --format %s serves the disk inside",
+            path,
+            found,
+            found,
+        )
+    return wanted
 
 
 def _is_block_device(path: str) -> bool:
