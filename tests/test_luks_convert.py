@@ -166,6 +166,40 @@ def test_no_room(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_headers_made_by_an_enemy() -> None:
+    """Either it is refused and nothing is written, or nothing behind the header is."""
+
+    async def test() -> None:
+        storage = Memory()
+        await luks.create(storage, ONE, luks.CreateOptions(**CHEAP1))
+        whole = bytes(storage.content).ljust(3 * MIB, b"\x5a")
+        rnd = random.Random(31)
+        outcomes = set()
+        for _ in range(400):
+            left = Memory(whole)
+            for _ in range(rnd.choice((1, 1, 2, 3))):
+                at = rnd.choice((104, *(208 + 48 * slot + field for slot in range(8)
+                                        for field in (0, 40))))  # fmt: skip
+                value = rnd.choice((0, 1, 8, 9, 31, 32, 63, 64, 504, 505, 2560, 4039, 4040, 4096,
+                                    0x00AC71F3, 0xDEAD, 1 << 31))  # fmt: skip
+                left.content[at : at + 4] = value.to_bytes(4, "big")
+            before = bytes(left.content)
+            try:
+                volume = await luks.open_volume(left)
+                after = await luks.convert(volume)
+            except VhostblkError:
+                assert bytes(left.content) == before
+                outcomes.add("refused")
+                continue
+            data = after.segment.offset or len(before)
+            assert bytes(left.content[data:]) == before[data:]
+            assert (await luks.open_volume(left)).version == 2
+            outcomes.add("done")
+        assert outcomes == {"refused", "done"}
+
+    run(test())
+
+
 @pytest.mark.parametrize("slots", [(0,), (0, 7), (3, 6)])
 def test_a_power_cut_at_any_moment(tmp_path: Path, slots: tuple[int, ...]) -> None:
     """Each passphrase opens what is left, for us and for cryptsetup; and it can be done again."""

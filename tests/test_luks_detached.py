@@ -13,9 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash import newest_tools
 from in_process import Host, refused, with_host
 from luks_headers import MIB, cryptsetup, opens
-from test_luks_reencrypt import CHEAP, ONE, TWO, command, disk, ended_well, until_done
+from test_luks_reencrypt import (
+    CHEAP,
+    ONE,
+    TWO,
+    command,
+    content_of,
+    disk,
+    ended_well,
+    formatted,
+    until_done,
+)
 
 from vhostblk.luks import luks2
 
@@ -91,6 +102,32 @@ def test_a_key_slot_that_changes_after_a_snapshot(tmp_path: Path) -> None:
     with_host(test)
     assert reads(tmp_path / "whole", tmp_path / "header", "two") == before[0]
     assert not opens(tmp_path / "whole", ONE, "--header", tmp_path / "header")
+
+
+def test_a_header_inside_is_part_of_the_snapshot(tmp_path: Path) -> None:
+    """It opens with the passphrases of its moment, the disk with those of now."""
+    base, overlay = tmp_path / "base", tmp_path / "1.qcow2"
+    before = os.urandom(DISK)
+    formatted(base, size=DISK)
+
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=str(base))
+        await host.add("raw", "base", file="f")
+        await disk(host, base, file="base")
+        await host.write("disk", 0, before)
+        await host.export("disk", "e")
+        given = {"device": "e", "snapshot-file": str(overlay)}
+        await host.backend.transaction([("blockdev-snapshot-sync", given)])
+        await command(host, "luks-key-slot-rotate", old_secret="one", new_secret="two", **CHEAP)
+        await host.write("disk", 0, bytes(DISK))
+
+    with_host(test)
+    assert opens(base, ONE)
+    assert not opens(base, TWO)
+    assert content_of(base, DISK) == before
+    (tmp_path / "now").write_bytes(newest_tools().content(overlay))
+    assert opens(tmp_path / "now", TWO)
+    assert not opens(tmp_path / "now", ONE)
 
 
 def test_a_new_key_with_snapshots_below(tmp_path: Path) -> None:

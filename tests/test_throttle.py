@@ -560,28 +560,42 @@ _NAMES = [
 
 
 def test_the_rules_are_qemus(tmp_path: Path) -> None:
+    """What may be asked for at first, then changed, and what the limits are afterwards."""
     values = st.sampled_from([0, 1, 2, 10, 100, 10**6, VALUE_MAX, VALUE_MAX + 1])
     limits = st.dictionaries(st.sampled_from([*_NAMES[:6], *_NAMES[9:15], "iops-size"]), values)
+    path = {"path": "/objects/g", "property": "limits"}
     with storage_daemon(tmp_path) as qmp:
 
-        @settings(max_examples=400, deadline=None)
-        @given(limits)
-        def check(limits: dict[str, int]) -> None:
+        def theirs(name: str, **arguments: Any) -> str:
             try:
-                qmp.command("object-add", **{"qom-type": "throttle-group"}, id="g", limits=limits)
-                qmp.command("object-del", id="g")
-                theirs = ""
+                qmp.command(name, **arguments)
+                return ""
             except AssertionError as error:
-                theirs = str(error)
+                return str(error)
+
+        def ours(limits: dict[str, int]) -> ThrottleGroupOptions | str:
+            given = {"qom-type": "throttle-group", "id": "g", "limits": limits}
             try:
-                validate(
-                    ThrottleGroupOptions,
-                    {"qom-type": "throttle-group", "id": "g", "limits": limits},
-                )
-                ours = ""
+                return validate(ThrottleGroupOptions, given)
             except VhostblkError as error:
-                ours = error.desc
-            assert bool(ours) == bool(theirs), (ours, theirs)
+                return error.desc
+
+        @settings(max_examples=400, deadline=None)
+        @given(limits, limits)
+        def check(first: dict[str, int], then: dict[str, int]) -> None:
+            new = {"qom-type": "throttle-group", "id": "g", "limits": first}
+            refused, made = theirs("object-add", **new), ours(first)
+            assert bool(refused) == isinstance(made, str), (refused, made)
+            if isinstance(made, str):
+                return
+            refused = theirs("qom-set", **path, value=then)
+            changed = ours({**made.limits.model_dump(by_alias=True), **then})
+            there = qmp.command("qom-get", **path)
+            qmp.command("object-del", id="g")
+            assert bool(refused) == isinstance(changed, str), (refused, changed)
+            valid = made if isinstance(changed, str) else changed
+            mine = valid.limits.model_dump(by_alias=True)
+            assert {name: mine[name] for name in there} == there
 
         check()
 

@@ -95,7 +95,10 @@ def _new_header(volume: Luks1) -> tuple[Binary, dict[str, Any]]:
     """What it will say; refused before anything is written if it cannot be."""
     segment = volume.segment
     # A detached header has the room that there is.
-    size = luks2.default_keyslots_size(HEADER, segment.offset or volume.storage.size)
+    room = segment.offset or volume.storage.size
+    size = luks2.default_keyslots_size(HEADER, room)
+    if not size:
+        raise no_slot(f"a LUKS2 header needs more than the {room} bytes that this one has")
     slots = {str(slot.number): luks2.slot_json(slot) for slot in volume.active()}
     digest = luks2.digest_json(volume.digests["0"])
     metadata: dict[str, Any] = {
