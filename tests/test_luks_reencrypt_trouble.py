@@ -291,16 +291,44 @@ def test_the_nodes_secret_must_still_open_it(tmp_path: Path) -> None:
     path = formatted(tmp_path / "image")
 
     async def test(host: Host) -> None:
-        await disk(host, path)
+        node = await disk(host, path)
+
+        async def reopen(secret: str) -> None:
+            below = node.child("file").node.name
+            given = {"driver": "luks", "node-name": "disk", "key-secret": secret, "file": below}
+            await host.backend.blockdev_reopen([given])
+
+        with refused("Invalid password, cannot unlock any keyslot"):
+            await reopen("two")
         await command(host, "luks-key-slot-rotate", old_secret="one", new_secret="two", **CHEAP)
         await command(host, "luks-reencrypt", **CHEAP)
         await until_done(host)
         [told] = host.named("BLOCK_JOB_COMPLETED")
         assert "The secret of node 'disk' does not open its header any more" in told["error"]
+        assert "blockdev-reopen" in told["error"]
+        assert "equirement" not in cryptsetup("luksDump", path)
+        with refused("one"):
+            await host.backend.object_del("one")
+        await reopen("two")
+        await host.backend.object_del("one")
+        await command(host, "luks-reencrypt", speed=4 * MIB, **CHEAP)
+        await host.until(lambda: node.log is not None and node.boundary > 0, 30)
+        # Half way both keys have to be opened.
+        for id, words in (("wrong", "wrong"), ("same", TWO.decode())):
+            await host.backend.object_add({"qom-type": "secret", "id": id, "data": words})
+        with refused("Invalid password"):
+            await reopen("wrong")
+        await reopen("same")
+        await host.backend.object_del("two")
+        host.backend.block_job("reencrypt-disk").set_speed(0)
+        await until_done(host)
+        assert "error" not in host.named("BLOCK_JOB_COMPLETED")[-1]
+        await host.backend.blockdev_del("disk")
+        await host.backend.object_del("same")
 
     with_host(test)
     assert opens(path, TWO)
-    assert "equirement" not in cryptsetup("luksDump", path)
+    assert not opens(path, ONE)
 
 
 # ---- a header that is damaged half way

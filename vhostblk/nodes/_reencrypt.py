@@ -76,6 +76,13 @@ class ReencryptingNode(CryptNode):
         boundary = await self.recover(self.log, low)
         self.start_crypt(low, high, boundary=boundary, discard=self.discards)
 
+    async def check_opens_all(self, passphrase: SecretBytes) -> None:
+        """Whether it is one that the node can be opened with: half way there are two keys."""
+        for segment in self.volume.segments:
+            if segment.cipher:
+                _, key = await self.volume.unlock(passphrase, digest=segment.digest)
+                key.close()
+
     async def _half_of(self, segment: luks.Segment, passphrase: SecretBytes) -> Half:
         if not segment.cipher:
             return Half(None, segment.offset)
@@ -177,7 +184,8 @@ class ReencryptingNode(CryptNode):
         except VhostblkError as error:
             raise VhostblkError(
                 f"The secret of node '{self.name}' does not open its header any more, and would be "
-                f"what opens it in future ({error.desc}); reopen the node with the one that does",
+                f"what opens it in future ({error.desc}); give the node the one that does, with "
+                "blockdev-reopen and another 'key-secret'",
                 data={"code": "stale-secret", "node": self.name},
             ) from None
 

@@ -69,6 +69,8 @@ class Luks(ReencryptingNode):
         "header": ChildRole(RoleKind.METADATA, optional=True),
     }
 
+    reopenable = ReencryptingNode.reopenable | {"key-secret"}
+
     # ---- creating
 
     @classmethod
@@ -112,7 +114,7 @@ class Luks(ReencryptingNode):
     # ---- life
 
     async def open(self) -> None:
-        secret = self.host.use_object(self, self.options.key_secret, Secret)
+        self.secret = self.host.use_object(self, self.options.key_secret, Secret)
         role = "header" if "header" in self.children else "file"
         self._prepare_ciphers()
         try:
@@ -120,7 +122,7 @@ class Luks(ReencryptingNode):
             self.volume.step = lambda: self.host.working(self)
             self._segment = self._only_segment()
             self._check_size()
-            await self.open_crypt(secret.data)
+            await self.open_crypt(self.secret.data)
         except BaseException as error:
             self._free_ciphers()
             if not isinstance(error, VhostblkError):
@@ -160,9 +162,27 @@ class Luks(ReencryptingNode):
     def discards(self) -> bool:
         return self.options.discard == "unmap"
 
+    async def reopen_prepare(self, options: LuksOptions) -> None:
+        await super().reopen_prepare(options)
+        if options.key_secret == self.options.key_secret:
+            return
+        secret = self.host.use_object(self, options.key_secret, Secret)
+        try:
+            # The disk goes on as it is; but it is what the next start has.
+            await self.check_opens_all(secret.data)
+        except BaseException:
+            self.host.release_object(self, secret)
+            raise
+        self.prepared["secret"] = secret
+
     def _exchange(self) -> None:
         super()._exchange()
         self.set_as_it_is()
+
+    async def reopen_dispose(self, attributes: dict[str, Any]) -> None:
+        await super().reopen_dispose(attributes)
+        if "secret" in attributes:
+            self.host.release_object(self, attributes["secret"])
 
     # ---- what it is
 
