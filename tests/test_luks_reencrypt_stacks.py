@@ -32,6 +32,7 @@ from test_luks_reencrypt import (
 
 from crash import newest_tools  # isort: skip
 from vhostblk.control.client import ControlClient
+from vhostblk.jobs.stream import start_stream
 from vhostblk.luks import luks2
 
 
@@ -233,3 +234,42 @@ def test_kill_9_with_snapshots(
             content[at : at + len(data)] = found
         check(device)
     assert backend.stop() == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_while_the_disk_becomes_independent_of_its_origin(tmp_path: Path, seed: int) -> None:
+    """block-stream fills the overlay from below, re-encryption rewrites it from above."""
+    tools, raw = newest_tools(), formatted(tmp_path / "raw")
+    content = os.urandom(DISK)
+
+    async def fill(host: Host) -> None:
+        await disk(host, raw)
+        await host.write("disk", 0, content)
+
+    with_host(fill)
+    top = tmp_path / "top.qcow2"
+    tools.create(top, raw.stat().st_size, "qcow2", backing=raw, backing_format="raw")
+    after: list[bytes] = []
+
+    async def test(host: Host) -> None:
+        await host.add("qcow2", "top", file={"driver": "file", "filename": str(top)})
+        await disk(host, top, file="top")
+        await host.export("disk", "e")
+        async with host.device("e") as guest:
+            writer = Writer(guest, content, seed)
+            working = asyncio.create_task(writer.work())
+            await command(host, "luks-reencrypt", speed=4 * MIB, **CHEAP)
+            async with host.backend.changing():
+                await start_stream(host.backend, "e", "stream", speed=16 * MIB)
+            await until_done(host)
+            writer.done = True
+            await working
+        assert not any("error" in data for data in host.named("BLOCK_JOB_COMPLETED"))
+        assert await host.read("disk", 0, DISK) == writer.content
+        after.append(bytes(writer.content))
+
+    with_host(test)
+    assert content_of(raw) == content, "the origin has its own header, and nothing was written"
+    raw.unlink()
+    assert tools.check(top, format="qcow2").corruptions == 0
+    assert plain(top) == after[0]
