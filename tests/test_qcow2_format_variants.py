@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from crash import Tools, all_tools, newest_tools
+from file_storage import FileStorage
 from qcow2_memory import MemoryDisk
 from qcow2_variants import VARIANTS, Variant, make
 
@@ -22,7 +23,6 @@ from vhostblk.nodes.qcow2.check import CheckResult, check, repair_dirty
 from vhostblk.nodes.qcow2.geometry import COPIED, OFFSET_MASK
 from vhostblk.nodes.qcow2.header import DIRTY, Header
 from vhostblk.nodes.qcow2.layout import (
-    FileStorage,
     bytes_of,
     entry_words,
     patch_header,

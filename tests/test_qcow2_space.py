@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from crash import newest_tools
+from file_storage import FileStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import Host, with_host
 from test_qcow2_driver import new_disk
 
 from vhostblk.nodes.qcow2.header import Header
-from vhostblk.nodes.qcow2.layout import FileStorage
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.schema import VhostblkError
 

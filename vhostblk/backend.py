@@ -97,7 +97,6 @@ class Backend:
         self.frozen_guests.close()
         self.engine.close()
         self._started = None
-        self.events.close()
 
     # ---- changes, and the state file
 

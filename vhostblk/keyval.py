@@ -13,7 +13,6 @@ string, which the schema turns into what it needs.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -154,37 +153,3 @@ def _parse_json(text: str) -> dict[str, Any]:
         raise _fail(f"JSON parse error, {error}", text, error.position or 0) from None
     assert isinstance(value, dict)  # it starts with a brace
     return value
-
-
-def format_options(options: dict[str, Any]) -> str:
-    """The inverse of parse(): one line that means `options`.
-
-    Written as key=value where that says the same; falls back to JSON for what
-    key=value cannot say (null, an empty list, a key with odd characters).
-    """
-    items: list[str] = []
-    if _flatten(options, "", items) and items:
-        return ",".join(items)
-    return json.dumps(options)
-
-
-def _flatten(value: Any, key: str, items: list[str]) -> bool:
-    if isinstance(value, dict):
-        if key and (not value or any(str(k)[:1].isdigit() for k in value)):
-            return False
-        return all(
-            _FRAGMENT.match(str(k)) is not None
-            and (bool(key) or not str(k)[0].isdigit())
-            and _flatten(v, f"{key}.{k}" if key else str(k), items)
-            for k, v in value.items()
-        )
-    if isinstance(value, list):
-        if not value:
-            return False
-        return all(_flatten(v, f"{key}.{i}", items) for i, v in enumerate(value))
-    if value is None:
-        return False
-    if isinstance(value, bool):
-        value = "on" if value else "off"
-    items.append(f"{key}={str(value).replace(',', ',,')}")
-    return True
