@@ -7,6 +7,7 @@ changes the key, and how far it is: an image then needs the header of its own mo
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,7 @@ from test_luks_reencrypt import (
 )
 
 from vhostblk.luks import luks2
+from vhostblk.schema import VhostblkError
 
 DISK = 4 * MIB
 
@@ -151,6 +153,42 @@ def test_a_new_key_with_snapshots_below(tmp_path: Path) -> None:
     with_host(test)
     assert reads(tmp_path / "whole", tmp_path / "header", "one") != before[0]
     assert reads(tmp_path / "whole", tmp_path / "copy", "one") == before[0]
+
+
+@pytest.mark.parametrize("iterations", [1000, 1_000_000])
+def test_a_snapshot_while_it_begins(tmp_path: Path, iterations: int) -> None:
+    """One of the two is refused, or the snapshot is older and opens with a copy of the header."""
+
+    async def test(host: Host) -> None:
+        made = Detached(host, tmp_path)
+        await made.make()
+        node = host.backend.graph.node("disk")
+        costs = CHEAP | {"pbkdf-force-iterations": iterations}
+        if iterations > 1000:
+            await command(host, "luks-reencrypt", speed=MIB, **costs)
+            await host.until(lambda: node.preparing, 30)
+            with refused("'disk' is being re-encrypted"):
+                await host.backend.transaction([made.cover(1)])
+            host.backend.block_job("reencrypt-disk").set_speed(0)
+            await until_done(host)
+            assert ended_well(host)
+            return
+        begun = asyncio.create_task(command(host, "luks-reencrypt", speed=MIB, **costs))
+        await asyncio.sleep(0)
+        try:
+            # It waits for the command, and the job for it, most of the time.
+            await host.backend.transaction([made.cover(1)])
+        except VhostblkError as error:
+            assert "'disk' is being re-encrypted" in error.desc
+            await begun
+            return
+        await begun
+        await until_done(host)
+        [told] = host.named("BLOCK_JOB_COMPLETED")
+        assert "only the old key opens: base. " in told["error"]
+        assert not node.volume.is_reencrypting
+
+    with_host(test)
 
 
 @pytest.mark.parametrize("paused", [False, True])

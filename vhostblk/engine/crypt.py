@@ -16,6 +16,7 @@ from typing import Any
 from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, EngineError, NodeHandle, UpcallSink
 from vhostblk.schema import VhostblkError
+from vhostblk.secret.memory import wipe_bytes
 
 SECTOR = 512
 WHOLE = 0xFFFF_FFFF_FFFF_FFFF
@@ -101,7 +102,10 @@ class CipherSpec:
     def iv_key(self, key: bytes | bytearray | memoryview) -> bytearray | None:
         """What IVs are encrypted with, if they are."""
         if self.iv == "essiv":
-            return bytearray(hashlib.new(self.iv_hash, key).digest())
+            made = hashlib.new(self.iv_hash, key).digest()
+            own = bytearray(made)
+            wipe_bytes(made)
+            return own
         return bytearray(key) if self.iv == "eboiv" else None
 
     def iv_cipher(self, key_size: int) -> str:

@@ -60,10 +60,13 @@ class ReencryptJob(BlockJob):
         node: ReencryptingNode,
         secrets: list[str],
         kdf: KdfOptions | None = None,
+        *,
+        force: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(id, **options)
         self._kdf = kdf
+        self._force = force
         self._backend = backend
         self.node = node
         self._secrets = secrets
@@ -78,7 +81,13 @@ class ReencryptJob(BlockJob):
         async with attached(backend, self.id, node, writes=True):
             self.total_progress = node.size
             if node.log is None:
-                await self._begin()
+                async with backend.graph.lock:  # no snapshot comes in between
+                    node.check_reencryption(self._force)
+                    node.preparing = True
+                try:
+                    await self._begin()
+                finally:
+                    node.preparing = False
             self.busy = True
             while not await self._finish():
                 await self._pass()
@@ -156,7 +165,7 @@ def start_reencryption(
         backend.objects.find(secret, Secret)
     if node.log is None:
         node.check_reencryption(force)
-    job = ReencryptJob(id, backend, node, secrets, **options)
+    job = ReencryptJob(id, backend, node, secrets, force=force, **options)
     backend.jobs.start(job)
     return job
 

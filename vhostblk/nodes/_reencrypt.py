@@ -39,6 +39,8 @@ class ReencryptingNode(CryptNode):
     volume: luks.Volume
     log: ZoneLog | None = None
     """How far it is, while it is being re-encrypted."""
+    preparing = False
+    """The header is about to say that it is being re-encrypted."""
     _begun: tuple[ZoneLog, Half] | None = None
     """What the header says already, and the engine half does not know yet."""
 
@@ -136,8 +138,9 @@ class ReencryptingNode(CryptNode):
 
     def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
         header = self.children.get("header")
-        if self.log is None or header is None:
-            return  # any header of this key will do, or each image has its own
+        busy = self.preparing or self._begun is not None or self.log is not None
+        if header is None or not busy:
+            return  # each image has its own, or any header of this key will do
         below = [header.node]
         for node in below:  # grows while it is walked
             if node in covered:
