@@ -474,6 +474,15 @@ def test_config(start_backend: Start, short_dir: Path) -> None:
         ("name: a\nname: b", [":2: 'name' is written twice"]),
         ("blockdevs:\n  - {driver: null-co", [":2"]),
         ("a: &a [*a]", []),
+        # Each line nine times the one above: 9 to the 20th, written out.
+        (
+            "blockdevs:\n  - {driver: null-co, size: &a0 [x]}\n"
+            + "".join(
+                f"  - {{driver: null-co, size: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]}}\n"
+                for n in range(1, 20)
+            ),
+            [":2:", "'size', expected: integer"],
+        ),
         ("blockdevs:\n  - {driver: null-co, size: 2026-99-99}", [":2:", "'size'", "2026-99-99"]),
         ("blockdevs:\n  - {driver: null-co, size: !!timestamp 2026-99-99}", [":2:"]),
         ("blockdevs:\n  - {driver: null-co, size: %s}" % ("9" * 5000), [":2:", "'size'"]),
@@ -941,6 +950,17 @@ def test_run_replaces_the_mark(short_dir: Path, image: Path) -> None:
     words = done.stdout.split("\n")
     assert words[0] == "a" and words[-2] == "b"
     assert f"socket,id=vhostblk-vm,path={short_dir}/vhostblk/vm/vhost.sock" in done.stdout
+
+
+def test_run_logs_to_a_file_what_is_ours(short_dir: Path, image: Path) -> None:
+    """What QEMU has to say stays on the terminal."""
+    log = short_dir / "log"
+    script = "echo : @VHOSTBLK@ >/dev/null; echo from-qemu >&2"
+    done = vhostblk(
+        "run", "--log-file", str(log), str(image), "--", "sh", "-c", script, directory=short_dir
+    )
+    assert done.returncode == 0 and done.stderr == "from-qemu\n"
+    assert "ready" in log.read_text() and "from-qemu" not in log.read_text()
 
 
 def test_run_without_such_a_program(short_dir: Path, image: Path) -> None:

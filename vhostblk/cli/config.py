@@ -83,7 +83,7 @@ def load(path: str) -> Config:
             return config
         if not isinstance(root, yaml.MappingNode):
             raise _at(path, root, "expected names and values at the top")
-        _check_keys(path, root)
+        _check_nodes(path, root)
         for key, value in _members(path, root):
             _take(config, path, loader, key, value)
     except RecursionError:
@@ -127,32 +127,40 @@ def _take(config: Config, path: str, loader: _Loader, key: str, value: yaml.Node
 
 def _constructed(path: str, loader: _Loader, node: yaml.Node) -> Any:
     try:
-        value = loader.construct_document(node)
+        return loader.construct_document(node)
     except ValueError as error:  # what is marked !!int or !!timestamp and is none
         raise _at(path, node, str(error)) from None
-    if has_bad_text(value):
-        raise _at(path, node, "text contains NUL or half a surrogate pair")
-    return value
 
 
 def _members(path: str, node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
     return [(key.value, value) for key, value in node.value]
 
 
-def _check_keys(path: str, node: yaml.Node) -> None:
-    """Every name a plain word and written once: YAML itself would keep the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _at(path, key, "a name must be a plain word")
-            if key.value in seen:
-                raise _at(path, key, f"'{key.value}' is written twice")
-            seen.add(key.value)
-            _check_keys(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(path, value)
+def _check_nodes(path: str, root: yaml.Node) -> None:
+    """Every name a plain word and written once (YAML itself would keep the last); all text is text.
+
+    Each node is looked at once, however many aliases of it there are.
+    """
+    waiting: list[yaml.Node] = [root]
+    seen: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            names: set[str] = set()
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise _at(path, key, "a name must be a plain word")
+                if key.value in names:
+                    raise _at(path, key, f"'{key.value}' is written twice")
+                names.add(key.value)
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif has_bad_text(node.value):
+            raise _at(path, node, "text contains NUL or half a surrogate pair")
 
 
 def _at(path: str, node: yaml.Node, text: str) -> CliError:

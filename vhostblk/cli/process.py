@@ -182,6 +182,11 @@ def tell_caller(line: str) -> None:
             os.write(_caller, f"{line}\n".encode(errors="backslashreplace"))
 
 
+def terminal() -> int | None:
+    """The caller's standard error, if ours is a log file; for commands that are run."""
+    return _caller
+
+
 def _let_caller_go() -> None:
     global _caller
     if _caller is not None:

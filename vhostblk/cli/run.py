@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vhostblk.cli import options, places, qemu
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser
-from vhostblk.cli.process import set_up_logging
+from vhostblk.cli.process import set_up_logging, terminal
 from vhostblk.cli.serving import Plan, Running, serve
 
 DESCRIPTION = """\
@@ -105,7 +105,7 @@ async def _run_command(args: argparse.Namespace, running: Running) -> int:
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     try:
         child = await asyncio.create_subprocess_exec(
-            *qemu.substitute(words, insert), preexec_fn=_end_with_us()
+            *qemu.substitute(words, insert), stderr=terminal(), preexec_fn=_end_with_us()
         )
     except OSError as error:
         raise CliError(f"cannot run '{words[0]}': {error.strerror}", status=127) from None
