@@ -213,11 +213,6 @@ class SectorCipher:
         return lambda sector: bytes(width)
 
 
-def supported_ciphers() -> tuple[str, ...]:
-    """Names of the ciphers there are."""
-    return tuple(_KEYS)
-
-
 @functools.cache
 def _class_of(cipher: str) -> Any:
     name = _CLASSES[cipher]

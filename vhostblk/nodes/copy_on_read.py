@@ -358,10 +358,6 @@ class CopyOnRead(HookedNode):
         needed, _ = await self._missing(first, end)
         return min(end << self._bits, self.size), any(needed)
 
-    def forget_marks(self) -> None:
-        """Learn everything anew; nothing is in flight."""
-        self._look()
-
 
 def _runs(kinds: bytes | bytearray) -> Iterable[tuple[int, int, int]]:
     """Equal bytes in a row: value, where, how many."""
