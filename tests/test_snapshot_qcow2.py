@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from cow_driver import Mirror, Through
+from crash.tools import plain_environment
 from frontend import Device
 from graph_changes import act, load, transaction
 from in_process import MIB, Host, with_host
@@ -22,7 +23,9 @@ SECTORS = 256
 
 
 def qemu_img(*arguments: str) -> str:
-    done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        ["qemu-img", *arguments], capture_output=True, text=True, env=plain_environment()
+    )
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
     return done.stdout
 

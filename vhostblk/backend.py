@@ -665,6 +665,7 @@ def _describe_iothread(thread: IOThread, options: IOThreadOptions) -> dict[str, 
         "notifies": info.notifies,
         "inline-ios": info.inline_ios,
         "queued-ios": info.queued_ios,
+        "shared-requests": info.shared_requests,
     }
     if thread.fallback_reason:
         entry["fallback-reason"] = thread.fallback_reason

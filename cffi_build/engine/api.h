@@ -65,6 +65,7 @@ struct vb_iothread_info {
     uint64_t inline_ios;  /* file I/O served by the kernel at once */
     uint64_t mapped_ios;  /* file reads served from a mapping, without the kernel */
     uint64_t queued_ios;  /* file I/O that had to wait */
+    uint64_t shared_requests; /* carried out for another I/O thread */
 };
 
 vb_iothread *vb_iothread_new(vb_engine *engine, const char *name,

@@ -875,6 +875,9 @@ static void make_lanes(struct vb_device *device)
         lane->poller = (struct vb_poller){NULL, lane_poll, lane_flush, lane_arm};
         lane->device = device;
         lane->thread = export_->iothreads[i];
+        if (export_->num_iothreads > 1) {
+            lane->helper = export_->iothreads[(i + 1) % export_->num_iothreads];
+        }
         lane->parked = true;
         lane->paused = export_->pause_depth;
         lane->attach.run = run_attach;

@@ -7,7 +7,8 @@
  *   vb_device   one connection. Its device thread runs libvhost-user, one message
  *               at a time.
  *   vb_lane     the device's virtqueues on one I/O thread.
- *   vb_queue    one virtqueue: popped, completed and notified by its lane's thread.
+ *   vb_queue    one virtqueue: popped, completed and notified by its lane's thread. What
+ *               comes between for a request may be another thread's (virtqueue.c, "help").
  *
  * What the library's messages change (memory table, rings, file descriptors) is
  * read by I/O threads without a lock. So the device thread *parks* the lanes
@@ -59,6 +60,7 @@ struct vb_blk_request {
     uint32_t iov_room;      /* entries of `iov` */
     struct iovec *iov;      /* inline_iov, or from malloc once a chain was longer */
     struct iovec inline_iov[VB_BLK_INLINE_IOV];
+    struct vb_message message; /* between the queue's thread and the one that helps it */
 };
 
 struct vb_queue {
@@ -103,6 +105,9 @@ struct vb_lane {
     struct vb_park *parking;        /* wants to hear when all is finished */
     struct vb_pause *pausing;       /* likewise; a list */
     struct vb_message attach, unpark, detach;
+    struct vb_iothread *helper;     /* another of the export's threads; NULL if it has one only */
+    uint64_t request_ns;            /* what starting a request took lately; with a helper */
+    uint32_t give;                  /* so many of the next requests are the helper's */
     uint32_t region;                /* index of the memory region used last */
     struct iovec chain[VB_CHAIN_IOV_MAX]; /* while a chain is parsed */
 };

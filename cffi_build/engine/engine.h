@@ -72,6 +72,7 @@ struct vb_mailbox {
 int vb_mailbox_init(struct vb_mailbox *mailbox);
 void vb_mailbox_destroy(struct vb_mailbox *mailbox);
 void vb_mailbox_push(struct vb_mailbox *mailbox, struct vb_message *message); /* any */
+void vb_mailbox_wake(struct vb_mailbox *mailbox);                             /* any */
 struct vb_message *vb_mailbox_take(struct vb_mailbox *mailbox); /* all of it, oldest first */
 
 /* ---- requests ------------------------------------------------------------------ */
@@ -274,8 +275,11 @@ struct vb_iothread {
     uint64_t max_sleep_ns;    /* set by arm(), for one sleep */
     _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* written by control at any time */
     _Atomic uint64_t poll_ns;
+    _Atomic bool spinning;    /* has nothing to do, and would see a message at once */
+    _Atomic bool called;      /* vb_iothread_call(): somebody is about to have work for it */
     /* Counters: this thread writes, control reads. */
-    _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, mapped_ios, queued_ios;
+    _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, mapped_ios, queued_ios,
+        shared_requests;
     /* Set before the thread runs, or by control. */
     struct vb_iothread_start *start;
     char name[64];
@@ -305,7 +309,17 @@ static inline uint64_t vb_deadline(const struct vb_iothread *thread, uint64_t de
     return delay_ns < UINT64_MAX - thread->now_ns ? thread->now_ns + delay_ns : UINT64_MAX;
 }
 
+/* Its own: other threads look at it, so it is written only if it changes. */
+static inline void vb_iothread_set_spinning(struct vb_iothread *thread, bool spinning)
+{
+    if (atomic_load_explicit(&thread->spinning, memory_order_relaxed) != spinning) {
+        atomic_store_explicit(&thread->spinning, spinning, memory_order_relaxed);
+    }
+}
+
 void vb_iothread_send(struct vb_iothread *thread, struct vb_message *message); /* any */
+/* Wakes a thread that sleeps, and has it spin for a while even if there is nothing to do yet. */
+void vb_iothread_call(struct vb_iothread *thread); /* another I/O thread */
 void vb_iothread_add_poller(struct vb_iothread *thread, struct vb_poller *poller);
 void vb_iothread_remove_poller(struct vb_iothread *thread, struct vb_poller *poller);
 int vb_iothread_add_watch(struct vb_iothread *thread, int fd, struct vb_watch *watch); /* any */

@@ -68,6 +68,12 @@ void vb_iothread_send(struct vb_iothread *thread, struct vb_message *message)
     vb_mailbox_push(&thread->mailbox, message);
 }
 
+void vb_iothread_call(struct vb_iothread *thread)
+{
+    atomic_store(&thread->called, true);
+    vb_mailbox_wake(&thread->mailbox);
+}
+
 void vb_iothread_add_poller(struct vb_iothread *thread, struct vb_poller *poller)
 {
     vb_assert(vb_in_iothread(thread));
@@ -106,6 +112,9 @@ static bool run_messages(struct vb_iothread *thread)
     struct vb_message *message = vb_mailbox_take(&thread->mailbox);
     bool any = message != NULL;
 
+    if (any) {
+        vb_iothread_set_spinning(thread, false);
+    }
     while (message) {
         struct vb_message *next = message->next; /* run() may free the message */
         message->run(message, thread);
@@ -140,6 +149,7 @@ static bool sweep(struct vb_iothread *thread)
         any |= poller->poll(poller);
     }
     any |= thread->aio->poll(thread);
+    any |= run_messages(thread); /* what other threads have done for this one meanwhile */
     if (any) {
         vb_refresh_now(thread);
     }
@@ -194,7 +204,7 @@ static void sleep_until_woken(struct vb_iothread *thread)
     bool busy = arm_pollers(thread);
 
     atomic_store(&thread->mailbox.asleep, true);
-    if (!busy && !atomic_load(&thread->mailbox.head)) {
+    if (!busy && !atomic_load(&thread->mailbox.head) && !atomic_load(&thread->called)) {
         vb_count(&thread->sleeps, 1);
         if (thread->aio->wait(thread, sleep_limit(thread))) {
             run_watches(thread);
@@ -225,13 +235,23 @@ static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
     }
 }
 
+/* Who has been called spins for as long as ever it may: what it is called for comes soon. */
+static uint64_t spin_ns(struct vb_iothread *thread, bool called)
+{
+    return atomic_load_explicit(called ? &thread->poll_max_ns : &thread->poll_ns,
+                                memory_order_relaxed);
+}
+
 static void loop(struct vb_iothread *thread)
 {
-    uint64_t idle_since = 0;
+    uint64_t idle_since = 0, called_at = 0;
     bool slept = false;
 
     while (!thread->stop) {
-        if (sweep(thread)) {
+        bool any = sweep(thread);
+
+        vb_iothread_set_spinning(thread, !any);
+        if (any) {
             if (slept) {
                 adapt_polling(thread, thread->now_ns - idle_since);
                 slept = false;
@@ -239,13 +259,17 @@ static void loop(struct vb_iothread *thread)
             idle_since = thread->now_ns;
             continue;
         }
-        if (thread->now_ns - idle_since <
-            atomic_load_explicit(&thread->poll_ns, memory_order_relaxed)) {
+        if (thread->now_ns - idle_since < spin_ns(thread, false) ||
+            thread->now_ns - called_at < spin_ns(thread, true)) {
             __builtin_ia32_pause();
             continue;
         }
+        vb_iothread_set_spinning(thread, false);
         sleep_until_woken(thread);
         slept = true;
+        if (atomic_exchange(&thread->called, false)) {
+            called_at = vb_clock_ns();
+        }
     }
 }
 
@@ -414,6 +438,7 @@ void vb_iothread_query(struct vb_iothread *thread, struct vb_iothread_info *info
     info->inline_ios = read_counter(&thread->inline_ios);
     info->mapped_ios = read_counter(&thread->mapped_ios);
     info->queued_ios = read_counter(&thread->queued_ios);
+    info->shared_requests = read_counter(&thread->shared_requests);
 }
 
 const char *vb_iothread_fallback_reason(struct vb_iothread *thread)
@@ -429,6 +454,29 @@ static void run_stop(struct vb_message *message, void *context)
     thread->stop = true;
 }
 
+struct barrier {
+    struct vb_message message;
+    sem_t passed;
+};
+
+static void run_barrier(struct vb_message *message, void *context)
+{
+    (void)context;
+    sem_post(&vb_container_of(message, struct barrier, message)->passed);
+}
+
+/* What `thread` has sent by now it has sent entirely: it does not look at the receiver any more. */
+static void pass(struct vb_iothread *thread)
+{
+    struct barrier barrier = {.message = {.run = run_barrier}};
+
+    sem_init(&barrier.passed, 0, 0);
+    vb_iothread_send(thread, &barrier.message);
+    while (sem_wait(&barrier.passed) < 0 && errno == EINTR) {
+    }
+    sem_destroy(&barrier.passed);
+}
+
 void vb_iothread_free(struct vb_iothread *thread)
 {
     struct vb_message stop = {.run = run_stop};
@@ -436,5 +484,10 @@ void vb_iothread_free(struct vb_iothread *thread)
     vb_iothread_send(thread, &stop);
     pthread_join(thread->start->pthread, NULL);
     thread->engine->iothreads[thread->index] = NULL;
+    for (int i = 0; i < VB_MAX_IOTHREADS; i++) {
+        if (thread->engine->iothreads[i]) {
+            pass(thread->engine->iothreads[i]);
+        }
+    }
     release(thread);
 }

@@ -28,6 +28,13 @@ void vb_mailbox_destroy(struct vb_mailbox *mailbox)
     close(mailbox->event_fd);
 }
 
+void vb_mailbox_wake(struct vb_mailbox *mailbox)
+{
+    if (atomic_load(&mailbox->asleep) && atomic_exchange(&mailbox->asleep, false)) {
+        eventfd_write(mailbox->event_fd, 1);
+    }
+}
+
 void vb_mailbox_push(struct vb_mailbox *mailbox, struct vb_message *message)
 {
     struct vb_message *head = atomic_load_explicit(&mailbox->head, memory_order_relaxed);
@@ -37,9 +44,7 @@ void vb_mailbox_push(struct vb_mailbox *mailbox, struct vb_message *message)
     } while (!atomic_compare_exchange_weak_explicit(&mailbox->head, &head, message,
                                                     memory_order_seq_cst, memory_order_relaxed));
 
-    if (atomic_load(&mailbox->asleep) && atomic_exchange(&mailbox->asleep, false)) {
-        eventfd_write(mailbox->event_fd, 1);
-    }
+    vb_mailbox_wake(mailbox);
 }
 
 struct vb_message *vb_mailbox_take(struct vb_mailbox *mailbox)

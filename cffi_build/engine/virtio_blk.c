@@ -138,12 +138,25 @@ void vb_blk_release(struct vb_blk_request *blk)
 
 /* ---- completion -------------------------------------------------------------------------- */
 
+static void run_helped(struct vb_message *message, void *context)
+{
+    (void)context;
+    vb_queue_complete(vb_container_of(message, struct vb_blk_request, message));
+}
+
 static void answer(struct vb_blk_request *blk, uint8_t status)
 {
+    struct vb_iothread *thread = blk->queue->lane->thread;
+
     vb_guest_write_begin();
     __atomic_store_n(blk->status, status, __ATOMIC_RELAXED); /* shared with the guest */
     vb_guest_write_end();
-    vb_queue_complete(blk);
+    if (blk->request.thread == thread) {
+        vb_queue_complete(blk);
+        return;
+    }
+    blk->message.run = run_helped;
+    vb_iothread_send(thread, &blk->message); /* it owns the request again */
 }
 
 static void blk_done(struct vb_request *request)
@@ -214,6 +227,33 @@ static bool in_bounds(const struct vb_export *export_, uint64_t sector, uint64_t
     return sector <= capacity / SECTOR && bytes <= capacity - sector * SECTOR;
 }
 
+static void run_help(struct vb_message *message, void *context)
+{
+    struct vb_blk_request *blk = vb_container_of(message, struct vb_blk_request, message);
+    struct vb_iothread *thread = context;
+
+    vb_count(&thread->shared_requests, 1);
+    if (thread->now_ns < blk->request.start_ns) { /* read on the other thread */
+        vb_refresh_now(thread);
+    }
+    vb_submit(export_of(blk)->root, &blk->request);
+}
+
+/* The request is complete but for its way through the tree: this thread's, or its helper's. */
+static void carry_out(struct vb_blk_request *blk)
+{
+    struct vb_lane *lane = blk->queue->lane;
+
+    if (lane->give == 0) {
+        vb_submit(export_of(blk)->root, &blk->request);
+        return;
+    }
+    lane->give--;
+    blk->request.thread = lane->helper;
+    blk->message.run = run_help;
+    vb_iothread_send(lane->helper, &blk->message);
+}
+
 static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
                      const struct iovec *iov, uint32_t niov)
 {
@@ -236,7 +276,7 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
     request->flags = op == VB_OP_WRITE && writethrough(blk) ? VB_REQ_FUA : 0;
     request->offset = sector * SECTOR;
     request->bytes = bytes;
-    vb_submit(export_->root, request);
+    carry_out(blk);
 }
 
 static void start_flush(struct vb_blk_request *blk)

@@ -374,35 +374,96 @@ static bool is_sweep_over(struct vb_iothread *thread, uint64_t begin_ns, uint64_
            (started >= SWEEP_REQUESTS && took / started * left < WAKE_NS);
 }
 
+/* ---- help ----------------------------------------------------------------------------------- */
+
+/*
+ * A queue belongs to one thread. But where requests are work, as those of a cipher or a vote are,
+ * and another of the export's threads has nothing to do, that one carries out half of a sweep:
+ * data reads and writes, which go to it as messages and come back as messages. A request that
+ * costs less than SHARE_NS is not worth that. Nothing is given to a thread that sleeps, since it
+ * would take too long to wake; it is called, if more is waiting than would be done by then.
+ */
+#define SHARE_NS 1000u
+#define SHARE_CALL_NS (WAKE_NS / 2)
+
+static unsigned choose_share(struct vb_lane *lane, unsigned count)
+{
+    uint64_t cost = lane->request_ns;
+    unsigned most = cost ? (unsigned)(SWEEP_NS / cost) + 1 : 0;
+    unsigned half = count / 2 < SWEEP_REQUESTS ? count / 2 : SWEEP_REQUESTS;
+
+    if (!lane->helper || cost < SHARE_NS || half == 0 ||
+        atomic_load_explicit(&lane->helper->poll_max_ns, memory_order_relaxed) == 0) {
+        return 0; /* who may not spin always sleeps */
+    }
+    if (atomic_load_explicit(&lane->helper->spinning, memory_order_relaxed)) {
+        return half < most ? half : most;
+    }
+    if (count * cost >= SHARE_CALL_NS &&
+        atomic_load_explicit(&lane->helper->mailbox.asleep, memory_order_relaxed)) {
+        vb_iothread_call(lane->helper);
+    }
+    return 0;
+}
+
+/* A running average. One sweep that another process has interrupted must not count for much. */
+static void measure(struct vb_lane *lane, uint64_t begin_ns, unsigned started)
+{
+    uint64_t cost;
+
+    if (!lane->helper || started == 0) {
+        return;
+    }
+    vb_refresh_now(lane->thread);
+    cost = (lane->thread->now_ns - begin_ns) / started;
+    cost = cost < 2 * lane->request_ns + SHARE_NS ? cost : 2 * lane->request_ns + SHARE_NS;
+    lane->request_ns = (3 * lane->request_ns + cost) / 4;
+}
+
 bool vb_queue_poll(struct vb_queue *queue)
 {
     VuVirtq *vq = queue->vq;
+    struct vb_lane *lane = queue->lane;
+    struct vb_iothread *thread = lane->thread;
     bool any = vb_queue_resubmit(queue);
     uint16_t count = (uint16_t)(le16toh(guest_load_acquire(&queue->avail->idx)) -
                                 vq->last_avail_idx);
+    uint64_t bytes = 0, begin;
+    unsigned started = 0; /* by this thread itself */
 
-    struct vb_iothread *thread = queue->lane->thread;
-    uint64_t bytes = 0, begin = thread->now_ns;
-
-    if (count == 0 || queue->lane->broken) {
+    if (count == 0 || lane->broken) {
         return any;
     }
     if (count > queue->num) {
-        vb_device_violation(queue->lane, "an available index that runs ahead of its ring");
+        vb_device_violation(lane, "an available index that runs ahead of its ring");
         return true;
     }
     if (queue->kicks_wanted && !queue->event_idx) {
         guest_store(&queue->used->flags, htole16(VRING_USED_F_NO_NOTIFY));
     }
     queue->kicks_wanted = false;
-    for (uint16_t i = 0; i < count && !queue->lane->broken; i++) {
+    vb_iothread_set_spinning(thread, false);
+    if (lane->helper) {
+        vb_refresh_now(thread);
+    }
+    begin = thread->now_ns;
+    lane->give = choose_share(lane, count);
+    for (uint16_t i = 0; i < count && !lane->broken; i++) {
         uint16_t slot = vq->last_avail_idx++ & (queue->num - 1);
+        unsigned give = lane->give;
+        uint64_t moved = start(queue, le16toh(guest_load(&queue->avail->ring[slot])));
 
-        bytes += start(queue, le16toh(guest_load(&queue->avail->ring[slot])));
-        if (is_sweep_over(thread, begin, bytes, i + 1u, count - i - 1u)) {
+        if (lane->give < give) {
+            continue;
+        }
+        bytes += moved;
+        started++;
+        if (is_sweep_over(thread, begin, bytes, started, count - i - 1u)) {
             break;
         }
     }
+    lane->give = 0;
+    measure(lane, begin, started);
     return true;
 }
 

@@ -176,6 +176,7 @@ def contestants(row: Row, setting: Setting) -> list[Contestant]:
             _fill_in(row.nodes, setting, row.image),
             path,
             queues=queues,
+            iothreads=max(row.iothreads, queues),
             plugins=_fill_in(row.plugins, setting, None),
             objects=row.objects,
         )

@@ -113,11 +113,12 @@ def vhostblk_command(
     path: Path,
     *,
     queues: int,
+    iothreads: int,
     plugins: Sequence[str],
     objects: Sequence[str],
 ) -> list[str]:
-    """`vhostblk serve` with an I/O thread for each queue."""
-    threads = [f"io{number}" for number in range(queues)]
+    """`vhostblk serve` with so many I/O threads."""
+    threads = [f"io{number}" for number in range(iothreads)]
     command = [*program, "serve"]
     for plugin in plugins:
         command += ["--plugin", plugin]

@@ -80,6 +80,7 @@ class Row:
     kind: Kind = Kind.LOAD
     job: Job = field(default_factory=Job)
     daemons: tuple[Daemon, ...] = ()
+    iothreads: int = 1  # of vhostblk, and one for each queue at least
     limit: bool = False  # the same job by io_uring on the file itself, too
     plugins: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()  # of both programs
@@ -171,7 +172,7 @@ FILE_DAEMONS = (
 )
 
 
-def _name(stack: str, what: str, block: int, queues: int) -> str:
+def _name(stack: str, what: str, block: int, queues: int = 1) -> str:
     return f"{stack}-{what}{'-64k' if block > 4096 else ''}{'-2q' if queues > 1 else ''}"
 
 
@@ -345,44 +346,42 @@ ROWS: tuple[Row, ...] = (
     ),
     *(
         Row(
-            name=_name("luks", what, block, queues),
+            name=_name("luks", what, block),
             title="luks on a file in the page cache",
             nodes=luks(),
             compare=Compare.IOPS,
-            target=None if queues > 1 else 6.0 if block > 4096 else 4.0,
+            target=6.0 if block > 4096 else 4.0,
             job=Job(
                 what,
                 depth=8 if block > 4096 else 32,
                 block=block,
-                queues=queues,
                 span=16 if what == "randwrite" else 0,
             ),
             objects=(f"secret,id=key,data={PASSPHRASE}",),
             daemons=LUKS_DAEMONS,
+            iothreads=2,
             image=Image.LUKS,
         )
-        for queues in (1, 2)
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
     ),
     *(
         Row(
-            name=_name("quorum", what, block, queues),
+            name=_name("quorum", what, block),
             title="quorum of three qcow2, filled",
             nodes=quorum(),
             compare=Compare.IOPS,
-            target=None if queues > 1 or block > 4096 else 5.0 if what == "randread" else 4.0,
+            target=None if block > 4096 else 5.0 if what == "randread" else 4.0,
             job=Job(
                 what,
                 depth=8 if block > 4096 else 32,
                 block=block,
-                queues=queues,
                 span=16 if what == "randwrite" else 0,
             ),
             daemons=QUORUM_DAEMONS,
+            iothreads=2,
             image=Image.LEGS,
         )
-        for queues in (1, 2)
         for block in (4096, 65536)
         for what in ("randread", "randwrite")
     ),
@@ -411,6 +410,7 @@ ROWS: tuple[Row, ...] = (
                 "throttle-group,id=limits,x-iops-total=100000000",
             ),
             daemons=FLAGSHIP_DAEMONS,
+            iothreads=2,
             image=Image.FLAGSHIP,
         )
         for queues in (1, 2)

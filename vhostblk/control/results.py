@@ -366,6 +366,7 @@ class IOThreadInfo(Model):
     notifies: int
     inline_ios: int
     queued_ios: int
+    shared_requests: int
     fallback_reason: str | None = None
 
 

@@ -204,6 +204,7 @@ class IOThreadInfo:
     inline_ios: int
     mapped_ios: int
     queued_ios: int
+    shared_requests: int
 
 
 @dataclass(frozen=True)
@@ -413,6 +414,7 @@ class IOThread:
             raw.inline_ios,
             raw.mapped_ios,
             raw.queued_ios,
+            raw.shared_requests,
         )
 
     @property
