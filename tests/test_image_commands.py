@@ -290,6 +290,8 @@ def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixt
         (["-f", "qcow2", "-o", "cluster_size=5", "new", "1M"], "power of two"),
         (["-f", "qcow2", "-o", "clusters=5", "new", "1M"], "unexpected"),
         (["-f", "qcow2", "-o", "clusters", "new", "1M"], "not KEY=VALUE"),
+        (["-f", "qcow2", "-o", "=1", "new", "1M"], "not KEY=VALUE"),
+        (["-f", "qcow2", "-o", "encrypt.format=luks", "new", "1M"], "blockdev-create"),
         (["-f", "qcow2", "-b", "there", "new", "1M"], "-b needs -F"),
         (["-f", "qcow2", "-b", "missing", "-F", "raw", "new", "1M"], "does not exist"),
         (["-f", "raw", "-b", "there", "-F", "raw", "new", "1M"], "cannot have a backing file"),

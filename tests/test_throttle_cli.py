@@ -148,6 +148,7 @@ def test_words(backend: Daemon, words: list[str], expected: dict[str, int]) -> N
         (["g", "iops=0.5"], "not a number"),  # and not 0, which is no limit
         (["g", "iops=2", "burst=0.1x"], "not a number"),
         (["g", "speed=3"], "there is no limit 'speed'"),
+        (["g", "iops-totl=3"], "did you mean 'iops-total'?"),
         (["g", "burst=3x"], "burst= needs a limit"),
         (["g", "iops=500", "burst=100"], "iops-total-max (100) cannot be lower than iops-total"),
         (["vdb", "iops=500", "burst=100"], "iops-total-max (100) cannot be lower than iops-total"),

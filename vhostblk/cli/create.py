@@ -101,9 +101,15 @@ def _options(words: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for word in ",".join(words).split(",") if words else []:
         key, equals, value = word.partition("=")
-        if not equals:
+        if not equals or not key:
             raise CliError(f"'{word}' in -o is not KEY=VALUE", status=USAGE)
         name = key.replace("_", "-")
+        if name.partition(".")[0] == "encrypt":
+            raise CliError(
+                f"'{key}' in -o: an encrypted image needs a secret object, which a running backend "
+                "has: use 'vhostblk qmp blockdev-create' (or -f luks)",
+                status=USAGE,
+            )
         if name == "compat":
             if value not in _COMPAT:
                 raise CliError(f"compat is 0.10 or 1.1, not '{value}'", status=USAGE)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vhostblk.cli import places
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, did_you_mean
 from vhostblk.cli.table import size as size_text
 from vhostblk.cli.table import table
 from vhostblk.control.client import ControlClient
@@ -110,7 +110,9 @@ def _limits(words: list[str]) -> dict[str, int]:
             if name not in _KNOWN:
                 names = sorted({*_SHORT, *_KNOWN, "burst", "burst-seconds"})
                 raise CliError(
-                    f"there is no limit '{name}'; there are: {', '.join(names)}", status=USAGE
+                    f"there is no limit '{name}'; there are: {', '.join(names)}"
+                    f"{did_you_mean(name, names)}",
+                    status=USAGE,
                 )
             limits[name] = _number(name, text)
     for name in [name for name in limits if _is_average(name)]:
