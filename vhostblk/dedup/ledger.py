@@ -347,8 +347,9 @@ class Ledger:
 
     async def _log(self, data: Writes, entries: list[Entry]) -> None:
         payloads = pack_entries(entries, BIGGEST - HEADER)
-        if not entries and self._resume is not None and self.state.head:
-            payloads = iter([b""])  # what an earlier life may have written there must not hold
+        if not entries and self._resume is not None and self.state.complete:
+            # What an earlier life may have written after its last flush must not hold.
+            payloads = iter([b""])
         for payload in payloads:
             base, flags = self._resume, RESUMES
             if base is None:

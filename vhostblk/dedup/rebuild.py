@@ -240,10 +240,15 @@ class Rebuild:
         logs = [one for one in found if one.chunk.kind == LOG and one.chunk.life >= life]
         last = logs[-1].chunk.life if logs else life
         trusted = max((one.chunk.durable for one in logs if one.chunk.life == last), default=0)
-        replay = Replay(tables, trusted, self._is_there)
+        there = await self._what_is_there(logs, snapshot, trusted)
+
+        async def is_there(record: Stored) -> bool:
+            return record in there
+
+        replay = Replay(tables, trusted, is_there)
         tables.state.frame = snapshot.base
         report = self._report
-        async for kind, frame, payload, when in self._entries(logs, snapshot):
+        async for kind, frame, payload, when in self._entries(logs, snapshot, trusted):
             records = list(unpack_records(payload))
             if kind == GONE:
                 _end(tables, records)
@@ -256,8 +261,31 @@ class Rebuild:
                 await self._write(tables)
         report.dropped = replay.dropped
 
+    async def _what_is_there(
+        self, logs: list[Found], snapshot: _Snapshot, trusted: int
+    ) -> set[Stored]:
+        """Of the blocks from frame `trusted` on: those that had reached the data device.
+
+        The place of one that has moved or ended since, with all of that flushed, may have been
+        used again.
+        """
+        there: set[Stored] = set()
+        stored: dict[int, list[Stored]] = {}
+        async for kind, frame, payload, _ in self._entries(logs, snapshot, trusted):
+            for record in unpack_records(payload):
+                if isinstance(record, Stored) and frame >= trusted:
+                    stored.setdefault(record.number, []).append(record)
+                elif isinstance(record, Gone) and kind == GONE:
+                    for number in range(record.first, record.first + record.blocks):
+                        there.update(stored.pop(number, ()))
+        for places in stored.values():
+            while places and not await self._is_there(places[-1]):
+                places.pop()
+            there.update(places)
+        return there
+
     async def _entries(
-        self, logs: list[Found], snapshot: _Snapshot
+        self, logs: list[Found], snapshot: _Snapshot, trusted: int
     ) -> AsyncIterator[tuple[int, int, bytes, int]]:
         """What holds of the log: kind, frame, payload, time."""
         cuts = _cuts(logs)
@@ -284,7 +312,9 @@ class Rebuild:
                         parts = b""
                         expected += 1
                 elif frame > expected:
-                    self._report.lost = len(logs) - position
+                    # What was not flushed may be there in parts; the rest must not be missing.
+                    if expected < trusted:
+                        self._report.lost = len(logs) - position
                     return
 
     async def _is_there(self, record: Stored) -> bool:

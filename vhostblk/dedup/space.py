@@ -16,8 +16,9 @@ from vhostblk.dedup.format import SECTOR, Superblock
 
 RESERVE = 2
 """Segments that only garbage collection may use: it needs room to make room."""
-GUESTS_RESERVE = RESERVE + 1
-"""Segments that guests' writes may not use: the ledger goes on when these have to stop."""
+GUESTS_RESERVE = RESERVE + 2
+"""Segments that guests' writes may not use: the ledger goes on when these have to stop, and in
+another segment after a crash."""
 
 
 class NoSpace(OSError):
