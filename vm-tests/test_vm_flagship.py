@@ -99,12 +99,16 @@ class RootDisk:
             disks,
             # Secrets are not in the state file: each start has to be given them.
             objects=(
+                "iothread,id=io0",
+                "iothread,id=io1",
                 "throttle-group,id=limits",
                 secret("key0", FIRST_KEY),
                 secret("key1", SECOND_KEY),
             ),
             filters=("luks,key-secret=key0", "throttle,throttle-group=limits"),
             state=workspace.path / "state.json",
+            # Each does what the other has no time for.
+            export="writable=on,iothread.0=io0,iothread.1=io1",
         )
         install_root(installer, self.disk, install("stamp", installer, disks, workspace))
         self.disk.unplug()

@@ -93,6 +93,7 @@ class Legs:
         quorum: str = "vote-threshold=2",
         filters: tuple[str, ...] = (),
         state: Path | None = None,
+        export: str = "writable=on",
     ) -> ServedDisk:
         """All of them under a quorum, if they are several, and filters, the lowest first."""
         arguments: list[str] = []
@@ -113,7 +114,7 @@ class Legs:
             top = f"filter{number}"
         if state is not None:
             arguments += ["--state", str(state)]
-        return disks.serve("drive", self.chains[0][0], "leg0", top, arguments)
+        return disks.serve("drive", self.chains[0][0], "leg0", top, arguments, export)
 
     def snapshot(self, disk: ServedDisk, **options: Any) -> dict[str, Any]:
         """Of the drive: all legs at once, below the filters; the command's result."""
