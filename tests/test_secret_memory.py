@@ -300,3 +300,28 @@ def test_a_core_dump(
     assert (key[:32] in dump) == allowed
     assert (key[32:] in dump) == allowed
     assert backend.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "secret,id=s,data=hunter2,format=bad",
+        "secret,id=s,data=hun,ter2",
+        "secret,id=s,data=hunter2,file=/x",
+        "qom-type=secret,id=s,data=hunter2,keyid=nobody,iv=x",
+        '{"qom-type": "secret", "id": "s", "data": "hunter2"',
+        '{"qom-type": "secret", "data": "hunter2", "id": "s", "format": "bad"}',
+    ],
+)
+def test_a_command_line_that_is_wrong_is_not_repeated(word: str, tmp_path: Path) -> None:
+    """What is on standard error is in the journal."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vhostblk", "serve", "--control", tmp_path / "c", "--object", word],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "--object secret,id=s,…: " in done.stderr
+    assert "hun" not in done.stdout + done.stderr
+    assert "ter2" not in done.stdout + done.stderr

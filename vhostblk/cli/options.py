@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger("vhostblk")
 
 IMPLIED_KEYS = {"blockdev": "driver", "object": "qom-type", "export": "type"}
 FORMATS = ("raw", "qcow2", "qed", "auto")
+_SECRET = re.compile(r"\bsecret\b.*\bdata\b", re.DOTALL)
+_ID = re.compile(r"""\bid(?:=|"\s*:\s*")([\w.-]+)""")
 # The first four bytes: qcow2 and QED, as their specifications have them.
 _MAGIC = {b"QFI\xfb": "qcow2", b"QED\0": "qed"}
 
@@ -129,13 +132,23 @@ def tree_steps(written: list[tuple[str, str]] | None) -> tuple[list[Step], dict[
             steps += loaded.steps
             settings.update(loaded.settings)
             continue
-        where = f"{option} {value}"
+        secret = kind == "object" and _SECRET.search(value) is not None
+        where = f"{option} {_without_secret(value) if secret else value}"
         try:
             parsed = keyval.parse(value, implied_key=IMPLIED_KEYS[kind])
         except VhostblkError as error:
+            if secret:
+                text = "cannot be read; a comma inside a value is written as ',,'"
+                raise CliError(f"{where}: {text}", status=USAGE) from None
             raise CliError(f"{where}: {error.desc}", status=USAGE, data=error.data) from None
         steps.append(Step(where, kind, parsed.options))
     return steps, settings
+
+
+def _without_secret(value: str) -> str:
+    """What errors, which end up in logs, call an object that may have a secret in its options."""
+    found = _ID.search(value)
+    return f"secret,id={found[1]},…" if found else "secret,…"
 
 
 def wants_help(written: list[tuple[str, str]] | None) -> tuple[str, dict[str, Any]] | None:
