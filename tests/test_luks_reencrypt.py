@@ -140,6 +140,44 @@ def test_a_new_key_under_a_guest(tmp_path: Path) -> None:
     assert old not in path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--sector-size", "4096"),
+        ("--cipher", "aes-cbc-essiv:sha256", "--key-size", "256"),
+        ("--cipher", "aes-xts-plain64", "--key-size", "256"),
+    ],
+    ids=lambda words: "-".join(words[1::2]),
+)
+def test_other_sectors_and_ciphers(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """The new key is for the same cipher and sectors; a guest writes parts of sectors, too."""
+    size = 6 * MIB
+    path = formatted(tmp_path / "image", *words, size=size)
+    old = volume_key(path, ONE, tmp_path / "key")
+    after: list[bytes] = []
+
+    async def test(host: Host) -> None:
+        await disk(host, path)
+        await host.write("disk", 0, os.urandom(size))
+        await host.export("disk", "e")
+        async with host.device("e") as guest:
+            writer = Writer(guest, await host.read("disk", 0, size), 4)
+            working = asyncio.create_task(writer.work())
+            await command(host, "luks-reencrypt", speed=20 * MIB, **CHEAP)
+            await until_done(host)
+            assert ended_well(host)
+            writer.done = True
+            await working
+        after.append(bytes(writer.content))
+
+    with_host(test)
+    assert content_of(path, size) == after[0]
+    assert opens(path, ONE)
+    new = volume_key(path, ONE, tmp_path / "key")
+    assert new != old
+    assert len(new) == len(old)
+
+
 def test_the_first_key_of_a_disk_in_use(tmp_path: Path) -> None:
     """A raw disk under a guest gets a filter, whose header is elsewhere, and then a key."""
     path, header = tmp_path / "raw", tmp_path / "header"
