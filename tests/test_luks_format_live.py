@@ -303,7 +303,7 @@ def test_kill_9_in_the_middle(
 def test_the_command_line_on_a_node(
     start_backend: Callable[..., BackendProcess], short_dir: Path
 ) -> None:
-    path = formatted(short_dir / "image", CHEAP2)
+    path = formatted(short_dir / "image", CHEAP1)
     for name, words in (("one", ONE), ("two", TWO)):
         (short_dir / name).write_bytes(words)
     start_backend(
@@ -325,6 +325,9 @@ def test_the_command_line_on_a_node(
         return done.stdout + done.stderr
 
     cheap = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    assert "disk: LUKS1" in vhostblk("list")
+    assert "vhostblk luks convert" in vhostblk("reencrypt", status=4)
+    assert "disk: LUKS2" in vhostblk("convert")
     assert "disk: LUKS2" in vhostblk("list")
     assert "key slot 1" in vhostblk("add", "--key-file", "one", "--new-key-file", "two", *cheap)
     assert "opens key slot 1" in vhostblk("test", "--key-file", "two")
@@ -335,7 +338,9 @@ def test_the_command_line_on_a_node(
         "rotate", "--key-file", "two", "--new-key-file", "one", *cheap
     )
     assert "last key slot" in vhostblk("remove", "--key-file", "one", status=4)
-    assert "job 'reencrypt-disk' has begun" in vhostblk("reencrypt", "--speed", "1G", *cheap)
+    assert "job 'reencrypt-disk' has begun" in vhostblk(
+        "reencrypt", "--force", "--speed", "1G", *cheap
+    )
     with ControlClient(str(short_dir / "qmp.sock")) as client:
         deadline = time.monotonic() + 30
         while client.execute("query-block-jobs"):
