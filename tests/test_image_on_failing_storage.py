@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qcow2 and QED on storage that fails now and then: writes, barriers, discards.
+
+A request that failed may have been done in part; all others count. As soon as a flush succeeds, the
+file as it is at that moment (as after a power cut) is an image without corruption that has
+everything in it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from typing import Any
+
+import pytest
+from crash import newest_tools
+from in_process import MIB, Host, with_host
+
+from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
+
+SECTOR = 512
+SIZE = 8 * MIB
+IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("qcow2", {}),
+    "cluster-512": ("qcow2", {"cluster_size": 512}),
+    "cluster-4k": ("qcow2", {"cluster_size": "4k"}),
+    "extended": ("qcow2", {"extended_l2": "on", "cluster_size": "16k"}),
+    "refcount-1": ("qcow2", {"refcount_bits": 1, "cluster_size": "4k"}),
+    "v2": ("qcow2", {"compat": "0.10", "cluster_size": "4k"}),
+    "qed": ("qed", {}),
+}
+
+
+class Disk:
+    """Random requests, and what must be there afterwards."""
+
+    def __init__(self, host: Host, node: Any, content: bytearray, rnd: random.Random) -> None:
+        self.host = host
+        self.node = node
+        self.content = content
+        self.known = bytearray(b"\1" * (SIZE // SECTOR))
+        """For each sector whether its content is: not after a failure, nor after a discard."""
+        self.rnd = rnd
+        self.failed = 0
+
+    async def submit(self, op: int, offset: int = 0, data: Any = None, **more: Any) -> bool:
+        try:
+            handle = self.node.effective
+            await self.host.backend.engine.submit(handle, op, offset, data, **more)
+        except OSError:
+            self.failed += 1
+            return False
+        return True
+
+    async def request(self) -> None:
+        count = self.rnd.choice((1, 2, 8, 64, 200))
+        first = self.rnd.randrange(SIZE // SECTOR - count)
+        begin, length = first * SECTOR, count * SECTOR
+        ops = (OP_READ, OP_WRITE, OP_WRITE_ZEROES, OP_DISCARD)
+        op = self.rnd.choices(ops, weights=(3, 6, 1, 1))[0]
+        if op == OP_READ:
+            buffer = bytearray(length)
+            if await self.submit(op, begin, buffer):
+                assert self.wrong(first, buffer) == []
+            return
+        data = self.rnd.randbytes(length) if op == OP_WRITE else bytes(length)
+        self.known[first : first + count] = bytes(count)
+        if op == OP_WRITE:
+            done = await self.submit(op, begin, data)
+        else:
+            done = await self.submit(op, begin, length=length)
+        if done and op != OP_DISCARD:
+            self.content[begin : begin + length] = data
+            self.known[first : first + count] = b"\1" * count
+
+    def wrong(self, first: int, data: bytes | bytearray) -> list[int]:
+        """The sectors of `data`, which begin at `first`, that are not what was written."""
+        found = []
+        for number in range(len(data) // SECTOR):
+            at = (first + number) * SECTOR
+            there = data[number * SECTOR : (number + 1) * SECTOR]
+            if self.known[first + number] and there != self.content[at : at + SECTOR]:
+                found.append(first + number)
+        return found
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["", "backing"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_was_flushed_is_there(name: str, backing: bool) -> None:
+    format, options = IMAGES[name]
+    seed = int.from_bytes(os.urandom(3), "big")
+    print(f"seed {seed}")
+    rnd = random.Random(seed)
+    tools = newest_tools()
+
+    async def test(host: Host) -> None:
+        path, copy = host.directory / "disk", host.directory / "copy"
+        content = bytearray(SIZE)
+        command: list[Any] = ["create", "-q", "-f", format]
+        if backing:
+            below = host.directory / "below"
+            content[:] = rnd.randbytes(SIZE)
+            below.write_bytes(content)
+            command += ["-b", below, "-F", "raw"]
+        for key, value in options.items():
+            command += ["-o", f"{key}={value}"]
+        tools.img(*command, path, str(SIZE))
+        file = {"driver": "file", "filename": str(path)}
+        disk = Disk(host, await host.add(format, "d", file=file, discard="unmap"), content, rnd)
+        for _ in range(3):
+            for _ in range(rnd.randrange(30)):
+                await disk.request()
+            broken: dict[str, Any] = {"driver": "error-inject", "node-name": "broken"}
+            broken |= {"operations": ["write", "write-zeroes", "discard", "flush"]}
+            broken |= {"every": rnd.choice([3, 5, 11, 30]), "skip": rnd.randrange(40)}
+            insert = {"filter": broken, "node-name": "d", "child": "file"}
+            await host.backend.transaction([("block-filter-insert", insert)])
+            for _ in range(60):
+                await disk.request()
+                if rnd.random() < 0.15:
+                    await disk.submit(OP_FLUSH)
+            await host.backend.transaction([("block-filter-remove", {"node-name": "broken"})])
+            assert await disk.submit(OP_FLUSH)
+            shutil.copy(path, copy)
+            judge(disk, copy)
+        assert disk.failed
+        await host.backend.blockdev_del("d")
+        judge(disk, path)
+
+    def judge(disk: Disk, path: Any) -> None:
+        check = tools.check(path, format=format)
+        assert not check.corruptions and not check.errors, check.text
+        assert disk.wrong(0, tools.content(path, format)) == []
+
+    with_host(test)
