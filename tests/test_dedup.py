@@ -347,6 +347,44 @@ def test_fingerprints_of_many_blocks(hash: str, block: int) -> None:
     with_host(test)
 
 
+def test_a_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on the disk nor in the way of the same content; once is tried again."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        store, child = store_of(host), type(node.data)
+        forward, failures = child.forward_part, 0
+
+        async def failed() -> None:
+            raise OSError(5, "Input/output error")
+
+        def failing(self: Any, *where: Any) -> Any:
+            nonlocal failures
+            if failures:
+                failures -= 1
+                return failed()
+            return forward(self, *where)
+
+        monkeypatch.setattr(child, "forward_part", failing)
+        data = random.Random(1).randbytes(4 * BLOCK)
+        await host.write("disk", 0, data)
+        new = random.Random(2).randbytes(4 * BLOCK)
+        failures = 2
+        with pytest.raises(OSError):
+            await host.write("disk", 0, new)
+        assert await host.read("disk", 0, 4 * BLOCK) == data
+        failures = 1
+        await asyncio.gather(*(host.write("disk", at * 4 * BLOCK, new) for at in range(8)))
+        assert await host.read("disk", 0, 32 * BLOCK) == 8 * new
+        assert not store._writing and not store._storing and not store.space._flying
+        await store.checkpoint()
+        assert store.tables.state.blocks == 4
+        await sound(host)
+
+    with_host(test)
+
+
 @pytest.mark.parametrize("hash", ["blake3", "sha256"])
 def test_what_stays_in_c(hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of what the map has never come up; whole blocks are not hashed by Python."""

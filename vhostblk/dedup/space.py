@@ -112,6 +112,15 @@ class Space:
         self._flying[segment] = self._flying.get(segment, 0) + 1
         return head, length
 
+    def fits(self, length: int) -> bool:
+        """Whether so many bytes, of whole blocks, have room in one piece at the head."""
+        head = self.head
+        if head:
+            left = self._super.segment_at(self._super.segment_of(head - 1) + 1) - head
+            if left >= self._super.block_size:
+                return left >= length
+        return length <= self._super.segment_size and len(self._free) > GUESTS_RESERVE
+
     def take(self) -> int:
         """A segment for the ledger."""
         if len(self._free) <= RESERVE:

@@ -496,6 +496,57 @@ class Store:
         self._watch()
         return numbers
 
+    def begin_new(self, prints: list[bytes]) -> int | None:
+        """Room in one piece for blocks all of which are new; None: write() has to do it.
+
+        The way of most blocks that are not there yet, without what write() does for all others.
+        Whoever gets an offset writes the blocks there, and calls end_new().
+        """
+        tables, tuning, space = self.tables, self.tuning, self.space
+        if self._still is not None or tuning.verify or tuning.compress:
+            return None
+        if tables.changes > _BACKLOG * tuning.changes or len(set(prints)) != len(prints):
+            return None
+        for name in prints:
+            if name == self.zero or name in self._writing or tables.find(name):
+                return None
+        length = len(prints) << self.super.block_bits
+        if not space.fits(length):
+            return None
+        offset, _ = space.allocate(length)
+        self._storing += 1
+        waiting = _future()
+        for name in prints:
+            self._writing[name] = waiting
+        return offset
+
+    def end_new(
+        self, disk: int, first: int, prints: list[bytes], offset: int, *, written: bool
+    ) -> list[int] | None:
+        """The blocks are `written` there: blocks of a disk show them. None: nothing has changed."""
+        tables, size = self.tables, self.super.block_size
+        numbers: list[int] | None = None
+        try:
+            if written and self._still is None:
+                number = tables.state.next_block
+                numbers = list(range(number, number + len(prints)))
+                stored: list[Record] = [
+                    Stored(number + at, offset + at * size, size, name)
+                    for at, name in enumerate(prints)
+                ]
+                self._map(disk, first, numbers, stored)
+        except OSError:
+            numbers = None  # write() knows what to do
+        finally:
+            self._storing -= 1
+            self.space.landed(offset)
+            waiting = self._writing[prints[0]]
+            for name in prints:
+                del self._writing[name]
+            waiting.set_result(None)
+        self._watch()
+        return numbers
+
     def _publish(self, writing: _Write, disk: int, first: int, run: list[int]) -> None:
         records = writing.stored_records()
         run[:] = writing.numbers()

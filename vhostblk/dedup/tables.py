@@ -344,7 +344,7 @@ class Tables:
                 data={"code": "corrupt"},
             )
         refs = block.refs + change
-        self._active.blocks[number] = block._replace(refs=refs)
+        self._active.blocks[number] = Block(block.offset, block.length, refs, block.fingerprint)
         if refs <= 0:
             self._unreferenced.add(number)
         else:

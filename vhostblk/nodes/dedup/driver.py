@@ -398,25 +398,52 @@ class Dedup(HookedNode):
         request.fill(memoryview(content)[begin : begin + request.length])
 
     def _write(self, request: Request) -> Coroutine[Any, Any, None] | None:
-        # By far the fastest way: no task, no copy, nothing to wait for.
-        return None if self._write_known(request) else self._write_slowly(request)
-
-    def _write_known(self, request: Request) -> bool:
-        """Whether all of it was in the store, and is on the disk now, too."""
         size = 1 << self._bits
         if self._hasher is None or (request.offset | request.length) % size or request.fua:
-            return False
+            return self._write_slowly(request)
         first, end = self._range(request)
         for busy in self._busy:
             if first < busy[1] and busy[0] < end:
-                return False
+                return self._write_slowly(request)
         digests = written_digests(request._iov)
         prints = [digests[at : at + DIGEST] for at in range(0, len(digests), DIGEST)]
+        # By far the fastest way, if all of it is there: no task, no copy, nothing to wait for.
         numbers = self.store.write_known(self.number, first, prints)
-        if numbers is None:
-            return False
-        self._show(first, numbers)
-        return True
+        if numbers is not None:
+            self._show(first, numbers)
+            return None
+        # And the fastest one if nothing of it is.
+        place = self.store.begin_new(prints)
+        if place is None:
+            return self._write_slowly(request)
+        claim = (first, end, self.engine.loop.create_future())
+        self._busy.append(claim)
+        return self._write_new(request, claim, prints, place)
+
+    async def _write_new(
+        self,
+        request: Request,
+        claim: tuple[int, int, asyncio.Future[None]],
+        prints: list[bytes],
+        place: int,
+    ) -> None:
+        store, first = self.store, claim[0]
+        written = False
+        try:
+            try:
+                await self.data.forward_part(request, place, 0, request.length)
+                written = True
+            except OSError:
+                pass  # write() knows what to do
+            finally:
+                numbers = store.end_new(self.number, first, prints, place, written=written)
+            if numbers is not None:
+                self._show(first, numbers)
+                return
+            data, digests = request.buffers
+            await self._put(request.offset, data, first, claim[1], digests, request)
+        finally:
+            self._release(claim)
 
     async def _write_slowly(self, request: Request) -> None:
         first, end = self._range(request)
