@@ -3,13 +3,16 @@
 
 What qcow2 and QED have in common: a `file` with the image, perhaps a `backing` node that shows
 through where the image has nothing, and a map that answers most requests in C. The rest comes up
-to the data path (nodes/qcow2/datapath.py), which serves both.
+to the data path (nodes/qcow2/datapath.py), which serves both; this is also what it may ask of an
+image.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vhostblk.engine import IO
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle
@@ -19,16 +22,53 @@ from vhostblk.nodes.hooks import HookedChild, Request
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
+    from vhostblk.nodes.qcow2.datapath import Claim, DataPath
+    from vhostblk.nodes.qcow2.geometry import Geometry
     from vhostblk.nodes.qcow2.l2cache import L2Cache
     from vhostblk.nodes.qcow2.storage import ChildStorage
+
+
+class Clusters(Protocol):
+    """Where new clusters come from."""
+
+    @property
+    def most(self) -> int:
+        """How many may come in one piece."""
+
+    async def reserve_pieces(self, count: int) -> list[tuple[int, int]]:
+        """`count` clusters, in as few pieces as can be: offset and clusters."""
+
+    async def free_pieces(self, pieces: Iterable[tuple[int, int]]) -> None:
+        """They were not needed."""
+
+    async def more_runs(self) -> bool:
+        """Give the engine clusters; false if it still has none."""
+
+
+class Flushes(Protocol):
+    """Brings the metadata in memory to disk."""
+
+    async def flush(self) -> None:
+        """All of them, as they are now."""
 
 
 class MappedImage(WritableLater, abc.ABC):
     """A format on top of the engine's map."""
 
     file: ChildStorage
+    data: ChildStorage
+    """Where guest data are: `file`, unless the format has another place."""
+    data_role: str
+    geometry: Geometry
     map: MapHandle
     l2: L2Cache
+    path: DataPath
+    allocator: Clusters
+    writeback: Flushes
+    stopped: bool
+    """Nothing is written any more: the image is corrupt."""
+    engine_allocates: bool
+    """The engine has clusters of its own to give to what has none."""
     _size: int
 
     def _know_backing(self) -> None:
@@ -76,6 +116,30 @@ class MappedImage(WritableLater, abc.ABC):
         return super().child_permissions(role, perm, shared)
 
     # ---- for the data path
+
+    @abc.abstractmethod
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, clusters that are named now are not reused."""
+
+    @abc.abstractmethod
+    def let_go(self, word: int) -> None:
+        """No L2 entry in memory names the cluster(s) of `word` any more."""
+
+    async def record(self, claim: Claim) -> None:
+        """A change of an L2 entry in memory, about to be seen, is to survive a kill."""
+
+    @property
+    def map_records(self) -> int:
+        """How many changes the map's log has room for."""
+        return 1
+
+    def waiting_records(self) -> int:
+        """Records in the map's log of what is not on disk."""
+        return 0
+
+    async def decompress(self, word: int) -> bytes:
+        """The contents of a compressed cluster."""
+        raise NotImplementedError("this format has none")
 
     def transfer(self, role: str, request: Request, offset: int, length: int, position: int) -> IO:
         """Read from a child into a guest's memory, `position` bytes from its beginning."""

@@ -39,11 +39,12 @@ from vhostblk.nodes.qcow2.geometry import (
     COPIED,
     OFFSET_MASK,
     ZERO,
+    units_of,
 )
 from vhostblk.nodes.qcow2.l2cache import Slice
 
 if TYPE_CHECKING:
-    from vhostblk.nodes.qcow2.driver import Qcow2
+    from vhostblk.nodes._mapped import MappedImage
 
 _IN_PLACE = MAP_DATA | MAP_WRITABLE
 _MANY_RUNS = 16
@@ -63,7 +64,7 @@ class Claim:
 class DataPath:
     """Reads and writes of one live image."""
 
-    def __init__(self, live: Qcow2) -> None:
+    def __init__(self, live: MappedImage) -> None:
         self._live = live
 
     # ---- slices
@@ -71,6 +72,11 @@ class DataPath:
     def _clusters(self, offset: int, length: int) -> range:
         bits = self._live.geometry.cluster_bits
         return range(offset >> bits, ((offset + max(length, 1) - 1) >> bits) + 1)
+
+    def _entries_of(self, slice: Slice, index: int) -> list[int]:
+        """What the engine is to know of one cluster."""
+        live = self._live
+        return units_of(live.geometry, slice.words, index, live.nothing, not live.read_only)
 
     async def pin(self, clusters: range) -> dict[int, Slice]:
         """All slices that describe these clusters, loaded; undone by unpin()."""
@@ -177,7 +183,7 @@ class DataPath:
                         start + unit * unit_size,
                         unit_size,
                     )
-                    for unit, entry in enumerate(live.entries_of(slice, index))
+                    for unit, entry in enumerate(self._entries_of(slice, index))
                 ]
             for kind, where, guest, size in pieces:
                 begin, stop = max(guest, offset), min(guest + size, end)
@@ -340,7 +346,7 @@ class DataPath:
         """Put in what the L2 entry in memory says now."""
         live = self._live
         base = claim.cluster * live.geometry.units
-        entries = live.entries_of(claim.slice, claim.index)
+        entries = self._entries_of(claim.slice, claim.index)
         for unit in claim.units:
             live.map.set(base + unit, 1, entries[unit], 0)
 

@@ -48,7 +48,6 @@ from vhostblk.nodes.qcow2.geometry import (
     BrokenEntry,
     Geometry,
     translate,
-    units_of,
 )
 from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
@@ -76,6 +75,8 @@ class Qcow2(MappedImage):
     driver = "qcow2"
     Options = Qcow2Options
     options: Qcow2Options
+    allocator: Allocator
+    writeback: Writeback
     reopenable = MappedImage.reopenable | {
         "pass-discard-request",
         "pass-discard-snapshot",
@@ -520,11 +521,6 @@ class Qcow2(MappedImage):
         per_table = self.geometry.slices_per_table
         tables = {index // per_table for index in self.l2.indexes()}
         return sum(not self.l1[table] & COPIED for table in tables)
-
-    def entries_of(self, slice: Slice, index: int) -> list[int]:
-        """What the engine is to know of one cluster."""
-        entries = units_of(self.geometry, slice.words, index, self.nothing, not self.read_only)
-        return entries
 
     async def load_slice(self, index: int) -> array[int]:
         """The words of a slice as they are on disk; zeroes if there is no table."""

@@ -13,10 +13,10 @@ from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_MISS
 from vhostblk.image import Extent
 
 if TYPE_CHECKING:
-    from vhostblk.nodes.qcow2.driver import Qcow2
+    from vhostblk.nodes._mapped import MappedImage
 
 
-async def extents(live: Qcow2, offset: int, length: int) -> AsyncIterator[Extent]:
+async def extents(live: MappedImage, offset: int, length: int) -> AsyncIterator[Extent]:
     """The extents of a range, one slice of an L2 table after the other."""
     bits = live.geometry.cluster_bits
     step = live.geometry.slice_entries << bits
@@ -45,7 +45,7 @@ async def extents(live: Qcow2, offset: int, length: int) -> AsyncIterator[Extent
         offset = stop
 
 
-def _zeroes(live: Qcow2, guest: int, size: int) -> Iterator[tuple[int, int, bool]]:
+def _zeroes(live: MappedImage, guest: int, size: int) -> Iterator[tuple[int, int, bool]]:
     """A range of zeroes, cut where what makes them changes."""
     end, cluster = guest + size, live.geometry.cluster_size
     while guest < end:
@@ -54,7 +54,7 @@ def _zeroes(live: Qcow2, guest: int, size: int) -> Iterator[tuple[int, int, bool
         guest = stop
 
 
-def _is_said(live: Qcow2, guest: int) -> bool:
+def _is_said(live: MappedImage, guest: int) -> bool:
     """Whether zeroes are what an entry says, or what the lack of one means."""
     if live.has_backing:
         return True
@@ -64,7 +64,7 @@ def _is_said(live: Qcow2, guest: int) -> bool:
     return slice is not None and any(slice.words[at : at + live.geometry.words])
 
 
-async def _below(live: Qcow2, guest: int, size: int) -> AsyncIterator[Extent]:
+async def _below(live: MappedImage, guest: int, size: int) -> AsyncIterator[Extent]:
     there = max(0, min(size, live.backing_size - guest))
     if there:
         async for extent in live.child("backing").node.extents(guest, there):

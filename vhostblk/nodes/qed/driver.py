@@ -32,7 +32,7 @@ import struct
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from vhostblk.engine import OP_WRITE
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
@@ -44,7 +44,7 @@ from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.creating import NewFile
 from vhostblk.nodes.qcow2.datapath import Claim, DataPath
 from vhostblk.nodes.qcow2.extents import extents
-from vhostblk.nodes.qcow2.geometry import ZERO, translate, units_of
+from vhostblk.nodes.qcow2.geometry import ZERO, translate
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.nodes.qed.check import check
@@ -91,6 +91,8 @@ class QedOptions(NodeOptions):
 
 class _Clusters:
     """New clusters, at the end of the file: the allocator that the data path asks."""
+
+    most = 1 << 32  # there is always room behind the end
 
     def __init__(self, file: ChildStorage, cluster_size: int) -> None:
         self._file = file
@@ -144,7 +146,7 @@ class _Path(DataPath):
     """The data path, with entries that are written before a request completes."""
 
     def __init__(self, live: Qed) -> None:
-        super().__init__(cast(Any, live))
+        super().__init__(live)
         self._qed = live
 
     async def publish(self, claims: list[Claim]) -> None:
@@ -168,6 +170,7 @@ class Qed(MappedImage):
     driver = "qed"
     Options = QedOptions
     options: QedOptions
+    allocator: _Clusters
     reopenable = MappedImage.reopenable | {"allow-backing-from"}
     child_roles: ClassVar[Mapping[str, ChildRole]] = {
         "file": ChildRole(RoleKind.STORAGE),
@@ -297,7 +300,7 @@ class Qed(MappedImage):
         return self.header.cluster_size
 
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
-        async for extent in extents(cast(Any, self), offset, length):
+        async for extent in extents(self, offset, length):
             yield extent
 
     async def check_image(self) -> dict[str, Any]:
@@ -342,10 +345,6 @@ class Qed(MappedImage):
     async def grace(self) -> None:
         """Done when all requests that have begun by now have ended in the engine."""
         await self.map.grace()
-
-    def entries_of(self, slice: Slice, index: int) -> list[int]:
-        """What the engine is to know of one cluster."""
-        return units_of(self.geometry, slice.words, index, self.nothing, not self.read_only)
 
     def map_entries(self, slice: Slice) -> array[int] | None:
         """What the engine is to know of a slice."""
