@@ -358,6 +358,35 @@ def test_two_processes_and_one_pidfile(start_backend: Start, short_dir: Path) ->
     assert (short_dir / "pid").read_text() == f"{process.process.pid}\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_backends_of_others_are_no_choice(
+    start_backend: Start, short_dir: Path, image: Path
+) -> None:
+    """An ordinary user is not asked to choose among root's, and told whose a named one is."""
+    nobody = 65534
+    try:
+        subprocess.run([sys.executable, "-m", "vhostblk", "--version"], user=nobody, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("other users cannot reach this Python")
+    start_backend(str(image))
+    short_dir.chmod(0o755)
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vhostblk", *words],
+            env={"VHOSTBLK_RUNTIME_DIR": str(short_dir)},
+            user=nobody,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    assert "disk" not in ask("ls").stdout
+    assert "No backend is running here" in ask("status").stderr
+    assert "You may not use the control socket" in ask("status", "disk").stderr
+
+
 def test_control_socket_in_use(start_backend: Start, short_dir: Path) -> None:
     start_backend("--blockdev", NODE, "--control", "{dir}/q")
     done = vhostblk("serve", "--blockdev", NODE, "--control", str(short_dir / "q"))

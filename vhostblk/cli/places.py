@@ -145,8 +145,13 @@ def all_places() -> Iterator[Place]:
 
 
 def running_places() -> list[Place]:
-    """The backends that answer."""
-    return [found for found in all_places() if is_alive(found.control_socket)]
+    """The backends that answer this user."""
+    return [found for found in all_places() if _is_ours(found) and is_alive(found.control_socket)]
+
+
+def _is_ours(place: Place) -> bool:
+    """Whether this user may talk to it: others' backends are no choice."""
+    return os.access(place.control_socket, os.W_OK)
 
 
 def find_socket(name: str | None, socket_path: str | None) -> str:
@@ -160,6 +165,12 @@ def find_socket(name: str | None, socket_path: str | None) -> str:
         for found in running:
             if found.name == name:
                 return found.control_socket
+        for found in all_places():
+            if found.name == name and not _is_ours(found):
+                raise CliError(
+                    f"You may not use the control socket '{found.control_socket}' of backend "
+                    f"'{name}'; ask as its user, or start it with --control-group"
+                )
         near = did_you_mean(name, [found.name for found in running])
         hint = f"; did you mean '{near}'?" if near else _running_hint(running)
         raise CliError(f"No backend named '{name}' is running{hint}", status=NOT_RUNNING)
