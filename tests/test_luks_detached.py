@@ -275,3 +275,38 @@ def test_a_header_that_is_an_overlay_is_no_leg(tmp_path: Path, what: str) -> Non
         await command(host, "luks-key-slot-test", key_secret="one")
 
     with_host(test)
+
+
+@pytest.mark.parametrize("header", [None, "other", "base"])
+def test_the_header_stays_where_it_is(tmp_path: Path, header: str | None) -> None:
+    """Without it the next change of key slots would be written over the disk's first sectors."""
+
+    async def test(host: Host) -> None:
+        made = Detached(host, tmp_path)
+        await made.make()
+        await host.add("file", "other", filename=host.file("other", 16 * MIB))
+        given = {"driver": "luks", "node-name": "disk", "key-secret": "one", "file": "base"}
+        with refused("header"):
+            await host.backend.blockdev_reopen([given | {"header": header}])
+        await host.backend.blockdev_reopen([given | {"header": "h"}])
+        await command(host, "luks-key-slot-add", key_secret="one", new_secret="two", **CHEAP)
+        assert await host.read("disk", 0, DISK) == made.content
+        assert opens(tmp_path / "whole", TWO, "--header", made.header)
+
+    with_host(test)
+
+
+def test_no_header_comes_to_a_disk_that_has_one_inside(tmp_path: Path) -> None:
+    formatted(tmp_path / "image", size=DISK)
+
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=str(tmp_path / "image"))
+        await disk(host, tmp_path / "image", file="f")
+        await host.add("file", "other", filename=host.file("other", 16 * MIB))
+        given = {"driver": "luks", "node-name": "disk", "key-secret": "one", "file": "f"}
+        with refused("header"):
+            await host.backend.blockdev_reopen([given | {"header": "other"}])
+        await command(host, "luks-key-slot-add", key_secret="one", new_secret="two", **CHEAP)
+
+    with_host(test)
+    assert opens(tmp_path / "image", TWO)

@@ -115,7 +115,8 @@ class Luks(ReencryptingNode):
 
     async def open(self) -> None:
         self.secret = self.host.use_object(self, self.options.key_secret, Secret)
-        role = "header" if "header" in self.children else "file"
+        self._detached = "header" in self.children
+        role = "header" if self._detached else "file"
         self._prepare_ciphers()
         try:
             self.volume = await luks.open_volume(self.header, requirements=REQUIREMENTS)
@@ -163,6 +164,10 @@ class Luks(ReencryptingNode):
         return self.options.discard == "unmap"
 
     async def reopen_prepare(self, options: LuksOptions) -> None:
+        if isinstance(options.header, str) and self._detached:
+            current = self.child("header").node.name
+            if options.header != current:
+                raise self._header_stays(f"it is '{current}'")
         await super().reopen_prepare(options)
         if options.key_secret == self.options.key_secret:
             return
@@ -245,7 +250,19 @@ class Luks(ReencryptingNode):
             )
 
     def children_changed(self) -> None:
+        if ("header" in self.children) is not self._detached:
+            raise self._header_stays(
+                "detached" if self._detached else f"inside '{self.filename()}'"
+            )
         self._check_size()
+
+    def _header_stays(self, where: str) -> VhostblkError:
+        """What is known of the header would be written to where that is not."""
+        return VhostblkError(
+            f"The header of node '{self.name}' cannot be exchanged ({where}): delete the node, and "
+            "add it again with the other one",
+            data={"code": "cannot-change", "node": self.name, "parameter": "header"},
+        )
 
     async def truncate(self, size: int) -> None:
         self._check_sectors(size)
