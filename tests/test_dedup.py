@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,24 @@ def test_fingerprints_of_many_blocks(hash: str, block: int) -> None:
             host.backend.graph.node("disk").data, repair=False, content=True
         )
         assert found.sound, found.messages
+
+    with_host(test)
+
+
+def test_the_data_device_is_written_from_front_to_back() -> None:
+    """Wherever guests write, and whatever they overwrite."""
+
+    async def test(host: Host) -> None:
+        await create(host, size=4 * MIB, data=16 * MIB)
+        await open_disk(host)
+        store, rnd = store_of(host), random.Random(3)
+        heads: list[int] = []
+        for _ in range(600):
+            await host.write("disk", rnd.randrange(4 * MIB // BLOCK) * BLOCK, rnd.randbytes(BLOCK))
+            heads.append(store.space.head)
+        assert heads == sorted(heads)
+        jumps = sum(after - before != BLOCK for before, after in itertools.pairwise(heads))
+        assert jumps <= 600 * BLOCK // SEGMENT + 1  # to another segment
 
     with_host(test)
 

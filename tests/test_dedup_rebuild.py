@@ -184,6 +184,7 @@ def test_a_snapshot_of_many_chunks_under_load() -> None:
                 await submit(host, "disk", OP_FLUSH)
             assert writes < 50_000
         assert store.ledger.state.snapshot > 2 * BIGGEST
+        assert store.ledger.state.snapshot / (size // BLOCK) <= 70  # docs/dedup.md
         await store.checkpoint()
         assert len(store.ledger.state.segments) * SEGMENT < 5 * store.ledger.state.snapshot
         assert store.ledger.size == len(store.space.ledger) * SEGMENT
