@@ -71,6 +71,26 @@ def test_only_what_was_missed_is_copied() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_leg_that_lost_more_than_it_is_known_to_have_missed(full: bool) -> None:
+    """Its server lost power: what it had taken and nobody flushed is gone."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, os.urandom(MIB))
+        await misses(host, "b", (0, b"x" * 512))
+        with open(host.path("b"), "r+b") as file:
+            file.seek(MIB // 2)
+            file.write(bytes(BLOCK))
+        job = await rebuild(host, node, "b", full=full)
+        await until_states(host, node, "iii")
+        assert all_equal(host) is full
+        assert job.copied == (2 if full else 1) * BLOCK
+        assert job.total_progress == (MIB if full else BLOCK)
+
+    run(test)
+
+
 def test_what_is_equal_is_not_written() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host)

@@ -66,6 +66,8 @@ class QuorumRebuild(QuorumJobArguments):
 
     leg: str
     """The leg: the name of its node, or `children.N`."""
+    full: OnOff = False
+    """Compare all of it, not only what it is known to have missed."""
 
 
 @command("quorum-rebuild")
@@ -74,7 +76,10 @@ async def quorum_rebuild(context: Context, arguments: QuorumRebuild) -> Any:
     async with context.backend.changing():
         quorum = find_quorum(context.backend, arguments.node_name)
         leg = quorum.leg(arguments.leg)
-        job = start_rebuild(context.backend, quorum, leg, arguments.job_id, **arguments.for_job())
+        job = start_rebuild(
+            context.backend, quorum, leg, arguments.job_id, full=arguments.full,
+            **arguments.for_job(),
+        )  # fmt: skip
     return {"job-id": job.id}
 
 

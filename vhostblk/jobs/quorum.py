@@ -239,7 +239,13 @@ def _default_id(backend: Backend, what: str, *names: str) -> str:
 
 
 def start_rebuild(
-    backend: Backend, quorum: Quorum, leg: Leg, id: str | None = None, **options: Any
+    backend: Backend,
+    quorum: Quorum,
+    leg: Leg,
+    id: str | None = None,
+    *,
+    full: bool = False,
+    **options: Any,
 ) -> RebuildJob:
     """Begin to rebuild a leg; the caller records it (`backend.changing()`)."""
     from vhostblk.nodes.quorum.legs import LegState
@@ -259,6 +265,8 @@ def start_rebuild(
             "whether it is right",
             data={"code": "leg-in-sync", "node": leg.node.name},
         )
+    if full:
+        leg.mark_whole()  # and stays so, whoever goes on with it
     id = id or _default_id(backend, "rebuild", quorum.name, leg.node.name)
     job = RebuildJob(id, backend, quorum, leg, **options)
     backend.jobs.start(job)
