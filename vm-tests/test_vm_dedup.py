@@ -89,9 +89,9 @@ class Store:
         return self.backend.qmp.command("query-dedup", {"node-name": DISKS[0]})
 
     def cost(self) -> int:
-        """Bytes on both devices."""
+        """Bytes on both devices, with the records for a rebuild."""
         found = self.query()
-        return int(found["compressed"] + found["metadata-size"])
+        return int(found["compressed"] + found["metadata-size"] + found["ledger-size"])
 
     def fill(self, name: str, image: Path) -> None:
         """Copy an image to a disk, as a guest would write it."""
