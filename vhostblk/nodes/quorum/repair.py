@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -268,17 +268,19 @@ class Repair:
             there = await self._read(leg, offset, len(data))
         except OSError:
             there = b""  # writing may cure it
-        if data == there:
-            return 0
-        try:
-            if not any(data):
-                await self._finish(child.write_zeroes(offset, len(data), unmap=True))
-            else:
-                await self._finish(child.write(offset, bytes(data)))
-        except OSError as error:
-            self._quorum.fail_leg(leg, f"rebuilding it: {error.strerror}")
-            raise
-        return len(data)
+        copied = 0
+        for start, end in differences(data, there, 1 << leg.region_bits):
+            piece = bytes(data[start:end])
+            try:
+                if piece == bytes(len(piece)):
+                    await self._finish(child.write_zeroes(offset + start, len(piece), unmap=True))
+                else:
+                    await self._finish(child.write(offset + start, piece))
+            except OSError as error:
+                self._quorum.fail_leg(leg, f"rebuilding it: {error.strerror}")
+                raise
+            copied += len(piece)
+        return copied
 
     async def confirm(self, leg: Leg, runs: list[tuple[int, int]]) -> None:
         """Step 3 for runs of regions that have been copied."""
@@ -318,3 +320,17 @@ def _append(ranges: list[tuple[int, int]], start: int, end: int) -> None:
         ranges[-1] = (ranges[-1][0], end)
     else:
         ranges.append((start, end))
+
+
+def differences(data: bytes | bytearray, there: bytes, step: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what differs, in whole steps, neighbours together."""
+    begin: int | None = None
+    for at in range(0, len(data), step):
+        if data[at : at + step] == there[at : at + step]:
+            if begin is not None:
+                yield begin, at
+            begin = None
+        elif begin is None:
+            begin = at
+    if begin is not None:
+        yield begin, len(data)
