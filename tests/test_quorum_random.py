@@ -58,6 +58,7 @@ class Story:
         Faulty.faults[leg] = dict.fromkeys(operations, errno.EIO)
         await self.more()
         Faulty.faults.pop(leg)
+        await self.more(2)  # or the leg fails when it has been found healthy
         await self.heal()
 
     async def a_leg_hangs(self) -> None:
