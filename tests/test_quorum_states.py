@@ -116,6 +116,22 @@ def test_not_enough_legs() -> None:
     run(test)
 
 
+def test_another_leg_is_asked_when_one_hangs_and_then_the_quorum_goes() -> None:
+    """What is asked again when time is up has its own time; no timer outlives the node."""
+
+    async def test(host: Host) -> None:
+        await quorum(host, leg_timeout=200, read_pattern="fifo")
+        await host.write("q", 0, b"x" * 4096)
+        Faulty.hangs["a"] = asyncio.Event()
+        assert await host.read("q", 0, 4096) == b"x" * 4096
+        Faulty.hangs.pop("a").set()
+        await host.backend.blockdev_del("q")
+        await asyncio.sleep(0.5)  # longer than any time that was still running
+        assert await host.read("b", 0, 4096) == b"x" * 4096
+
+    run(test)
+
+
 def test_a_leg_that_hangs() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host, leg_timeout=1000)

@@ -49,6 +49,7 @@ static void sift_down(struct vb_iothread *thread, struct vb_timer *timer, uint32
 void vb_timer_start(struct vb_iothread *thread, struct vb_timer *timer, uint64_t deadline_ns)
 {
     vb_assert(vb_in_iothread(thread));
+    vb_assert(timer->slot >= thread->timers_used || thread->timers[timer->slot] != timer);
     if (thread->timers_used == thread->timers_size) {
         uint32_t size = thread->timers_size ? 2 * thread->timers_size : 64;
         struct vb_timer **timers = realloc(thread->timers, size * sizeof(*timers));

@@ -329,7 +329,7 @@ static void run_timer(struct vb_timer *timer)
     struct quorum_thread *here = vb_container_of(timer, struct quorum_thread, timer);
     uint64_t timeout = here->quorum->options.timeout_ns;
 
-    here->timing = false;
+    /* What begins in here, such as another try of a read, does not start the timer: we do. */
     while (here->oldest && timeout && here->oldest->started_ns + timeout <= here->thread->now_ns) {
         uint32_t legs = dispensable(here->quorum, here->oldest->waiting);
 
@@ -340,6 +340,7 @@ static void run_timer(struct vb_timer *timer)
         }
         expire(here, legs);
     }
+    here->timing = false;
     if (here->oldest && timeout) {
         arm(here, here->oldest->started_ns + timeout);
     }
