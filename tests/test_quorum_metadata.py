@@ -16,7 +16,7 @@ from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, un
 
 from vhostblk.control.commands import registry
 from vhostblk.control.registry import Context
-from vhostblk.nodes.quorum.metadata import boot
+from vhostblk.nodes.quorum.metadata import SLOT, boot
 from vhostblk.schema import VhostblkError
 
 
@@ -75,6 +75,20 @@ def test_nonsense_is_an_error_and_nothing_worse() -> None:
                 continue
             assert set(states(node)) <= {"i", "s"}
             await host.backend.blockdev_del("q")
+
+    run(test)
+
+
+def test_a_state_that_does_not_exist_is_not_believed() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await restart(host)
+        path = Path(host.path("states"))
+        content = bytearray(path.read_bytes())
+        header = int.from_bytes(content[12:16], "little")
+        content[header + SLOT] = 77  # the second leg's
+        path.write_bytes(content)
+        assert states(await quorum(host, auto_rebuild=False)) == "isi"
 
     run(test)
 

@@ -192,8 +192,8 @@ class Quorum(NodeDriver):
             if record is None:
                 made.append((node, LegState.STALE.value | LEG_WHOLE, 0.0, None))
                 continue
-            word, state = record.word, LegState(record.word & 0xFF)
-            if state is not LegState.IN_SYNC:
+            word = record.word
+            if word & 0xFF != LegState.IN_SYNC.value:  # whatever it is
                 word = LegState.STALE.value | (word & LEG_WHOLE) | since_boot
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
         self._make_legs(made, recorded.generation + 1)
