@@ -93,6 +93,20 @@ def test_a_state_that_does_not_exist_is_not_believed() -> None:
     run(test)
 
 
+def test_a_new_file_with_the_name_and_inode_of_a_leg() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await restart(host)
+        inode = os.stat(host.path("b")).st_ino
+        os.unlink(host.path("b"))
+        host.file("b")
+        if os.stat(host.path("b")).st_ino != inode:
+            pytest.skip("this file system takes another inode")
+        assert states(await quorum(host, auto_rebuild=False)) == "isi"
+
+    run(test)
+
+
 def test_a_file_about_other_legs() -> None:
     async def test(host: Host) -> None:
         await quorum(host)
