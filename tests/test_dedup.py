@@ -437,3 +437,35 @@ def test_what_stays_in_c(hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert upcalls == [OP_WRITE]  # which can be seen
 
     with_host(test)
+
+
+def test_a_disk_stays_while_the_store_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is removed while segments become free: its map is asked for grace first."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        first = await open_disk(host)
+        await open_disk(host, "other", disk="other", size=MIB)
+        for seed in range(2):  # the first MiB is nobody's then, all its segments are
+            await host.write("disk", 0, random.Random(seed).randbytes(MIB))
+        asked, go_on = asyncio.Event(), asyncio.Event()
+        grace = Dedup.grace
+
+        async def slow(self: Dedup) -> None:
+            if self is first:
+                asked.set()
+                await go_on.wait()
+            await grace(self)
+
+        monkeypatch.setattr(Dedup, "grace", slow)
+        checkpoint = asyncio.create_task(first.store.checkpoint())
+        await asked.wait()
+        deleting = asyncio.create_task(host.backend.blockdev_del("other"))
+        await asyncio.wait([deleting], timeout=0.2)
+        assert not deleting.done()
+        go_on.set()
+        await checkpoint
+        await deleting
+        await sound(host)
+
+    with_host(test)

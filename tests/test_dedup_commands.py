@@ -285,6 +285,62 @@ def test_a_disk_is_deleted() -> None:
     with_host(test)
 
 
+def test_a_command_keeps_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While everything is checked the disk cannot go; the end of the backend ends the check."""
+    never = asyncio.Event()
+    began = asyncio.Event()
+
+    async def endless(*_: Any) -> None:
+        began.set()
+        await never.wait()
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        monkeypatch.setattr(store_module.Store, "_check_content", endless)
+        check = asyncio.create_task(run(host, "dedup-check", node_name="disk", content=True))
+        await began.wait()
+        with refused("is in use", "command 'dedup-check'"):
+            await host.backend.blockdev_del("disk")
+        await host.backend.close()
+        with refused("shutting down"):
+            await check
+
+    with_host(test)
+
+
+def test_a_disk_that_is_being_deleted_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+    unmap = store_module.Store.unmap
+
+    async def slow(*arguments: Any) -> Any:
+        began.set()
+        await go_on.wait()
+        async for part in unmap(*arguments):
+            yield part
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=MIB)
+        await host.backend.blockdev_del("other")
+        monkeypatch.setattr(store_module.Store, "unmap", slow)
+        deletion = asyncio.create_task(
+            run(host, "dedup-disk-delete", node_name="disk", disk="other")
+        )
+        await began.wait()
+        with refused("'other'", "is being deleted"):
+            await open_disk(host, "other", disk="other", size=MIB)
+        with refused("'other'", "is in use"):
+            await run(host, "dedup-disk-delete", node_name="disk", disk="other")
+        go_on.set()
+        await deletion
+        await open_disk(host, "other", disk="other", size=2 * MIB)
+        assert host.backend.graph.node("other").size == 2 * MIB
+
+    with_host(test)
+
+
 def test_garbage_is_collected_when_asked_for() -> None:
     async def test(host: Host) -> None:
         await create(host, data=8 * MIB, size=4 * MIB)

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vhostblk.engine import AIO_NAMES, Engine, IOThread, OpStats, Stats
 from vhostblk.events import EventBus
@@ -46,6 +46,8 @@ LOCK_PATIENCE = 5.0
 LOCK_INTERVAL = 0.02
 _SIZES_PATIENCE = 1.0
 
+ResultT = TypeVar("ResultT")
+
 PERCENTILES = (("p50-ns", 50), ("p90-ns", 90), ("p99-ns", 99), ("p99.9-ns", 99.9))
 
 
@@ -61,6 +63,7 @@ class Backend:
         """What snapshots have covered and is not read-only yet."""
         self._started: float | None = None
         self._closing = False
+        self._uses: set[asyncio.Task[Any]] = set()
         self._state: StateFile | None = None
         self._sizing: asyncio.Future[dict[NodeDriver, int]] | None = None
         self.jobs = JobStore(self.events)
@@ -89,6 +92,9 @@ class Backend:
             return
         self._closing = True
         await self.jobs.close()
+        for use in self._uses:
+            use.cancel()
+        await asyncio.gather(*self._uses, return_exceptions=True)
         async with self.graph.lock:
             closing = [self._close_export(export) for export in self._exports.values()]
             await asyncio.gather(*closing)
@@ -339,6 +345,29 @@ class Backend:
                 result: dict[str, Any] = await node.check_image()
             pause = round((time.monotonic() - begun) * 1e6)
         return {"node-name": node.name, **result, "pause-us": pause}
+
+    async def use(
+        self, node: NodeDriver, command: str, work: Callable[[], Coroutine[Any, Any, ResultT]]
+    ) -> ResultT:
+        """A command's work on a node, which cannot be removed meanwhile.
+
+        Ends with an error when the backend closes: nodes wait for nobody then.
+        """
+
+        async def run() -> ResultT:
+            async with self.graph.using(node, command, "command"):
+                return await work()
+
+        self._refuse_when_closing()
+        task = asyncio.create_task(run())
+        self._uses.add(task)
+        task.add_done_callback(self._uses.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task.cancelled():
+                self._refuse_when_closing()
+            raise
 
     def _node_of(self, device: str) -> Any:
         """A node by its name, or the top node below the filters of an export."""

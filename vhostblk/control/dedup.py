@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,23 @@ async def query_dedup(context: Context, arguments: DedupNode) -> Any:
     """What a dedup store holds, how much that saves, and its disks with their fragmentation."""
     node = _dedup(context, arguments.node_name)
     store = node.store
-    await store.checkpoint()
-    disks = [
-        {"disk": name, "size": size, **(await store.fragmentation(number))}
-        for number, (size, name) in store.tables.disks().items()
-    ]
-    return {**store.stats(), "disks": disks}
+
+    async def query() -> dict[str, Any]:
+        await store.checkpoint()
+        disks = [
+            {"disk": name, "size": size, **(await store.fragmentation(number))}
+            for number, (size, name) in store.tables.disks().items()
+        ]
+        return {**store.stats(), "disks": disks}
+
+    return await context.backend.use(node, "query-dedup", query)
 
 
 @command("dedup-collect")
 async def dedup_collect(context: Context, arguments: DedupNode) -> Any:
     """Collect garbage now: empty segments that are three quarters full at most."""
     node = _dedup(context, arguments.node_name)
-    return {"segments": await node.store.collect()}
+    return {"segments": await context.backend.use(node, "dedup-collect", node.store.collect)}
 
 
 class DedupCheck(DedupNode):
@@ -56,7 +61,11 @@ class DedupCheck(DedupNode):
 async def dedup_check(context: Context, arguments: DedupCheck) -> Any:
     """Recompute everything that can be: references, index, places, segments."""
     node = _dedup(context, arguments.node_name)
-    found = await node.store.check(node.data, repair=arguments.repair, content=arguments.content)
+    found = await context.backend.use(
+        node,
+        "dedup-check",
+        partial(node.store.check, node.data, repair=arguments.repair, content=arguments.content),
+    )
     return {
         "corruptions": found.corruptions,
         "leaks": found.leaks,
@@ -76,7 +85,9 @@ class DedupBackup(DedupNode):
 @command("dedup-backup")
 async def dedup_backup(context: Context, arguments: DedupBackup) -> None:
     """Copy the metadata of a store while it is in use."""
-    await _dedup(context, arguments.node_name).store.backup(Path(arguments.directory))
+    node = _dedup(context, arguments.node_name)
+    backup = partial(node.store.backup, node.data, Path(arguments.directory))
+    await context.backend.use(node, "dedup-backup", backup)
 
 
 class DedupDiskDelete(DedupNode):
@@ -89,14 +100,9 @@ class DedupDiskDelete(DedupNode):
 @command("dedup-disk-delete")
 async def dedup_disk_delete(context: Context, arguments: DedupDiskDelete) -> None:
     """Delete a disk of a store, for good, and give its space back."""
-    store = _dedup(context, arguments.node_name).store
-    for member in store.members:
-        if member.disk == arguments.disk:
-            raise VhostblkError(
-                f"Disk '{arguments.disk}' of the dedup store is in use",
-                data={"code": "in-use", "disk": arguments.disk},
-            )
-    await store.delete_disk(arguments.disk)
+    node = _dedup(context, arguments.node_name)
+    delete = partial(node.store.delete_disk, node.data, arguments.disk)
+    await context.backend.use(node, "dedup-disk-delete", delete)
 
 
 class DedupDefragment(DedupNode):

@@ -189,6 +189,8 @@ class Store:
         self.directory = directory
         self.tuning = tuning
         self.members: list[Member] = []
+        self.deleting: set[str] = set()
+        """Disks that are being deleted."""
         self.counters = Counters()
         self._writing: dict[bytes, asyncio.Future[None]] = {}
         self._readers: set[asyncio.Future[None]] = set()
@@ -341,6 +343,16 @@ class Store:
     def _unlock(self) -> None:
         os.close(self._lock_fd)
         self._lock_fd = -1
+
+    async def leave(self, member: Member) -> None:
+        """A disk is not in use any more, and nothing is in flight on it.
+
+        Once this is done the store does not need it: work that is under way reaches the data
+        device through it, or waits for a period of grace of its map.
+        """
+        self.members.remove(member)
+        if self._protected:
+            await asyncio.wait(self._protected)
 
     async def close(self, data: Data) -> None:
         """Nothing is in flight, no disk is in use."""
@@ -805,8 +817,7 @@ class Store:
 
     async def _checkpoint_soon(self) -> None:
         try:
-            if self.members:
-                await self.checkpoint()
+            await self.checkpoint()
         except OSError as error:
             logger.warning("dedup store '%s': no checkpoint: %s", self.directory, error)
             self._not_before = time.monotonic() + 1.0
@@ -816,9 +827,9 @@ class Store:
 
     async def checkpoint(self) -> None:
         """Bring the database up to date."""
-        member = self.members[0]
-        async with member.working():
-            await self._checkpoint(member.data)
+        async with self._step() as data:
+            if data is not None:
+                await self._checkpoint(data)
 
     async def _checkpoint(self, data: Data, *, rotate: bool = True) -> None:
         await self._to_the_end(self._make_checkpoint(data, rotate))
@@ -846,7 +857,7 @@ class Store:
                 self.ledger.unsaved = True
                 raise
             tables.written()
-            self._begin_dump(data, state.frame)
+            dump_now = self._begin_dump(data, state.frame)
             self.counters.checkpoints += 1
             async with self._flush_lock:
                 journal.let_go(journal.older)
@@ -856,7 +867,7 @@ class Store:
             self._watched = -1  # there may be something to collect now
             await self._release(data, freed, self.space.give_back)
             await self._free_segments(data)
-        if self._dump is not None and not self.members:
+        if dump_now:
             await self._write_dump(data)
 
     def _freeze(self) -> None:
@@ -881,13 +892,15 @@ class Store:
 
     # ---- snapshots in the ledger
 
-    def _begin_dump(self, data: Data, base: int) -> None:
-        """The database ends before frame `base`."""
+    def _begin_dump(self, data: Data, base: int) -> bool:
+        """The database ends before frame `base`. Whether the caller is to write the snapshot."""
         if not self.ledger.turned or self._dump is not None:
-            return
+            return False
         self._dump = self.tables.begin_dump(), base
         if self.members:
             self._run(self._write_dump(data))
+            return False
+        return True
 
     async def _write_dump(self, data: Data) -> None:
         assert self._dump is not None
@@ -898,12 +911,12 @@ class Store:
         try:
             while not last:
                 part, last = await _in_thread(lambda: next(parts))
-                async with self._step(data) as where:
-                    put = self.ledger.put_snapshot(where, part, base, index, last=last)
+                async with self._step() as where:
+                    put = self.ledger.put_snapshot(where or data, part, base, index, last=last)
                     length += await self._to_the_end(put)
                 index += 1
-            async with self._step(data) as where:
-                await self._to_the_end(self._end_dump(where, length))
+            async with self._step() as where:
+                await self._to_the_end(self._end_dump(where or data, length))
         except OSError as error:
             self.ledger.abandon(error)
         finally:
@@ -921,14 +934,19 @@ class Store:
         self.ledger.completed(length)
 
     @contextlib.asynccontextmanager
-    async def _step(self, data: Data) -> AsyncIterator[Data]:
-        """A step of background work, and where the data device is."""
-        if not self.members:  # the store is being opened or closed
-            yield data
-            return
-        member = self.members[0]
-        async with member.working():
-            yield member.data
+    async def _step(self) -> AsyncIterator[Data | None]:
+        """A step of background work, and the data device as some disk in use reaches it.
+
+        That disk stays until what is begun in the step with _to_the_end() is done (leave()).
+        None: no disk is in use, for the store is being opened or closed.
+        """
+        while self.members:
+            member = self.members[0]
+            async with member.working():
+                if member in self.members:  # else it has left while this waited for its turn
+                    yield member.data
+                    return
+        yield None
 
     async def _free_segments(self, data: Data) -> None:
         empty = self.space.empty()
@@ -1053,22 +1071,31 @@ class Store:
                 end, last = block.offset + block.space, at
         return {"blocks": blocks, "extents": pieces, "mean-extent": blocks * size // max(1, pieces)}
 
-    async def delete_disk(self, name: str) -> None:
-        """Give back all that a disk shows, and forget it. It is not in use."""
+    async def delete_disk(self, data: Data, name: str) -> None:
+        """Give back all that a disk shows, and forget it. It is not in use, and cannot be."""
         found = self.disk(name)
         if found is None:
             raise VhostblkError(
                 f"the dedup store has no disk '{name}'", data={"code": "no-disk", "disk": name}
             )
+        if any(member.disk == name for member in self.members) or name in self.deleting:
+            raise VhostblkError(
+                f"Disk '{name}' of the dedup store is in use",
+                data={"code": "in-use", "disk": name},
+            )
         number, size = found
         blocks = -(-size // self.super.block_size)
-        async for _ in self.unmap(self.members[0].data, number, 0, blocks):
-            pass
-        self._record([Disk(number, 0, "")])
-        await self.flush(self.members[0].data)
+        self.deleting.add(name)
+        try:
+            async for _ in self.unmap(data, number, 0, blocks):
+                pass
+            self._record([Disk(number, 0, "")])
+            await self.flush(data)
+        finally:
+            self.deleting.remove(name)
         await self.checkpoint()
 
-    async def backup(self, directory: Path) -> None:
+    async def backup(self, data: Data, directory: Path) -> None:
         """Copy the metadata while they are in use. `directory` is new."""
         try:
             directory.mkdir(mode=0o700)
@@ -1077,7 +1104,7 @@ class Store:
                 f"a backup cannot be made in '{directory}': {error.strerror}",
                 data={"code": "backup"},
             ) from None
-        await self._to_the_end(self._backup(self.members[0].data, directory))
+        await self._to_the_end(self._backup(data, directory))
 
     async def _backup(self, data: Data, directory: Path) -> None:
         # No checkpoint meanwhile: it would remove the journal that goes on from the copy.
@@ -1102,9 +1129,10 @@ class Store:
     async def _collect_soon(self) -> None:
         try:
             while self.members:
-                member = self.members[0]
-                async with member.working():
-                    if not await self._collect(member.data, self.super.segment_size // 2, most=1):
+                async with self._step() as data:
+                    if data is None:
+                        return
+                    if not await self._collect(data, self.super.segment_size // 2, most=1):
                         return
                 if self.space.free >= 2 * self.tuning.garbage * self.space.size:
                     return
@@ -1117,16 +1145,16 @@ class Store:
 
     async def collect(self, used: float = 0.75) -> int:
         """Empty segments of which at most this part is in use; how many became free."""
-        member = self.members[0]
         freed = 0
-        async with member.working():
-            await self._checkpoint(member.data)
+        await self.checkpoint()
         tried: set[int] = set()
         limit = int(used * self.super.segment_size)
         while worst := [s for s in self._worst(limit) if s not in tried]:
             tried.update(worst[:4])
-            async with member.working():
-                freed += await self._collect(member.data, limit, most=4)
+            async with self._step() as data:
+                if data is None:
+                    break
+                freed += await self._collect(data, limit, most=4)
         return freed
 
     def _worst(self, limit: int) -> list[int]:

@@ -612,6 +612,29 @@ class Graph:
         backend.device = None
         self.update_permissions()
 
+    @contextlib.asynccontextmanager
+    async def using(
+        self, node: NodeDriver, id: str, what: str, *, writes: bool = False
+    ) -> AsyncIterator[None]:
+        """Inside, `node` cannot be removed, and with `writes` all below it is open for writing.
+
+        For a job or a command, which holds on to its node as an export does.
+        """
+        perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if writes else Perm.NONE
+        drive = BlockBackend(self, id, node, perm=perm, shared=Perm.ALL, what=what)
+        async with self.lock:
+            if self._nodes.get(node.name) is not node:
+                raise VhostblkError(
+                    f"Node '{node.name}' has been removed",
+                    data={"code": "no-such-node", "node": node.name},
+                )
+            self.attach(drive)
+        try:
+            yield
+        finally:
+            async with self.lock:
+                self.detach(drive)
+
     # ---- permissions
 
     def update_permissions(self) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.dedup.rebuild import Rebuild
 from vhostblk.dedup.tables import PAGE
-from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob
 from vhostblk.jobs.job import Job
 
@@ -41,7 +40,7 @@ class DefragmentJob(BlockJob):
         self._node = node
 
     async def run(self) -> None:
-        async with attached(self._backend, self.id, self._node, writes=False):
+        async with self._backend.graph.using(self._node, self.id, "job"):
             await self._run()
 
     async def _run(self) -> None:

@@ -13,7 +13,6 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob, reason
 from vhostblk.jobs.restart import restartable
 from vhostblk.luks.options import KdfOptions
@@ -78,7 +77,7 @@ class ReencryptJob(BlockJob):
 
     async def run(self) -> None:
         backend, node = self._backend, self.node
-        async with attached(backend, self.id, node, writes=True):
+        async with backend.graph.using(node, self.id, "job", writes=True):
             self.total_progress = node.size
             if node.log is None:
                 async with backend.graph.lock:  # no snapshot comes in between

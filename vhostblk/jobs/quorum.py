@@ -19,7 +19,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.events import Event
-from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob
 from vhostblk.jobs.job import JobStatus
 from vhostblk.jobs.restart import restartable
@@ -86,7 +85,7 @@ class RebuildJob(QuorumJob):
         while leg.handle.strays:  # what was given up must not overwrite what is copied
             await self.pace()
             await asyncio.sleep(0.05)
-        async with attached(self._backend, self.id, self.quorum, writes=True):
+        async with self._backend.graph.using(self.quorum, self.id, "job", writes=True):
             try:
                 async with repair.step():
                     self._check_leg()
@@ -182,7 +181,7 @@ class ScrubJob(QuorumJob):
 
         repair, quorum = self.quorum.repair, self.quorum
         self.busy = True
-        async with attached(self._backend, self.id, self.quorum, writes=True):
+        async with self._backend.graph.using(self.quorum, self.id, "job", writes=True):
             while self.current_progress < quorum.size:
                 self.total_progress = quorum.size
                 length = 0

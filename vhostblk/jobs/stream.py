@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.jobs._attached import attached
 from vhostblk.jobs.block_job import BlockJob, reason
 from vhostblk.jobs.restart import restartable
 from vhostblk.nodes._chain import backing_of, backing_role, data_children
@@ -50,7 +49,7 @@ class StreamJob(BlockJob):
 
     async def run(self) -> None:
         self.busy = True
-        async with attached(self._backend, self.id, self._filter, writes=True):
+        async with self._backend.graph.using(self._filter, self.id, "job", writes=True):
             while self._complete is not self._filter.generation:
                 await self._copy_all()
                 await self._look_for_more()

@@ -152,6 +152,8 @@ class Dedup(HookedNode):
                 )
             if other.options.disk == name:
                 raise self._error(f"disk '{name}' of the store is node '{other.name}' already")
+        if name in store.deleting:
+            raise self._error(f"disk '{name}' of the store is being deleted")
         found = store.disk(name)
         if found is None:
             if self.options.size is None:
@@ -186,7 +188,7 @@ class Dedup(HookedNode):
 
     async def close(self) -> None:
         if self.handle is not None:
-            self.store.members.remove(self)
+            await self.store.leave(self)
             await self._close_store()
             if self._hasher is not None:
                 self._hasher.free()
