@@ -276,6 +276,7 @@ struct vb_iothread {
     _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* written by control at any time */
     _Atomic uint64_t poll_ns;
     _Atomic bool spinning;    /* has nothing to do, and would see a message at once */
+    uint64_t helped_ns;       /* when it was last called, or did something for another thread */
     _Atomic bool called;      /* vb_iothread_call(): somebody is about to have work for it */
     /* Counters: this thread writes, control reads. */
     _Atomic uint64_t loops, sleeps, requests, notifies, inline_ios, mapped_ios, queued_ios,

@@ -16,6 +16,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -235,16 +236,16 @@ static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
     }
 }
 
-/* Who has been called spins for as long as ever it may: what it is called for comes soon. */
-static uint64_t spin_ns(struct vb_iothread *thread, bool called)
+/* How long a helper waits for more, from when it was last called or given something to do. */
+static bool waits_for_help(struct vb_iothread *thread)
 {
-    return atomic_load_explicit(called ? &thread->poll_max_ns : &thread->poll_ns,
-                                memory_order_relaxed);
+    return thread->now_ns - thread->helped_ns <
+           atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
 }
 
 static void loop(struct vb_iothread *thread)
 {
-    uint64_t idle_since = 0, called_at = 0;
+    uint64_t idle_since = 0;
     bool slept = false;
 
     while (!thread->stop) {
@@ -259,8 +260,13 @@ static void loop(struct vb_iothread *thread)
             idle_since = thread->now_ns;
             continue;
         }
-        if (thread->now_ns - idle_since < spin_ns(thread, false) ||
-            thread->now_ns - called_at < spin_ns(thread, true)) {
+        if (waits_for_help(thread)) {
+            /* What is to be done may depend on who is waiting for this CPU: a guest's, say. */
+            sched_yield();
+            continue;
+        }
+        if (thread->now_ns - idle_since <
+            atomic_load_explicit(&thread->poll_ns, memory_order_relaxed)) {
             __builtin_ia32_pause();
             continue;
         }
@@ -268,7 +274,7 @@ static void loop(struct vb_iothread *thread)
         sleep_until_woken(thread);
         slept = true;
         if (atomic_exchange(&thread->called, false)) {
-            called_at = vb_clock_ns();
+            thread->helped_ns = vb_clock_ns();
         }
     }
 }

@@ -236,6 +236,7 @@ static void run_help(struct vb_message *message, void *context)
     if (thread->now_ns < blk->request.start_ns) { /* read on the other thread */
         vb_refresh_now(thread);
     }
+    thread->helped_ns = thread->now_ns;
     vb_submit(export_of(blk)->root, &blk->request);
 }
 

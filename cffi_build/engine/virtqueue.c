@@ -383,7 +383,7 @@ static bool is_sweep_over(struct vb_iothread *thread, uint64_t begin_ns, uint64_
  * costs less than SHARE_NS is not worth that. Nothing is given to a thread that sleeps, since it
  * would take too long to wake; it is called, if more is waiting than would be done by then.
  */
-#define SHARE_NS 3000u
+#define SHARE_NS 1500u
 #define SHARE_CALL_NS (WAKE_NS / 2)
 
 static unsigned choose_share(struct vb_lane *lane, unsigned count)

@@ -84,6 +84,7 @@ struct file_node {
     uint32_t memory_align, request_align;
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
     _Atomic int flush_error;      /* see flushed() */
+    _Atomic bool writing;         /* see may_write() */
     struct inline_history history[2]; /* read, write */
     struct vb_file_map map;
     _Atomic uint64_t avoid_map_until; /* memory is short: see read_mapped() */
@@ -105,6 +106,7 @@ struct file_io {
     struct iovec *rest;      /* owned: what remains of request->iov after a short transfer */
     void *bounce;            /* owned: aligned memory */
     struct iovec one;        /* for `bounce` or a last bit of zeroes */
+    struct vb_message again; /* to this thread itself: see may_write() */
 };
 
 _Static_assert(sizeof(struct file_io) <= VB_SCRATCH_SIZE, "scratch too small");
@@ -513,6 +515,35 @@ static void transfer_end(struct file_io *io)
     }
 }
 
+/*
+ * Linux lets one thread at a time write to a file through the page cache. A second one would spin, or
+ * sleep, and that would be taken for slow storage. It has other things to do (another leg of a
+ * quorum, the next request to be encrypted) and comes back.
+ */
+static bool may_write(struct file_node *file)
+{
+    return !atomic_load_explicit(&file->writing, memory_order_relaxed) &&
+           !atomic_exchange_explicit(&file->writing, true, memory_order_acquire);
+}
+
+static void wrote(struct file_node *file)
+{
+    atomic_store_explicit(&file->writing, false, memory_order_release);
+}
+
+static void run_again(struct vb_message *message, void *context)
+{
+    (void)context;
+    transfer(vb_container_of(message, struct file_io, again));
+}
+
+/* After the messages that are there, and after a look at the queues if it was one of these. */
+static void come_back(struct file_io *io)
+{
+    io->again.run = run_again;
+    vb_iothread_send(io->request->thread, &io->again);
+}
+
 /* Piece after piece inline, until all is done or one has to be queued. */
 static void transfer(struct file_io *io)
 {
@@ -528,7 +559,14 @@ static void transfer(struct file_io *io)
             queue(io, transferred);
             return;
         }
+        if (is_write(io) && !may_write(io->file)) {
+            come_back(io);
+            return;
+        }
         ret = try_inline(io);
+        if (is_write(io)) {
+            wrote(io->file);
+        }
         if (try_again((int)ret)) {
             io->queued = true;
             continue;
