@@ -159,6 +159,52 @@ def test_what_was_flushed_is_there_without_an_orderly_end() -> None:
     with_host(test)
 
 
+def test_an_end_that_the_power_did_not_let_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says that a block has moved and ended, but what it has made room for is not there.
+
+    The log is written before the flush of its checkpoint, so all of it may be on the data device
+    when nothing of what it speaks of is. Then the block is where it was before.
+    """
+
+    async def test(host: Host) -> None:
+        await create(host, data=12 * MIB, size=SIZE)
+        node = await open_disk(host)
+        store = store_of(host)
+        rnd = random.Random(11)
+        old = rnd.randbytes(BLOCK)
+        await host.write("disk", 0, old)
+        await submit(host, "disk", OP_FLUSH)
+        number = store.tables.get(node.number, 0)
+        before = store.tables.block(number).offset
+        await store.gather(node.data, [number])
+        moved = store.tables.block(number).offset
+        assert moved != before
+        await host.write("disk", 0, rnd.randbytes(BLOCK))
+        new = store.tables.block(store.tables.get(node.number, 0)).offset
+        copy = host.directory / "copy.raw"
+
+        def power_goes(self: Any) -> Any:
+            shutil.copy(host.path("data.raw"), copy)
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patched, pytest.raises(OSError):
+            patched.setattr(type(node.data), "flush", power_goes)
+            await store.checkpoint()
+        with copy.open("r+b") as file:
+            for place in (moved, new):
+                file.seek(place)
+                file.write(bytes(BLOCK))
+        report = await rebuilt(copy, Path(host.path("meta2")))
+        assert report.dropped == 1 and not report.lost and not report.messages
+        await host.add("file", "copy", filename=str(copy))
+        left = await host.add("dedup", "left", file="copy", metadata=host.path("meta2"))
+        assert await host.read("left", 0, BLOCK) == old
+        found = await left.store.check(left.data, repair=False, content=True)
+        assert found.sound and found.blocks == 1, found.messages
+
+    with_host(test)
+
+
 def test_a_snapshot_of_many_chunks_under_load() -> None:
     """Guests write while it is made; the segments of the old generation become free."""
 

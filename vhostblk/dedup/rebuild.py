@@ -266,18 +266,22 @@ class Rebuild:
     ) -> set[Stored]:
         """Of the blocks from frame `trusted` on: those that had reached the data device.
 
-        The place of one that has moved or ended since, with all of that flushed, may have been
-        used again.
+        A place is used again after the checkpoint that did not need it any more: the flush of
+        that was complete, and so the log is there as far as that, and all blocks that were in use
+        then. So a block that is in its last place was in the earlier ones, too, whatever is there
+        now. Of a block that has ended nothing is known but what is in its place: that the log
+        says so does not mean that the checkpoint got as far as its flush. If it did, all that has
+        shown the block shows another one that is there, and it does not matter; if it did not,
+        no place has been used again.
         """
         there: set[Stored] = set()
         stored: dict[int, list[Stored]] = {}
-        async for kind, frame, payload, _ in self._entries(logs, snapshot, trusted):
+        async for _, frame, payload, _ in self._entries(logs, snapshot, trusted):
+            if frame < trusted:
+                continue
             for record in unpack_records(payload):
-                if isinstance(record, Stored) and frame >= trusted:
+                if isinstance(record, Stored):
                     stored.setdefault(record.number, []).append(record)
-                elif isinstance(record, Gone) and kind == GONE:
-                    for number in range(record.first, record.first + record.blocks):
-                        there.update(stored.pop(number, ()))
         for places in stored.values():
             while places and not await self._is_there(places[-1]):
                 places.pop()

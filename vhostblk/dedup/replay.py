@@ -7,7 +7,7 @@ together with all that shows it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from vhostblk.dedup.format import Mapped, Record, Stored
 from vhostblk.dedup.tables import Tables
@@ -23,8 +23,12 @@ class Replay:
         self._trusted = trusted
         self._is_there = is_there
         self._missing: set[int] = set()
-        self.dropped = 0
+        self._dropped: set[tuple[int, int]] = set()
+
+    @property
+    def dropped(self) -> int:
         """Blocks of disks that show what they have shown before."""
+        return len(self._dropped)
 
     async def frame(self, number: int, records: list[Record]) -> list[Record]:
         """What of it holds, and is in the tables now."""
@@ -41,9 +45,17 @@ class Replay:
                     continue
                 else:
                     continue  # it has not moved
-            elif isinstance(record, Mapped) and record.number in missing:
-                self.dropped += record.blocks
-                continue
+            elif isinstance(record, Mapped):
+                if record.number in missing:
+                    self._dropped.update(_shown(record))
+                    continue
+                if self._dropped:
+                    self._dropped.difference_update(_shown(record))
             tables.apply(record)
             held.append(record)
         return held
+
+
+def _shown(record: Mapped) -> Iterator[tuple[int, int]]:
+    """Disk and number of each block."""
+    return ((record.disk, record.first + at) for at in range(record.blocks))
