@@ -273,6 +273,7 @@ async def cut_again(
     for _ in range(2):
         second = rnd.randint(1, life.recording.clock.now)
         life.leave(again, second, Survival(rnd.choice(MODES), rnd))
+        history.judge(await content_of_data_alone(host, again), time)
         history.judge(await content_of(host, again), time)
     # For who comes next: as it was cut the second time.
     (where / "data.raw").write_bytes((again / "data.raw").read_bytes())

@@ -7,6 +7,8 @@ tests/test_dedup_crash.py does this at power cuts, test_dedup_kill.py after `kil
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -205,6 +207,52 @@ def test_an_end_that_the_power_did_not_let_come(monkeypatch: pytest.MonkeyPatch)
     with_host(test)
 
 
+def test_a_crash_while_a_crash_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new life has begun to write what it has found: the log of the old one still holds."""
+
+    async def test(host: Host) -> None:
+        size = 12 * MIB
+        await create(host, data=24 * MIB, size=size)
+        node = await open_disk(host)
+        store_of(host).tuning.changes = 1 << 20
+        child = type(node.data)
+        write = child.write
+        content = random.Random(12).randbytes(size)
+        for at in range(0, size, SEGMENT):
+            await host.write("disk", at, content[at : at + SEGMENT])
+        await submit(host, "disk", OP_FLUSH)
+        crashed = host.directory / "crashed.raw"
+        shutil.copy(host.path("data.raw"), crashed)
+        shutil.copytree(host.path("meta"), host.path("crashed"))
+        await host.backend.blockdev_del("disk")
+
+        copies: list[Path] = []
+
+        async def copied(self: Any, offset: int, data: Any, **options: Any) -> None:
+            if bytes(data[:8]) == b"vbledger":
+                copies.append(host.directory / f"copy.{len(copies)}")
+                shutil.copy(crashed, copies[-1])
+            await write(self, offset, data, **options)
+
+        await host.add("file", "crashed", filename=str(crashed))
+        with monkeypatch.context() as patched:
+            patched.setattr(child, "write", copied)
+            await open_disk(host, "again", file="crashed", metadata=host.path("crashed"))
+        assert len(copies) > 1  # before the first chunk, after it, ...
+        for number, copy in enumerate(copies):
+            meta = host.path(f"meta.{number}")
+            report = await rebuilt(copy, Path(meta))
+            assert not report.lost and not report.messages and not report.dropped
+            await host.add("file", "left", filename=str(copy))
+            await open_disk(host, "judged", file="left", metadata=meta)
+            for at in range(0, size, MIB):
+                assert await host.read("judged", at, MIB) == content[at : at + MIB]
+            await host.backend.blockdev_del("judged")
+            await host.backend.blockdev_del("left")
+
+    with_host(test)
+
+
 def test_a_snapshot_of_many_chunks_under_load() -> None:
     """Guests write while it is made; the segments of the old generation become free."""
 
@@ -256,12 +304,12 @@ def test_a_ledger_that_cannot_be_written(
         old = rnd.randbytes(MIB)
         await host.write("disk", 0, old)
         await submit(host, "disk", OP_FLUSH)
-        assert store.stats()["rebuildable"]
+        assert store.stats()["ledger"] == "sound"
         write = type(node.data).write
 
         def failing(self: Any, offset: int, data: Any, **options: Any) -> Any:
             if bytes(data[:8]) == b"vbledger":
-                raise OSError(5, "Input/output error")
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             return write(self, offset, data, **options)
 
         new = rnd.randbytes(MIB)
@@ -270,7 +318,14 @@ def test_a_ledger_that_cannot_be_written(
             await host.write("disk", 0, new)
             await submit(host, "disk", OP_FLUSH)
             assert "the ledger cannot be written: [Errno 5] Input/output error" in caplog.text
-            assert not store.stats()["rebuildable"]
+            assert store.stats()["ledger"] == "broken"
+            [told] = host.named("DEDUP_LEDGER")
+            assert EVENTS["DEDUP_LEDGER"].model_validate(told)
+            assert told == {
+                "metadata": host.path("meta"),
+                "ledger": "broken",
+                "reason": "Input/output error",
+            }
             copy = host.directory / "copy.raw"
             shutil.copy(host.path("data.raw"), copy)
         report = await rebuilt(copy, Path(host.path("meta2")))
@@ -278,7 +333,9 @@ def test_a_ledger_that_cannot_be_written(
         assert await host.read("disk", 0, MIB) == new
         await host.write("disk", MIB, new)
         await store.checkpoint()
-        await host.until(lambda: bool(store.stats()["rebuildable"]))
+        await host.until(lambda: store.stats()["ledger"] == "sound")
+        told = host.named("DEDUP_LEDGER")[-1]
+        assert told == {"metadata": host.path("meta"), "ledger": "sound"}
         await lose_and_rebuild(host, "disk")
         await open_disk(host)
         assert await host.read("disk", 0, SIZE) == new + new
@@ -308,7 +365,7 @@ def test_a_full_store_can_be_rebuilt() -> None:
             await submit(host, "disk", OP_DISCARD, 0, 16 * MIB)
             await host.write("disk", 0, block)
             await store.checkpoint()
-        await host.until(lambda: bool(store.stats()["rebuildable"]))
+        await host.until(lambda: store.stats()["ledger"] == "sound")
         await lose_and_rebuild(host, "disk")
         await open_disk(host)
         assert await host.read("disk", 0, MIB) == block.ljust(MIB, b"\0")
@@ -338,7 +395,7 @@ def test_an_older_copy_of_the_metadata_has_come_back(caplog: pytest.LogCaptureFi
         assert "metadata are not those" not in caplog.text
         await open_disk(host)
         assert "metadata are not those" in caplog.text
-        await host.until(lambda: bool(store_of(host).stats()["rebuildable"]))
+        await host.until(lambda: store_of(host).stats()["ledger"] == "sound")
         await host.write("disk", MIB, old[:BLOCK])
         await submit(host, "disk", OP_FLUSH)
         expected = (old + old[:BLOCK]).ljust(SIZE, b"\0")
@@ -423,7 +480,7 @@ def test_stores_of_format_1() -> None:
             await open_disk(host, size=MIB)
             await host.write("disk", 0, content)
             await submit(host, "disk", OP_FLUSH)
-            assert not store_of(host).stats()["rebuildable"]
+            assert store_of(host).stats()["ledger"] == "none"
             assert store_of(host).super.version == 1 and not store_of(host).ledger.size
             await sound(host)
             await host.backend.blockdev_del("disk")

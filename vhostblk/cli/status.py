@@ -255,13 +255,14 @@ def _dedup_stores(nodes: list[dict[str, Any]]) -> str:
             count(store["hits-per-second"]),
             size(store["data-free"]),
             size(store["metadata-size"]),
+            store["ledger"],
         ]
         for name, store in stores.items()
     ]
     if not rows:
         return ""
     head = ["  STORE", "LOGICAL", "UNIQUE", "COMPRESSED", "PHYSICAL", "RATIO", "HITS/S"]
-    head += ["FREE", "METADATA"]
+    head += ["FREE", "METADATA", "LEDGER"]
     return table(head, rows) + "\n"
 
 

@@ -94,6 +94,16 @@ class DedupSpace(Model):
     percent: int
 
 
+class DedupLedger(Model):
+    """Lost metadata of a dedup store could not be rebuilt any more, or can be again (`sound`)."""
+
+    metadata: str
+    """The directory of the store."""
+    ledger: Literal["sound", "broken"]
+    reason: str | None = None
+    """What has failed."""
+
+
 class DedupStatistics(Model):
     """Every ten seconds in which a guest has written to a dedup store; as `query-dedup` has it."""
 
@@ -116,8 +126,8 @@ class DedupStatistics(Model):
     metadata_size: int
     ledger_size: int
     """Bytes of the data device that hold records of the metadata."""
-    rebuildable: bool
-    """The metadata can be made anew from these records."""
+    ledger: Literal["sound", "incomplete", "broken", "none"]
+    """What could be made anew from these records: see DEDUP_LEDGER."""
     written_blocks: int
     """Since the store was opened."""
     hits: int
@@ -208,6 +218,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_FILTER_ERROR": FilterError,
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
     "DEDUP_FULL": DedupFull,
+    "DEDUP_LEDGER": DedupLedger,
     "DEDUP_REBUILT": DedupRebuilt,
     "DEDUP_SPACE": DedupSpace,
     "DEDUP_STATISTICS": DedupStatistics,
@@ -225,6 +236,7 @@ class Limit:
 # Coming and going share a limit, so that the last event told is the last thing that happened.
 _CONNECTION = Limit("VHOSTBLK_EXPORT", ("id",))
 LIMITED: dict[str, Limit] = {
+    "DEDUP_LEDGER": Limit("DEDUP_LEDGER", ("metadata",)),
     "QUORUM_FAILURE": Limit("QUORUM_FAILURE", ("reference",)),
     "QUORUM_REPORT_BAD": Limit("QUORUM_REPORT_BAD", ("node-name", "type")),
     "VHOSTBLK_EXPORT_CONNECTED": _CONNECTION,

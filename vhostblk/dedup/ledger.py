@@ -13,9 +13,10 @@ written behind it while guests go on. Once that is on stable storage, and the da
 segments of the old generation are free.
 
 Chunks are ordered by their *life*, which is another, higher number each time the store is opened,
-and their number in it. The first log chunk of a life says from which frame on (`base`) it takes
+and their number in it. The first log chunks of a life say from which frame on (`base`) they take
 the place of what earlier lives have written: after a crash some frames may be lost, others are
-partly left out, and numbers come again.
+partly left out, and numbers come again. They count when all of them are there; a crash before that
+leaves what the earlier lives say.
 
 If the ledger cannot be written, guests' writes and flushes go on without it: it is *broken*, what
 it has is older than the store, and it begins a new generation when it can.
@@ -30,7 +31,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from vhostblk.dedup.format import Gone, Record, Superblock, Taken, pack_record, pack_records
 from vhostblk.dedup.space import RESERVE, NoSpace, Space
@@ -47,10 +48,16 @@ _DIGEST = 16
 HEADER = _HEADER.size + _DIGEST
 _ENTRY = struct.Struct("<BIQ")
 LOG, SNAPSHOT = 1, 2
-RESUMES, LAST = 1, 2
+RESUMES, LAST, MORE = 1, 2, 4
+"""Flags: a life begins; the end of a snapshot; a life begins with this chunk and others."""
 FRAME, PART, GONE = 1, 2, 3
 _RETRY = 10.0
 """Seconds until a generation is begun again after one could not be."""
+
+
+Condition = Literal["sound", "incomplete", "broken", "none"]
+"""What could be made anew from the ledger: all that has been flushed; that not yet, since the first
+snapshot is still to be written; what was flushed before something failed; nothing, in format 1."""
 
 
 class Writes(Protocol):
@@ -210,11 +217,14 @@ class Ledger:
         state: State,
         journal: Callable[[Record], None],
         name: str,
+        emit: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._super = super
         self._space = space
         self._journal = journal  # appends a frame, and adds it here
         self._name = name  # of the store, for messages
+        self.emit = emit
+        self._told_broken = False
         self.state = state
         self.least_log = super.segment_size
         """A new generation begins when the log is longer than this and the snapshot."""
@@ -256,6 +266,19 @@ class Ledger:
     def sound(self) -> bool:
         """All that has been flushed can be made anew from the data device."""
         return self.state.complete and not self.state.broken
+
+    @property
+    def condition(self) -> Condition:
+        """For the operator."""
+        if not self._super.has_ledger:
+            return "none"
+        if self.sound:
+            return "sound"
+        return "broken" if self.state.broken else "incomplete"
+
+    def _tell(self, reason: str | None) -> None:
+        told = {"metadata": self._name, "ledger": self.condition, "reason": reason}
+        self.emit("DEDUP_LEDGER", {name: value for name, value in told.items() if value})
 
     # ---- what there is to write
 
@@ -308,6 +331,9 @@ class Ledger:
         state.log, state.snapshot, state.complete = self._since, length, True
         self._old = []
         self.unsaved = True
+        if self._told_broken:
+            self._told_broken = False
+            self._tell(None)
 
     def fail(self, error: OSError) -> None:
         """What should have been written may not be there."""
@@ -326,6 +352,8 @@ class Ledger:
         self.abandon()
         self._not_before = time.monotonic() + _RETRY
         self.unsaved = True
+        self._told_broken = True
+        self._tell(error.strerror or str(error))
 
     # ---- writing
 
@@ -346,15 +374,16 @@ class Ledger:
                 self.fail(error)
 
     async def _log(self, data: Writes, entries: list[Entry]) -> None:
-        payloads = pack_entries(entries, BIGGEST - HEADER)
-        if not entries and self._resume is not None and self.state.complete:
-            # What an earlier life may have written after its last flush must not hold.
-            payloads = iter([b""])
-        for payload in payloads:
+        payloads = list(pack_entries(entries, BIGGEST - HEADER))
+        base, flags = 0, 0
+        if self._resume is not None:
             base, flags = self._resume, RESUMES
-            if base is None:
-                base, flags = 0, 0
-            space = await self._put(data, LOG, flags, payload, base, 0)
+            if not payloads and self.state.complete:
+                # What an earlier life may have written after its last flush must not hold.
+                payloads = [b""]
+        for left, payload in zip(reversed(range(len(payloads))), payloads, strict=True):
+            more = MORE if flags and left else 0
+            space = await self._put(data, LOG, flags | more, payload, base, 0)
             self._resume = None
             self.state.log += space
             self._since += space

@@ -39,6 +39,7 @@ from vhostblk.dedup.ledger import (
     GONE,
     LAST,
     LOG,
+    MORE,
     RESUMES,
     Chunk,
     State,
@@ -123,11 +124,12 @@ class Rebuild:
             )
         self._prepare()
         found = await self._scan()
-        snapshot = self._choose(found)
+        whole = _without_halves(found)
+        snapshot = self._choose(whole)
         tables = Tables(self._directory, self._super, 256 << 30)
         try:
             await self._load(tables, snapshot)
-            await self._replay(tables, found, snapshot)
+            await self._replay(tables, whole, snapshot)
             await self._finish(tables, found)
         finally:
             tables.close()
@@ -355,6 +357,21 @@ class Rebuild:
         report.messages += result.messages
         report.disks = [name for _, name in tables.disks().values()]
         report.blocks, report.mapped = result.blocks, result.mapped
+
+
+def _without_halves(found: list[Found]) -> list[Found]:
+    """The same without beginnings of lives that are not there as a whole."""
+    flags = RESUMES | MORE
+    begun = {
+        one.chunk.life
+        for one in found
+        if one.chunk.kind == LOG and one.chunk.flags & flags == RESUMES
+    }
+    return [
+        one
+        for one in found
+        if one.chunk.kind != LOG or not one.chunk.flags & MORE or one.chunk.life in begun
+    ]
 
 
 def _cuts(logs: list[Found]) -> dict[int, int]:

@@ -269,7 +269,7 @@ class Store:
         head, used = self.tables.state.head, self.tables.segments()
         self.space = Space(self.super, data.size, used, head, ledger.segments)
         name = str(self.directory)
-        self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name)
+        self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name, self.emit)
         try:
             await self._recover(data)
         except BaseException:
@@ -1026,7 +1026,7 @@ class Store:
             "data-free": space.free,
             "metadata-size": self.tables.size + self.journal.size,
             "ledger-size": self.ledger.size,
-            "rebuildable": self.ledger.sound,
+            "ledger": self.ledger.condition,
             "written-blocks": counters.written,
             "hits": counters.hits,
             "hits-per-second": self._hit_rate(),
