@@ -338,3 +338,26 @@ def test_the_map_in_memory_is_bounded_and_metadata_are_small() -> None:
         assert copy.stat().st_size / blocks <= 200
 
     with_host(test)
+
+
+def test_a_check_takes_a_few_bytes_for_each_block() -> None:
+    """A store has millions of them; rebuilding one ends with a check, too."""
+    count = 8192
+
+    async def test(host: Host) -> None:
+        await create(host, size=count * BLOCK, data=2 * count * BLOCK)
+        node = await open_disk(host)
+        rnd = random.Random(2)
+        for at in range(0, count * BLOCK, MIB):
+            await host.write("disk", at, rnd.randbytes(MIB))
+        await node.store.check(node.data, repair=False)  # nothing waits any more
+        tracemalloc.start()
+        try:
+            found = await node.store.check(node.data, repair=True, content=True)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert found.sound and found.blocks == count
+        assert peak < 64 * count
+
+    with_host(test)

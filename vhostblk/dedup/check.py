@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vhostblk.dedup.format import (
     FIRST_SEGMENT,
+    SECTOR,
     Block,
     Superblock,
     pack_block,
     unpack_block,
 )
 from vhostblk.dedup.ledger import State
-from vhostblk.dedup.tables import INDEX_KEY, Tables
+from vhostblk.dedup.tables import INDEX_KEY, PAGE, Tables
 
 _KEY = struct.Struct(">Q")
 _NUMBER = struct.Struct("<Q")
@@ -58,7 +60,7 @@ class Result:
 
 
 class Check:
-    """One check of one database."""
+    """One check of one database. In memory it has twelve bytes for each stored block."""
 
     def __init__(self, tables: Tables, super: Superblock, size: int, *, repair: bool) -> None:
         self._tables = tables
@@ -67,14 +69,20 @@ class Check:
         self._repair = repair
         ledger = tables.ledger()
         self._ledger = set(State.parse(ledger).segments if ledger else ())
+        self._numbers = array("Q")  # of all stored blocks, sorted
+        self._shown = array("I")  # how often each of them is
         self.result = Result()
 
     def run(self) -> Result:
         """Look at all metadata. Takes a while, and nobody may use them meanwhile."""
         with self._tables.transaction() as (txn, dbs):
             self._txn, self._dbs = txn, dbs
-            refs = self._count()
-            self._look_at_blocks(refs)
+            for key, _ in self._pairs("blocks"):
+                self._numbers.append(_KEY.unpack(key)[0])
+            self._shown.frombytes(bytes(self._shown.itemsize * len(self._numbers)))
+            self._count()
+            wrong = self._look_at_places()
+            self._look_at_blocks(wrong)
             self._look_at_index()
             self._look_at_state()
         result = self.result
@@ -95,102 +103,135 @@ class Check:
 
     # ---- the maps
 
-    def _count(self) -> array[int]:
+    def _count(self) -> None:
         """How often each stored block is shown."""
-        refs = array("I", bytes(4 * self._tables.state.next_block))
+        numbers, shown = self._numbers, self._shown
         disks = {_KEY.unpack(key)[0] for key, _ in self._pairs("disks")}
         for key, value in self._pairs("map"):
             disk, page = _PAGE_KEY.unpack(key)
             if disk not in disks:
                 self.result.corruptions += 1
                 self.result.say(f"there is a map of disk {disk}, but no such disk")
+            at = -1
             for index, number in enumerate(array("Q", value)):
-                if number >= len(refs):
-                    self._missing(disk, page * (len(value) // 8) + index, number)
-                elif number:
-                    refs[number] += 1
-                    self.result.mapped += 1
-        return refs
+                if number == 0:
+                    continue
+                self.result.mapped += 1
+                at += 1  # what was written at once has numbers that follow each other
+                if at >= len(numbers) or numbers[at] != number:
+                    at = self._position(number)
+                if at < 0:
+                    self.result.corruptions += 1
+                    self.result.say(
+                        f"block {page * PAGE + index} of disk {disk} shows stored block {number}, "
+                        "which is missing"
+                    )
+                else:
+                    shown[at] += 1
 
-    def _missing(self, disk: int, block: int, number: int) -> None:
-        self.result.corruptions += 1
-        self.result.say(
-            f"block {block} of disk {disk} shows stored block {number}, which is missing"
-        )
+    def _position(self, number: int) -> int:
+        """Where a stored block is among all of them; -1: nowhere."""
+        at = bisect_left(self._numbers, number)
+        return at if at < len(self._numbers) and self._numbers[at] == number else -1
+
+    def _is_needed(self, position: int) -> bool:
+        # A block that nothing shows may be on its way into a map.
+        return self._shown[position] > 0 or self._numbers[position] in self._tables.pins
 
     # ---- stored blocks
 
-    def _look_at_blocks(self, refs: array[int]) -> None:
+    def _look_at_places(self) -> list[bytes]:
+        """Each entry leads to a block that is there. The keys of those that do not."""
+        result, wrong, end = self.result, [], 0
+        for key, value in self._pairs("places"):
+            offset = int(_KEY.unpack(key)[0])
+            block = self._block_at(offset, int(_NUMBER.unpack(value)[0]))
+            if block is None:
+                wrong.append(key)
+                continue
+            if offset < end:
+                self._two_at(offset)
+            end = max(end, offset + block.space)
+        result.wrong += len(wrong)
+        return wrong
+
+    def _block_at(self, offset: int, number: int) -> Block | None:
+        """A stored block, if it is needed, and there."""
+        position = self._position(number)
+        if position < 0 or not self._is_needed(position):
+            return None
+        block = unpack_block(self._txn.get(_KEY.pack(number), db=self._dbs["blocks"]))
+        return block if block.offset == offset and self._possible(block) else None
+
+    def _two_at(self, offset: int) -> None:
+        self.result.corruptions += 1
+        self.result.say(f"two stored blocks share the place {offset}")
+
+    def _look_at_blocks(self, wrong_places: list[bytes]) -> None:
         result, super = self.result, self._super
-        places: dict[bytes, bytes] = {}
+        blocks: list[tuple[bytes, bytes | None]] = []  # changes of the table of blocks
+        places: list[tuple[bytes, bytes | None]] = [(key, None) for key in wrong_places]
         used: dict[int, int] = {}
-        blocks: list[tuple[bytes, Block]] = [
-            (key, unpack_block(value)) for key, value in self._pairs("blocks")
-        ]
-        for key, block in blocks:
-            number = int(_KEY.unpack(key)[0])
-            shown = refs[number] if number < len(refs) else 0
-            if number < len(refs):
-                refs[number] = 0
-            if shown == 0 and number not in self._tables.pins:  # else it is on its way into a map
+        for position, (key, value) in enumerate(self._pairs("blocks")):
+            number, shown, block = (
+                self._numbers[position],
+                self._shown[position],
+                unpack_block(value),
+            )
+            if not self._is_needed(position):
                 result.leaks += 1
                 result.say(f"nothing shows stored block {number}")
-                self._change("blocks", key, None)
+                blocks.append((key, None))
                 continue
             if shown != block.refs:
                 result.leaks += 1
                 result.say(f"stored block {number} has {block.refs} references, not {shown}")
-                self._change("blocks", key, pack_block(block._replace(refs=shown)))
+                blocks.append((key, pack_block(block._replace(refs=shown))))
             result.blocks += 1
             if not self._possible(block):
                 result.corruptions += 1
                 result.say(f"stored block {number} is at {block.offset}, where none can be")
                 continue
-            places[_KEY.pack(block.offset)] = _NUMBER.pack(number)
             segment = super.segment_of(block.offset)
             used[segment] = used.get(segment, 0) + block.space
-        for number, count in enumerate(refs):
-            if count and number:
-                result.corruptions += count
-                result.say(f"{count} blocks of disks show stored block {number}, which is missing")
-        self._overlaps([block for _, block in blocks])
-        self._compare("places", places, "the table of places")
-        self._compare(
-            "segments",
-            {_KEY.pack(segment): _NUMBER.pack(bytes_) for segment, bytes_ in used.items()},
-            "the table of segments",
-        )
+            place, name = _KEY.pack(block.offset), _NUMBER.pack(number)
+            owner = self._txn.get(place, db=self._dbs["places"])
+            if owner == name:
+                continue
+            if owner is None:
+                result.wrong += 1
+            elif self._block_at(block.offset, int(_NUMBER.unpack(owner)[0])) is not None:
+                self._two_at(block.offset)
+                continue
+            places.append((place, name))
+        if places:
+            result.say(f"the table of places has {len(places)} wrong entries")
+        for table, changes in (("blocks", blocks), ("places", places)):
+            for key, new in changes:
+                self._change(table, key, new)
+        self._look_at_segments(used)
 
     def _possible(self, block: Block) -> bool:
         super = self._super
         end = block.offset + block.space
         return (
             block.offset >= FIRST_SEGMENT
-            and block.offset % 512 == 0
+            and block.offset % SECTOR == 0
             and 0 < block.length <= super.block_size
             and super.segment_of(block.offset) == super.segment_of(end - 1)
             and super.segment_of(block.offset) < super.segments(self._size)
             and super.segment_of(block.offset) not in self._ledger
         )
 
-    def _overlaps(self, blocks: list[Block]) -> None:
-        end = 0
-        for block in sorted(block for block in blocks if block.refs):
-            if block.offset < end:
-                self.result.corruptions += 1
-                self.result.say(f"two stored blocks share the place {block.offset}")
-            end = max(end, block.offset + block.space)
-
-    def _compare(self, name: str, wanted: dict[bytes, bytes], what: str) -> None:
-        wrong = 0
-        found = dict(self._pairs(name))
-        for key in found.keys() | wanted.keys():
-            if found.get(key) != wanted.get(key):
-                wrong += 1
-                self._change(name, key, wanted.get(key))
+    def _look_at_segments(self, used: dict[int, int]) -> None:
+        wanted = {_KEY.pack(segment): _NUMBER.pack(count) for segment, count in used.items()}
+        found = dict(self._pairs("segments"))
+        wrong = [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)]
+        for key in wrong:
+            self._change("segments", key, wanted.get(key))
         if wrong:
-            self.result.wrong += wrong
-            self.result.say(f"{what} has {wrong} wrong entries")
+            self.result.wrong += len(wrong)
+            self.result.say(f"the table of segments has {len(wrong)} wrong entries")
 
     # ---- what is found by content
 

@@ -15,6 +15,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +53,7 @@ from vhostblk.dedup.tables import FILE, Tables
 from vhostblk.schema import VhostblkError
 
 _AT_ONCE = 16
+"""Segments that are looked at, and chunks of a snapshot that go into the database."""
 _CHANGES = 32768
 
 
@@ -77,9 +79,13 @@ class _Snapshot(NamedTuple):
     parts: list[Found]
     base: int
 
+    @property
+    def life(self) -> int:
+        return self.parts[0].chunk.life
+
     def is_left_by(self, chunk: Chunk) -> bool:
         """Whether a later life goes on from before it."""
-        later = chunk.life > self.parts[0].chunk.life
+        later = chunk.life > self.life
         return later and bool(chunk.flags & RESUMES) and chunk.base < self.base
 
 
@@ -109,7 +115,8 @@ class Rebuild:
     ) -> None:
         self._directory = directory
         self._data = data
-        self._progress = progress or (lambda done, all: None)
+        self._tell = progress or (lambda done, all: None)
+        self._done = self._all = 0
         self._report = Report()
 
     async def run(self) -> Report:
@@ -126,10 +133,13 @@ class Rebuild:
         found = await self._scan()
         whole = _without_halves(found)
         snapshot = self._choose(whole)
+        # Its log is of its own life and later ones. What earlier ones have left says nothing.
+        logs = [one for one in whole if one.chunk.kind == LOG and one.chunk.life >= snapshot.life]
+        self._all += len(snapshot.parts) + 2 * len(logs)
         tables = Tables(self._directory, self._super, 256 << 30)
         try:
             await self._load(tables, snapshot)
-            await self._replay(tables, whole, snapshot)
+            await self._replay(tables, logs, snapshot)
             await self._finish(tables, found)
         finally:
             tables.close()
@@ -157,15 +167,19 @@ class Rebuild:
 
     # ---- what is there
 
+    def _progress(self, steps: int) -> None:
+        self._done += steps
+        self._tell(self._done, self._all)
+
     async def _scan(self) -> list[Found]:
         """All chunks of all segments, in the order in which they were written."""
-        count = self._super.segments(self._data.size)
+        count = self._all = self._super.segments(self._data.size)
         found: list[Found] = []
         for first in range(0, count, _AT_ONCE):
             numbers = range(first, min(first + _AT_ONCE, count))
             for chunks in await asyncio.gather(*map(self._scan_segment, numbers)):
                 found += chunks
-            self._progress(numbers.stop, count)
+            self._progress(len(numbers))
         found.sort()
         return found
 
@@ -223,10 +237,14 @@ class Rebuild:
         return best
 
     async def _load(self, tables: Tables, snapshot: _Snapshot) -> None:
-        for one in snapshot.parts:
-            payload = await self._again(one)
-            await asyncio.to_thread(tables.load, unpack_records(payload))
-            self._report.time = one.chunk.time
+        parts = snapshot.parts
+        for first in range(0, len(parts), _AT_ONCE):
+            some = parts[first : first + _AT_ONCE]
+            payloads = [await self._again(one) for one in some]
+            records = chain.from_iterable(map(unpack_records, payloads))
+            await asyncio.to_thread(tables.load, records)
+            self._progress(len(some))
+        self._report.time = parts[-1].chunk.time
 
     async def _again(self, one: Found) -> bytes:
         payload = await self._payload(one.offset, one.chunk)
@@ -236,11 +254,8 @@ class Rebuild:
 
     # ---- the log
 
-    async def _replay(self, tables: Tables, found: list[Found], snapshot: _Snapshot) -> None:
-        # Its log is of its own life and later ones. What earlier ones have left says nothing.
-        life = snapshot.parts[0].chunk.life
-        logs = [one for one in found if one.chunk.kind == LOG and one.chunk.life >= life]
-        last = logs[-1].chunk.life if logs else life
+    async def _replay(self, tables: Tables, logs: list[Found], snapshot: _Snapshot) -> None:
+        last = logs[-1].chunk.life if logs else snapshot.life
         trusted = max((one.chunk.durable for one in logs if one.chunk.life == last), default=0)
         there = await self._what_is_there(logs, snapshot, trusted)
 
@@ -295,10 +310,11 @@ class Rebuild:
     ) -> AsyncIterator[tuple[int, int, bytes, int]]:
         """What holds of the log: kind, frame, payload, time."""
         cuts = _cuts(logs)
-        life, expected = snapshot.parts[0].chunk.life, snapshot.base
+        life, expected = snapshot.life, snapshot.base
         parts = b""
         for position, one in enumerate(logs):
             chunk = one.chunk
+            self._progress(1)
             if chunk.life != life:
                 life, parts = chunk.life, b""
                 if not chunk.flags & RESUMES or chunk.base > expected:
@@ -357,6 +373,7 @@ class Rebuild:
         report.messages += result.messages
         report.disks = [name for _, name in tables.disks().values()]
         report.blocks, report.mapped = result.blocks, result.mapped
+        self._progress(self._all - self._done)
 
 
 def _without_halves(found: list[Found]) -> list[Found]:

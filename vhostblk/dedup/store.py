@@ -28,6 +28,7 @@ import fcntl
 import logging
 import os
 import time
+from array import array
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -990,7 +991,11 @@ class Store:
         return result
 
     async def _check_content(self, data: Data, result: Result) -> None:
-        numbers = [number for _, number in self.tables.places(0, data.size)]
+        super = self.super
+        numbers = array("Q")
+        for segment in range(super.segments(data.size)):
+            found = self.tables.places(super.segment_at(segment), super.segment_at(segment + 1))
+            numbers.extend(number for _, number in found)
         for number in numbers:
             block = self.tables.block(number)
             if block is None:
