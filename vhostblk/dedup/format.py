@@ -24,15 +24,13 @@ _MAGIC = b"vhostblk dedup\0\0"
 _VERSION = 2
 """Version 1 had no ledger. A store stays what it was made as."""
 _SUPERBLOCK = struct.Struct("<16sIIII16s16s")
-FINGERPRINT = 32
 
 HASHES: dict[str, Callable[[bytes | bytearray | memoryview], bytes]] = {
     "blake3": blake3,
     "sha256": lambda data: hashlib.sha256(data).digest(),
-    "blake2b": lambda data: hashlib.blake2b(data, digest_size=FINGERPRINT).digest(),
 }
-"""Fingerprints that a store may use; 32 bytes each."""
-_HASH_NUMBERS = {1: "sha256", 2: "blake2b", 3: "blake3"}
+"""Fingerprints that a store may use; 32 bytes each. The engine has all of them."""
+_HASH_NUMBERS = {1: "sha256", 3: "blake3"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Superblock:
         if not 1 <= version <= _VERSION or number not in _HASH_NUMBERS:
             raise VhostblkError(
                 f"the dedup store has version {version} and hash {number}; this program knows "
-                f"versions 1 to {_VERSION} and hashes 1 to {max(_HASH_NUMBERS)}",
+                f"versions 1 to {_VERSION} and hashes {', '.join(map(str, _HASH_NUMBERS))}",
                 data={"code": "unsupported"},
             )
         return cls(block_bits, segment_bits, _HASH_NUMBERS[number], uuid, version)

@@ -27,7 +27,7 @@ class DedupCreateOptions(Model):
     """Bytes that are compared and stored as one: a power of two from 4 KiB to 64 KiB."""
     segment_size: Size = 4 << 20
     """Bytes that are given back as one: a power of two from 256 KiB to 256 MiB."""
-    hash: Literal["blake3", "sha256", "blake2b"] = "blake3"
+    hash: Literal["blake3", "sha256"] = "blake3"
     """What tells content apart."""
     disk: str = "disk"
     """Name of the first disk."""

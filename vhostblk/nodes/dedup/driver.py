@@ -177,12 +177,8 @@ class Dedup(HookedNode):
             sink=self._start,
             low=_nothing,
         )
-        # OpenSSL has no BLAKE2b of 32 bytes: then hashing is done here.
-        self._hasher = None
-        if store.super.hash != "blake2b":
-            sha256 = store.super.hash == "sha256"
-            self._hasher = new_dedup(self.engine, self._bits, sha256=sha256)
-        self.handle = self._hasher or self.map
+        sha256 = store.super.hash == "sha256"
+        self._hasher = self.handle = new_dedup(self.engine, self._bits, sha256=sha256)
         self.map.set_dirty(store.dirty)
         store.members.append(self)
 
@@ -190,8 +186,7 @@ class Dedup(HookedNode):
         if self.handle is not None:
             await self.store.leave(self)
             await self._close_store()
-            if self._hasher is not None:
-                self._hasher.free()
+            self._hasher.free()
             self.map.free()
             self.handle = None
 
@@ -200,8 +195,7 @@ class Dedup(HookedNode):
         child.refresh()
         if self.handle is not None:
             self.map.set_child(0, child.node.effective)
-            if self._hasher is not None:
-                self._hasher.set_child(0, self.map)
+            self._hasher.set_child(0, self.map)
 
     async def _close_store(self) -> None:
         shared = self._shared
@@ -401,7 +395,7 @@ class Dedup(HookedNode):
 
     def _write(self, request: Request) -> Coroutine[Any, Any, None] | None:
         size = 1 << self._bits
-        if self._hasher is None or (request.offset | request.length) % size or request.fua:
+        if (request.offset | request.length) % size or request.fua:
             return self._write_slowly(request)
         first, end = self._range(request)
         for busy in self._busy:
@@ -449,13 +443,7 @@ class Dedup(HookedNode):
 
     async def _write_slowly(self, request: Request) -> None:
         first, end = self._range(request)
-        prints: memoryview | None = None
-        data: bytes | memoryview
-        if self._hasher is not None:
-            data, prints = request.buffers  # a copy of the guest's, and its fingerprints
-        else:
-            # A copy: the guest could change its memory between hashing and writing.
-            data = request.data()
+        data, prints = request.buffers  # a copy of the guest's, and its fingerprints
         claim = await self._claim(first, end)
         try:
             await self._put(request.offset, data, first, end, prints, request)
