@@ -22,6 +22,7 @@ from test_dedup_commands import run
 
 from vhostblk.control.events import EVENTS
 from vhostblk.dedup import ledger as ledger_module
+from vhostblk.dedup import store as store_module
 from vhostblk.dedup.format import Superblock
 from vhostblk.dedup.ledger import BIGGEST, FRAME, GONE, HEADER, Entry, pack_entries, unpack_entries
 from vhostblk.dedup.store import Store
@@ -406,6 +407,24 @@ def test_an_older_copy_of_the_metadata_has_come_back(caplog: pytest.LogCaptureFi
         assert contents(Path(host.path("meta"))) == before
         await open_disk(host)
         assert await host.read("disk", 0, SIZE) == expected
+
+    with_host(test)
+
+
+def test_a_rebuilt_store_can_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a ledger of its own before long, whether anybody writes or not."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=12 * MIB, size=SIZE)
+        await open_disk(host)
+        content = random.Random(13).randbytes(SIZE)
+        await host.write("disk", 0, content)
+        monkeypatch.setattr(store_module, "_PORTION", 4096)  # opening it does not wait for that
+        for _ in range(2):
+            await lose_and_rebuild(host, "disk")
+            await open_disk(host)
+            await host.until(lambda: store_of(host).stats()["ledger"] == "sound")
+            assert await host.read("disk", 0, SIZE) == content
 
     with_host(test)
 

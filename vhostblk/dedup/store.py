@@ -87,7 +87,8 @@ CHANGE_BYTES = 256
 _BACKLOG = 4
 """Writes wait when there are so many times more changes than begin a checkpoint."""
 STATISTICS_INTERVAL = 10.0
-"""Seconds from one event with statistics to the next, if something has happened."""
+"""Seconds from one event with statistics to the next, if something has happened; and until a ledger
+that is broken is begun again."""
 
 
 class Data(Protocol):
@@ -278,7 +279,7 @@ class Store:
             self.tables.close()
             self._unlock()
             raise
-        self._run(self._tell_statistics())
+        self._run(self._now_and_then())
 
     async def _next_life(self, data: Data) -> LedgerState:
         """The database knows of it, durably, before the data device is written to."""
@@ -344,6 +345,11 @@ class Store:
     def _unlock(self) -> None:
         os.close(self._lock_fd)
         self._lock_fd = -1
+
+    def join(self, member: Member) -> None:
+        """A disk is in use from now on."""
+        self.members.append(member)
+        self._watch_ledger()
 
     async def leave(self, member: Member) -> None:
         """A disk is not in use any more, and nothing is in flight on it.
@@ -793,6 +799,12 @@ class Store:
             self._collecting = True
             self._run(self._collect_soon())
 
+    def _watch_ledger(self) -> None:
+        """A store that is not changed, or hardly, can be rebuilt, too."""
+        if not self.ledger.sound and self.ledger.is_due(self.tables.dump_size()):
+            self.ledger.unsaved = True
+            self._watch()
+
     def _watch_space(self) -> None:
         """Tell the operator while there is still time."""
         size = self.space.size
@@ -1042,10 +1054,11 @@ class Store:
             "full": self._told_full,
         }
 
-    async def _tell_statistics(self) -> None:
-        """An event now and then, as long as guests write."""
+    async def _now_and_then(self) -> None:
+        """Statistics are told as long as guests write."""
         while True:
             await asyncio.sleep(STATISTICS_INTERVAL)
+            self._watch_ledger()
             if self.counters.written != self._told_written:
                 self._told_written = self.counters.written
                 self.emit("DEDUP_STATISTICS", self.stats())

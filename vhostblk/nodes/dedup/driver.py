@@ -180,7 +180,7 @@ class Dedup(HookedNode):
         sha256 = store.super.hash == "sha256"
         self._hasher = self.handle = new_dedup(self.engine, self._bits, sha256=sha256)
         self.map.set_dirty(store.dirty)
-        store.members.append(self)
+        store.join(self)
 
     async def close(self) -> None:
         if self.handle is not None:
