@@ -461,6 +461,12 @@ def test_what_cannot_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         meta = Path(host.path("meta"))
         with refused("has metadata of a dedup store", "into another directory"):
             await rebuilt(Path(host.path("data.raw")), meta)
+        partly = host.directory / "partly"
+        shutil.copytree(meta, partly)
+        (partly / "superblock").unlink()
+        with refused("has metadata of a dedup store", "into another directory"):
+            await rebuilt(Path(host.path("data.raw")), partly)
+        assert (partly / "metadata.mdb").read_bytes() == (meta / "metadata.mdb").read_bytes()
         (host.directory / "file").write_text("")
         with refused("metadata cannot be made in", "Not a directory"):
             await rebuilt(Path(host.path("data.raw")), host.directory / "file" / "meta")

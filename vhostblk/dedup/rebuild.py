@@ -151,7 +151,8 @@ class Rebuild:
         directory = self._directory
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if (directory / "superblock").exists():
+            # (A rebuild that was interrupted has left no journal.)
+            if (directory / "superblock").exists() or any(directory.glob("journal.*")):
                 raise VhostblkError(
                     f"'{directory}' has metadata of a dedup store; rebuild into another directory, "
                     "and keep these until the result has been looked at",
