@@ -108,7 +108,9 @@ class Guest:
 
 
 def with_host(
-    test: Callable[[Host], Coroutine[Any, Any, None]], *drivers: type[NodeDriver]
+    test: Callable[[Host], Coroutine[Any, Any, None]],
+    *drivers: type[NodeDriver],
+    seconds: float = 60,
 ) -> None:
     """Run a test with a backend, and close that in order afterwards."""
 
@@ -117,7 +119,7 @@ def with_host(
             host = Host(Path(directory), drivers)
             await host.backend.start()
             try:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(seconds):
                     await test(host)
             finally:
                 async with asyncio.timeout(20):
