@@ -37,8 +37,6 @@ class Journal:
         self._directory_changed = False
         self.number = 0
         self.next_frame = 0
-        self.dirty = False
-        """There are frames that a power cut could take away."""
 
     # ---- reading
 
@@ -87,7 +85,6 @@ class Journal:
         header = _HEADER.pack(_MAGIC, len(payload), number, self._digest(number, payload))
         self._write(header + payload)
         self.next_frame = number + 1
-        self.dirty = True
         return number
 
     def _write(self, frame: bytes) -> None:

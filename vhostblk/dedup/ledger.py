@@ -238,7 +238,8 @@ class Ledger:
         self._resume: int | None = None
         self._entries: list[Entry] = []
         self._turn: int | None = None  # so many of the entries are the old generation's
-        self._turned = False  # a snapshot is wanted or being written
+        self.turned = False
+        """A snapshot is wanted, or being written."""
         self._old: list[int] = []  # segments of the generations before the one that is begun
         self._since = 0  # bytes of the log since it was begun
         self._lock = asyncio.Lock()
@@ -297,7 +298,7 @@ class Ledger:
     def is_due(self, snapshot: int) -> bool:
         """Whether to begin a new generation, whose snapshot would have so many bytes."""
         state, segment = self.state, self._super.segment_size
-        if not self._super.has_ledger or self._turned or time.monotonic() < self._not_before:
+        if not self._super.has_ledger or self.turned or time.monotonic() < self._not_before:
             return False
         if state.complete and state.log <= max(state.snapshot, self.least_log):
             return False
@@ -307,17 +308,12 @@ class Ledger:
         """What is added from here on belongs to a new generation."""
         self.state.broken = False
         self._turn = len(self._entries)
-        self._turned = True
-
-    @property
-    def turned(self) -> bool:
-        """Whether a snapshot is wanted, or being written."""
-        return self._turned
+        self.turned = True
 
     def abandon(self, error: BaseException | None = None) -> None:
         """There will be no snapshot now."""
-        if self._turned:
-            self._turned = False
+        if self.turned:
+            self.turned = False
             self._not_before = time.monotonic() + _RETRY
             if error is not None:
                 logger.warning("dedup store '%s': no snapshot in the ledger: %s", self._name, error)
@@ -325,7 +321,7 @@ class Ledger:
     def completed(self, length: int) -> None:
         """The snapshot is on stable storage."""
         state = self.state
-        self._turned = False
+        self.turned = False
         self.obsolete += self._old
         state.segments = [segment for segment in state.segments if segment not in self._old]
         state.log, state.snapshot, state.complete = self._since, length, True
@@ -393,7 +389,7 @@ class Ledger:
     ) -> int:
         """A chunk of the snapshot of the database that ends before frame `base`; its bytes."""
         async with self._lock:
-            if not self._turned:
+            if not self.turned:
                 raise NoSpace  # fail() has said why
             return await self._put(data, SNAPSHOT, LAST if last else 0, payload, base, index)
 

@@ -440,7 +440,7 @@ class Store:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Places that are looked up inside are not used again before the end."""
-        done = asyncio.get_running_loop().create_future()
+        done = _future()
         self._readers.add(done)
         try:
             yield
@@ -695,7 +695,7 @@ class Store:
 
     async def _wait_for_room(self) -> None:
         if self._room is None or self._room.done():
-            self._room = asyncio.get_running_loop().create_future()
+            self._room = _future()
         await asyncio.wait([self._room], timeout=HOLD_INTERVAL)
 
     def _full(self, what: str) -> None:
@@ -987,7 +987,7 @@ class Store:
         """
         async with self._collect_lock:
             await self._moving()
-            still = self._still = asyncio.get_running_loop().create_future()
+            still = self._still = _future()
             try:
                 await self._checkpoint(data)
                 while self.tables.frozen or self.tables.changes:
