@@ -20,18 +20,20 @@
 
 #define BLOCK 16u             /* the largest block, IV and tweak */
 #define BATCH 64u             /* sectors whose IVs are made at once */
-#define CHUNK 4096u           /* bytes that are masked at once: all of it stays in the cache */
+#define PIECE 1024u           /* bytes that are masked at once: no more than memory brings meanwhile */
+#define AHEAD 4096u           /* how far ahead it is asked for them */
 #define SECTOR_MIN 512u
+#define SECTOR_MAX 4096u
 
-_Static_assert(CHUNK <= BATCH * SECTOR_MIN, "a chunk's IVs are in one batch");
+_Static_assert(PIECE <= SECTOR_MAX && PIECE % SECTOR_MIN == 0, "a piece's masks fit");
 
 enum { ENCRYPT, DECRYPT, IV, CONTEXTS };
 
 /* One thread's. */
 struct state {
     EVP_CIPHER_CTX *contexts[CONTEXTS];
-    _Alignas(64) unsigned char masks[CHUNK];
-    unsigned char masked[CHUNK];
+    _Alignas(64) unsigned char masks[SECTOR_MAX];
+    unsigned char masked[SECTOR_MAX];
 };
 
 struct vb_cipher {
@@ -158,16 +160,16 @@ static bool run_each(const struct vb_cipher *cipher, EVP_CIPHER_CTX *context,
 
 static bool run_masked(const struct vb_cipher *cipher, struct state *state, EVP_CIPHER_CTX *context,
                        const unsigned char *tweaks, size_t count, const unsigned char *from,
-                       unsigned char *to)
+                       unsigned char *to, size_t left)
 {
-    size_t at_once = CHUNK / cipher->sector_size;
+    size_t at_once = cipher->sector_size < PIECE ? PIECE / cipher->sector_size : 1;
 
     while (count > 0) {
         size_t sectors = count < at_once ? count : at_once;
         size_t bytes = sectors * cipher->sector_size;
 
         cipher->xts->begin((const uint64_t *)tweaks, sectors, cipher->sector_size, from,
-                           count > sectors ? bytes : 0, state->masked, state->masks);
+                           left > AHEAD ? AHEAD : 0, state->masked, state->masks);
         if (!update(context, state->masked, state->masked, bytes)) {
             return false;
         }
@@ -175,6 +177,7 @@ static bool run_masked(const struct vb_cipher *cipher, struct state *state, EVP_
         tweaks += sectors * BLOCK;
         from += bytes;
         to += bytes;
+        left -= bytes;
         count -= sectors;
     }
     return true;
@@ -186,7 +189,7 @@ static bool run(struct vb_cipher *cipher, struct state *state, bool encrypt, uin
     EVP_CIPHER_CTX *context = state->contexts[encrypt ? ENCRYPT : DECRYPT];
     _Alignas(BLOCK) unsigned char ivs[BATCH * BLOCK];
 
-    vb_prefetch(from, bytes < CHUNK ? bytes : CHUNK);
+    vb_prefetch(from, bytes < AHEAD ? bytes : AHEAD);
     while (bytes > 0) {
         size_t count = bytes / cipher->sector_size;
         size_t now;
@@ -198,7 +201,7 @@ static bool run(struct vb_cipher *cipher, struct state *state, bool encrypt, uin
                 return false;
             }
         } else if (!make_ivs(cipher, state, offset, count, ivs) ||
-                   !(cipher->xts ? run_masked(cipher, state, context, ivs, count, from, to)
+                   !(cipher->xts ? run_masked(cipher, state, context, ivs, count, from, to, bytes)
                                  : run_each(cipher, context, ivs, count, from, to))) {
             return false;
         }
@@ -307,7 +310,7 @@ static bool want_masked(const struct vb_cipher_options *options)
         return false;
     }
     return !options->cipher || options->xts_own == 2 ||
-           (vb_xts_best()->quick && options->sector_size < CHUNK);
+           (vb_xts_best()->quick && options->sector_size < SECTOR_MAX);
 }
 
 static bool make_ciphers(struct vb_cipher *cipher, const struct vb_cipher_options *options,

@@ -28,7 +28,7 @@ struct vb_xts {
     bool quick; /* quicker than OpenSSL's own XTS, whose cost per call small sectors feel */
 };
 
-extern const struct vb_xts vb_xts_portable;
+extern const struct vb_xts vb_xts_portable, vb_xts_avx2, vb_xts_avx512;
 const struct vb_xts *vb_xts_best(void); /* for this CPU */
 
 #endif

@@ -59,61 +59,74 @@ static void end_portable(const void *from, const void *masks, void *to, size_t b
 
 const struct vb_xts vb_xts_portable = {begin_portable, end_portable, false};
 
-/* ---- AVX2: two blocks in a vector ----------------------------------------------------------- */
+/* ---- four blocks at a time: one vector of AVX-512, or two of AVX2 ------------------------------ */
 
 #ifdef __x86_64__
 
+#define INTO_TARGET static inline __attribute__((always_inline))
 #define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f"), no_sanitize_address)) /* GCC bug 110027 */
 
-typedef uint64_t lanes __attribute__((vector_size(32), aligned(1), may_alias));
+#define LANES 8
+
+typedef uint64_t lanes __attribute__((vector_size(LANES * 8), aligned(1), may_alias));
 
 /* The halves of each block exchanged: what one of them shifts out the other one gets. */
-#define OTHER_HALF(v) __builtin_shuffle((v), (lanes){1, 0, 3, 2})
+#define OTHER_HALF(v) __builtin_shuffle((v), (lanes){1, 0, 3, 2, 5, 4, 7, 6})
 
-/* What comes out at the top of a block (up to 4 bits) enters at the bottom times x^7 + x^2 + x + 1. */
-#define REDUCE(c) ((c) ^ (((c) << 1 ^ (c) << 2 ^ (c) << 7) & (lanes){~0ull, 0, ~0ull, 0}))
+/* What comes out at the top of a block (up to 8 bits) enters at the bottom times x^7 + x^2 + x + 1. */
+#define LOW_HALVES (lanes){~0ull, 0, ~0ull, 0, ~0ull, 0, ~0ull, 0}
+#define REDUCE(c) ((c) ^ (((c) << 1 ^ (c) << 2 ^ (c) << 7) & LOW_HALVES))
 
-/* Times x^4. */
-AVX2 static inline lanes four_on(lanes v)
+/* `v` times x^by, 0 < by <= 8. */
+INTO_TARGET void move_on(lanes *v, unsigned by)
 {
-    lanes out = OTHER_HALF(v) >> 60;
+    lanes out = OTHER_HALF(*v) >> (64 - by);
 
-    return v << 4 ^ REDUCE(out);
+    *v = *v << by ^ REDUCE(out);
 }
 
-/* Times x^by, by less than 4 for each half. */
-AVX2 static inline lanes some_on(lanes v, lanes by)
+/* One mask, and those of the three blocks that follow. */
+INTO_TARGET void first_four(const uint64_t *tweak, lanes *v)
 {
-    lanes out = OTHER_HALF(v) >> 1 >> (63 - by);
+    const lanes by = {0, 0, 1, 1, 2, 2, 3, 3};
+    const lanes t = {tweak[0], tweak[1], tweak[0], tweak[1],
+                     tweak[0], tweak[1], tweak[0], tweak[1]};
+    lanes out = OTHER_HALF(t) >> 1 >> (63 - by);
 
-    return v << by ^ REDUCE(out);
+    *v = t << by ^ REDUCE(out);
 }
 
-/* Two chains of masks, one for every other pair of blocks, so that neither waits for the other. */
-AVX2 static void begin_avx2(const uint64_t *tweaks, size_t sectors, size_t sector_size,
-                            const void *from, size_t ahead, void *to, void *masks)
+/* Two chains of masks, one for every other vector, so that neither waits for the other. */
+INTO_TARGET void begin_lanes(const uint64_t *tweaks, size_t sectors, size_t sector_size,
+                             const void *from, size_t ahead, void *to, void *masks)
 {
     const lanes *in = from;
     lanes *out = to, *mask = masks;
 
     for (size_t i = 0; i < sectors; i++, tweaks += WORDS_OF_BLOCK) {
-        const lanes tweak = {tweaks[0], tweaks[1], tweaks[0], tweaks[1]};
-        lanes even = some_on(tweak, (lanes){0, 0, 1, 1});
-        lanes odd = some_on(tweak, (lanes){2, 2, 3, 3});
+        lanes even, odd;
 
-        for (size_t at = 0; at < sector_size; at += 64, in += 2, out += 2, mask += 2) {
+        first_four(tweaks, &even);
+        odd = even;
+        move_on(&odd, 4);
+        for (size_t at = 0; at < sector_size; at += 2 * sizeof(lanes)) {
             __builtin_prefetch((const char *)in + ahead);
+            __builtin_prefetch((const char *)(in + 1) + ahead);
             mask[0] = even;
             mask[1] = odd;
             out[0] = in[0] ^ even;
             out[1] = in[1] ^ odd;
-            even = four_on(even);
-            odd = four_on(odd);
+            move_on(&even, 8);
+            move_on(&odd, 8);
+            in += 2;
+            out += 2;
+            mask += 2;
         }
     }
 }
 
-AVX2 static void end_avx2(const void *from, const void *masks, void *to, size_t bytes)
+INTO_TARGET void end_lanes(const void *from, const void *masks, void *to, size_t bytes)
 {
     const lanes *in = from, *mask = masks;
     lanes *out = to;
@@ -123,15 +136,41 @@ AVX2 static void end_avx2(const void *from, const void *masks, void *to, size_t 
     }
 }
 
-static const struct vb_xts xts_avx2 = {begin_avx2, end_avx2, true};
+AVX2 static void begin_avx2(const uint64_t *tweaks, size_t sectors, size_t sector_size,
+                            const void *from, size_t ahead, void *to, void *masks)
+{
+    begin_lanes(tweaks, sectors, sector_size, from, ahead, to, masks);
+}
+
+AVX2 static void end_avx2(const void *from, const void *masks, void *to, size_t bytes)
+{
+    end_lanes(from, masks, to, bytes);
+}
+
+AVX512 static void begin_avx512(const uint64_t *tweaks, size_t sectors, size_t sector_size,
+                                const void *from, size_t ahead, void *to, void *masks)
+{
+    begin_lanes(tweaks, sectors, sector_size, from, ahead, to, masks);
+}
+
+AVX512 static void end_avx512(const void *from, const void *masks, void *to, size_t bytes)
+{
+    end_lanes(from, masks, to, bytes);
+}
+
+const struct vb_xts vb_xts_avx2 = {begin_avx2, end_avx2, true};
+const struct vb_xts vb_xts_avx512 = {begin_avx512, end_avx512, true};
 
 #endif
 
 const struct vb_xts *vb_xts_best(void)
 {
 #ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f")) {
+        return &vb_xts_avx512;
+    }
     if (__builtin_cpu_supports("avx2")) {
-        return &xts_avx2;
+        return &vb_xts_avx2;
     }
 #endif
     return &vb_xts_portable;
