@@ -13,6 +13,7 @@ import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from in_process import MIB, Host, refused, with_host
 
+from vhostblk.cli import status
 from vhostblk.control.commands import registry
 from vhostblk.control.events import EVENTS
 from vhostblk.control.registry import Context
@@ -386,5 +387,23 @@ def test_a_disk_is_defragmented() -> None:
         assert after["extents"] <= 4 * MIB // SEGMENT + 1
         found = await run(host, "dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] + found["leaks"] + found["wrong"]
+
+    with_host(test)
+
+
+def test_status_has_a_line_for_each_store() -> None:
+    """Not for each of its disks."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        nodes = [await open_disk(host, name, disk=name, size=MIB) for name in ("one", "two")]
+        block = random.Random(4).randbytes(BLOCK)
+        for name in ("one", "two"):
+            await host.write(name, 0, block)
+        head, line = status.dedup_stores([node.describe() for node in nodes]).split("\n")[:2]
+        shown = dict(zip(head.split(), line.replace(" KiB", "KiB").split(), strict=False))
+        assert shown["STORE"] == host.path("meta")
+        assert shown["LOGICAL"] == "8KiB" and shown["UNIQUE"] == "4KiB" and shown["RATIO"] == "2.00"
+        assert line.split()[-1] == "sound" and head.split()[-1] == "LEDGER"
 
     with_host(test)

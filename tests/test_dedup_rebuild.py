@@ -424,6 +424,8 @@ def test_a_rebuilt_store_can_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None
             await lose_and_rebuild(host, "disk")
             await open_disk(host)
             await host.until(lambda: store_of(host).stats()["ledger"] == "sound")
+            told = [event["ledger"] for event in host.named("DEDUP_LEDGER")]
+            assert told == ["broken", "sound"]
             assert await host.read("disk", 0, SIZE) == content
 
     with_host(test)

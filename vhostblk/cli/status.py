@@ -226,7 +226,7 @@ def _text(report: dict[str, Any]) -> str:
     ]
     if nodes:
         lines.append(table(["  NODE", "DRIVER", "SIZE", "ACCESS", "FILE"], nodes) + "\n")
-    lines.append(_dedup_stores(report["nodes"]))
+    lines.append(dedup_stores(report["nodes"]))
     threads = [
         [
             f"  {thread['id']}",
@@ -241,7 +241,7 @@ def _text(report: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def _dedup_stores(nodes: list[dict[str, Any]]) -> str:
+def dedup_stores(nodes: list[dict[str, Any]]) -> str:
     """Each store once, however many of its disks are in use."""
     stores = {node["dedup"]["metadata"]: node["dedup"] for node in nodes if "dedup" in node}
     rows = [

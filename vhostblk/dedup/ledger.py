@@ -277,7 +277,9 @@ class Ledger:
             return "sound"
         return "broken" if self.state.broken else "incomplete"
 
-    def _tell(self, reason: str | None) -> None:
+    def tell(self, reason: str | None = None) -> None:
+        """Send an event; the next one when the ledger is sound."""
+        self._told_broken = self.state.broken
         told = {"metadata": self._name, "ledger": self.condition, "reason": reason}
         self.emit("DEDUP_LEDGER", {name: value for name, value in told.items() if value})
 
@@ -328,8 +330,7 @@ class Ledger:
         self._old = []
         self.unsaved = True
         if self._told_broken:
-            self._told_broken = False
-            self._tell(None)
+            self.tell()
 
     def fail(self, error: OSError) -> None:
         """What should have been written may not be there."""
@@ -348,8 +349,7 @@ class Ledger:
         self.abandon()
         self._not_before = time.monotonic() + _RETRY
         self.unsaved = True
-        self._told_broken = True
-        self._tell(error.strerror or str(error))
+        self.tell(error.strerror or str(error))
 
     # ---- writing
 

@@ -349,6 +349,8 @@ class Store:
     def join(self, member: Member) -> None:
         """A disk is in use from now on."""
         self.members.append(member)
+        if len(self.members) == 1 and self.ledger.condition == "broken":
+            self.ledger.tell("it was when the store was opened")
         self._watch_ledger()
 
     async def leave(self, member: Member) -> None:
