@@ -411,6 +411,45 @@ def test_an_older_copy_of_the_metadata_has_come_back(caplog: pytest.LogCaptureFi
     with_host(test)
 
 
+def test_a_snapshot_of_a_log_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not recorded meanwhile is in the next snapshot only; the first one is no use."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=12 * MIB, size=SIZE)
+        node = await open_disk(host)
+        store = store_of(host)
+        content = random.Random(14).randbytes(SIZE)
+        end = store._end_dump
+        ended = asyncio.Event()
+
+        async def failing(data: Any, *arguments: Any) -> None:
+            monkeypatch.setattr(store, "_end_dump", end)
+            try:
+                store.ledger.fail(OSError(errno.EIO, os.strerror(errno.EIO)))
+                await host.write("disk", MIB, content[MIB:])
+                await submit(host, "disk", OP_FLUSH)
+                await store._checkpoint(node.data)
+                await end(data, *arguments)
+            finally:
+                ended.set()
+
+        store.ledger.least_log = 4096
+        await host.write("disk", 0, content[:MIB])
+        monkeypatch.setattr(store, "_end_dump", failing)
+        store.ledger.state.complete = False
+        await store.checkpoint()
+        await ended.wait()
+        assert store.stats()["ledger"] == "broken"
+        await host.until(lambda: store._dump is None)
+        store._watch_ledger()  # not in ten seconds
+        await host.until(lambda: store.stats()["ledger"] == "sound")
+        await lose_and_rebuild(host, "disk")
+        await open_disk(host)
+        assert await host.read("disk", 0, SIZE) == content
+
+    with_host(test)
+
+
 def test_a_rebuilt_store_can_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a ledger of its own before long, whether anybody writes or not."""
 

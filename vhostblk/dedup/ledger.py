@@ -322,6 +322,8 @@ class Ledger:
 
     def completed(self, length: int) -> None:
         """The snapshot is on stable storage."""
+        if not self.turned:
+            return  # what has happened since is not in the log: fail() has said why
         state = self.state
         self.turned = False
         self.obsolete += self._old

@@ -893,8 +893,9 @@ class Store:
         self._lost += tables.freeze()
         ledger.gone(tables.state.frame, dying)
         size = tables.dump_size()
-        # Opening a store does not take longer because of it, and closing neither.
-        if ledger.is_due(size) and (self.members or size <= _PORTION):
+        # Opening a store does not take longer because of it, and closing neither. A snapshot that
+        # is being written is not the new generation's, whatever has become of its own.
+        if self._dump is None and ledger.is_due(size) and (self.members or size <= _PORTION):
             ledger.turn()
 
     async def _release(self, data: Data, segments: list[int], give: Callable[[int], None]) -> None:
