@@ -50,6 +50,8 @@
 
 /* An inline call that took longer than this, plus 1 ns per byte, did not find memory ready. */
 #define SLOW_NS 50000u
+/* Longer than another process has the CPU of a thread that is about to write. */
+#define REFUSED_NS 5000000u
 #define WATCH_NS 1000000000u
 #define AVOID_NS 100000000u
 #define AVOID_FACTOR 16u
@@ -107,6 +109,7 @@ struct file_io {
     void *bounce;            /* owned: aligned memory */
     struct iovec one;        /* for `bounce` or a last bit of zeroes */
     struct vb_message again; /* to this thread itself: see may_write() */
+    uint64_t refused_ns;     /* when it first could not write; 0: it could */
 };
 
 _Static_assert(sizeof(struct file_io) <= VB_SCRATCH_SIZE, "scratch too small");
@@ -518,7 +521,7 @@ static void transfer_end(struct file_io *io)
 /*
  * Linux lets one thread at a time write to a file through the page cache. A second one would spin, or
  * sleep, and that would be taken for slow storage. It has other things to do (another leg of a
- * quorum, the next request to be encrypted) and comes back.
+ * quorum, the next request to be encrypted) and comes back, unless it is storage that takes so long.
  */
 static bool may_write(struct file_node *file)
 {
@@ -537,11 +540,18 @@ static void run_again(struct vb_message *message, void *context)
     transfer(vb_container_of(message, struct file_io, again));
 }
 
-/* After the messages that are there, and after a look at the queues if it was one of these. */
-static void come_back(struct file_io *io)
+/* Later in this sweep, or in the next; false: the kernel may as well put someone else to sleep. */
+static bool come_back(struct file_io *io)
 {
+    struct vb_iothread *thread = io->request->thread;
+
+    io->refused_ns = io->refused_ns ? io->refused_ns : thread->now_ns;
+    if (thread->now_ns - io->refused_ns > REFUSED_NS) {
+        return false;
+    }
     io->again.run = run_again;
-    vb_iothread_send(io->request->thread, &io->again);
+    vb_iothread_send(thread, &io->again);
+    return true;
 }
 
 /* Piece after piece inline, until all is done or one has to be queued. */
@@ -560,8 +570,11 @@ static void transfer(struct file_io *io)
             return;
         }
         if (is_write(io) && !may_write(io->file)) {
-            come_back(io);
-            return;
+            if (come_back(io)) {
+                return;
+            }
+            io->queued = true;
+            continue;
         }
         ret = try_inline(io);
         if (is_write(io)) {
