@@ -13,7 +13,7 @@ from in_process import Host, with_host
 
 from vhostblk.backend import Backend
 from vhostblk.filter import Filter, FilterOptions, Request
-from vhostblk.nodes.quorum.metadata import Recorded, read
+from vhostblk.nodes.quorum.metadata import Claim, Recorded
 
 BLOCK = 64 * 1024
 
@@ -70,7 +70,9 @@ def recorded(host: Host) -> Recorded:
     """What another process would find: the file is locked as long as it is in use."""
     copy = host.path("copy-of-states")
     Path(copy).write_bytes(Path(host.path("states")).read_bytes())
-    found = read(copy)
+    claim = Claim(copy)
+    claim.release()
+    found = claim.recorded
     assert found is not None
     return found
 

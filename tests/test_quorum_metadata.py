@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import random
@@ -16,7 +17,8 @@ from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, un
 
 from vhostblk.control.commands import registry
 from vhostblk.control.registry import Context
-from vhostblk.nodes.quorum.metadata import SLOT, boot
+from vhostblk.nodes.quorum import metadata as metadata_module
+from vhostblk.nodes.quorum.metadata import SLOT, Claim, Metadata, boot
 from vhostblk.schema import VhostblkError
 
 
@@ -176,6 +178,103 @@ def test_after_a_boot_whoever_is_out_may_have_missed_anything() -> None:
         await restart(host)
         node = await quorum(host)
         assert states(node) == "iii"
+
+    run(test)
+
+
+def torn(good: bytes) -> list[bytes]:
+    """What a power cut may leave of a file that nobody has synced."""
+    other = good.replace(boot().encode(), str(uuid.uuid4()).encode())
+    flags = other[:20] + bytes(4) + other[24:]
+    return [bytes(len(good)), flags[:4096] + bytes(len(good) - 4096), flags]
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_new_file_that_had_not_reached_the_disk(kind: int) -> None:
+    """A power cut right after a snapshot: the file before that says who had missed something."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host, auto_rebuild=False)
+        await host.write("q", 0, b"1" * BLOCK)
+        Faulty.faults["a"] = {"write": errno.EIO}
+        await host.write("q", 3 * BLOCK, b"2" * BLOCK)
+        await host.until(lambda: node.metadata.whole)
+        sync, held = Metadata.sync, asyncio.Event()
+
+        async def slow(self: Metadata) -> None:
+            await held.wait()
+            await sync(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Metadata, "sync", slow)
+            await host.backend.transaction(
+                [("blockdev-snapshot-sync", {"node-name": "b", "snapshot-file": host.path("over")})]
+            )
+            path = Path(host.path("states"))
+            new, old = path.read_bytes(), Path(f"{path}.old").read_bytes()
+            held.set()
+            await host.until(lambda: node.metadata.whole)
+        assert not Path(f"{path}.old").exists()
+        await restart(host)
+        Path(f"{path}.old").write_bytes(old.replace(boot().encode(), str(uuid.uuid4()).encode()))
+        path.write_bytes(torn(new)[kind])
+        Faulty.faults.clear()
+        node = await quorum(host, auto_rebuild=False)
+        assert states(node)[0] == "s"
+        assert node.describe_legs()[0]["missed-bytes"] == node.size
+        await host.until(lambda: node.metadata.whole)
+        assert not Path(f"{path}.old").exists()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_the_first_file_had_not_reached_the_disk(kind: int) -> None:
+    """Then no guest was told that a leg had missed something: all are what they were."""
+
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await restart(host)
+        path = Path(host.path("states"))
+        path.write_bytes(torn(path.read_bytes())[kind])
+        assert states(await quorum(host)) == "iii"
+
+    run(test)
+
+
+def test_another_one_is_faster() -> None:
+    """Two that begin with the same file at the same time: one of them has it."""
+
+    async def test(host: Host) -> None:
+        path = host.path("states")
+        legs = [("a", ("a",)), ("b", ("b",))]
+        first = Metadata(path, MIB, 16, legs, 1)
+        with refused("is in use by another quorum"):
+            Metadata(path, MIB, 16, legs, 1)  # the file that is to take its place
+        first.publish(old_is_whole=False)
+        with refused("is in use by another quorum"):
+            Claim(path)
+        first.close()
+        claim = Claim(path)
+        with refused("is in use by another quorum"):
+            Claim(path)  # one that looks at what there is, too
+        claim.release()
+        # A file that was replaced before it was locked is not taken for the one of that name.
+        opened = metadata_module._open
+
+        def late(name: str) -> int:
+            fd = opened(name)
+            patch.undo()
+            other = Metadata(path, MIB, 16, legs, 7)
+            other.publish(old_is_whole=False)
+            other.close()
+            return fd
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metadata_module, "_open", late)
+            claim = Claim(path)
+        assert claim.recorded is not None and claim.recorded.generation == 7
+        claim.release()
 
     run(test)
 

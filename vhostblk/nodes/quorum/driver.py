@@ -29,7 +29,7 @@ from vhostblk.engine.quorum import (
 )
 from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.quorum.legs import Leg, LegState, identity, is_same_leg, recognise
-from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, Recorded, boot, read
+from vhostblk.nodes.quorum.metadata import Claim, LegRecord, Metadata, boot
 from vhostblk.nodes.quorum.repair import Repair
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
@@ -107,7 +107,12 @@ class Quorum(NodeDriver):
         self.legs: list[Leg] = []
         self._check(self.options)
         path = self._metadata_path()
-        self._begin(await asyncio.to_thread(read, path) if path is not None else None)
+        claim = await asyncio.to_thread(Claim, path) if path is not None else None
+        try:
+            self._begin(claim)
+        finally:
+            if claim is not None:
+                claim.release()
         try:
             self.handle = new_quorum(
                 self.engine,
@@ -121,6 +126,7 @@ class Quorum(NodeDriver):
             raise
         self.repair = Repair(self)
         self._tell_states()
+        self._note()
 
     async def close(self) -> None:
         self._closing = True
@@ -169,14 +175,18 @@ class Quorum(NodeDriver):
     def _region_bits(self) -> int:
         return self.options.region_size.bit_length() - 1
 
-    def _begin(self, recorded: Recorded | None) -> None:
+    def _begin(self, claim: Claim | None) -> None:
         """The legs as they were left, or, if nobody knows anything, all in sync."""
+        recorded = None if claim is None else claim.recorded
+        is_whole = claim is not None and claim.is_whole
         nodes = self._leg_nodes()
         records: list[LegRecord | None] = [None] * len(nodes)
+        made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]]
         if recorded is not None:
             records = recognise(nodes, recorded.legs)
         if recorded is None:
-            self._make_legs([(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes], 1)
+            made = [(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes]
+            self._make_legs(made, 1, old_is_whole=False)
             return
         if not any(records):
             path = self._metadata_path()
@@ -186,7 +196,7 @@ class Quorum(NodeDriver):
                 f"the children of quorum '{self.name}': remove it if those are equal",
                 data={"code": "quorum-metadata", "path": path, "node": self.name},
             )
-        made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]] = []
+        made = []
         since_boot = 0 if recorded.boot == boot() else LEG_WHOLE
         for node, record in zip(nodes, records, strict=True):
             if record is None:
@@ -196,7 +206,7 @@ class Quorum(NodeDriver):
             if word & 0xFF != LegState.IN_SYNC.value:  # whatever it is
                 word = LegState.STALE.value | (word & LEG_WHOLE) | since_boot
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
-        self._make_legs(made, recorded.generation + 1)
+        self._make_legs(made, recorded.generation + 1, old_is_whole=is_whole)
         for start, end, legs in recorded.late:
             for index, record in enumerate(recorded.legs):
                 if legs >> index & 1 and record in records:
@@ -208,6 +218,8 @@ class Quorum(NodeDriver):
         self,
         wanted: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]],
         generation: int,
+        *,
+        old_is_whole: bool,
     ) -> None:
         """Legs and new metadata: node, state word, since when, and a map with its region bits."""
         metadata = self._new_metadata([node for node, *_ in wanted], generation)
@@ -218,7 +230,7 @@ class Quorum(NodeDriver):
                     metadata.set_dirty(index, dirty[0])
                 elif dirty is not None and any(dirty[0]):
                     metadata.describe_leg(index, word | LEG_WHOLE, generation, since)
-            metadata.publish()
+            metadata.publish(old_is_whole=old_is_whole)
         except BaseException:
             metadata.close(remove=True)
             raise
@@ -266,7 +278,7 @@ class Quorum(NodeDriver):
                     metadata.describe_leg(index, word, metadata.generation, 0.0)
                 else:
                     known_leg.copy_to(metadata, index)
-            metadata.publish()
+            metadata.publish(old_is_whole=self.metadata.whole)
         except BaseException:
             metadata.close(remove=True)
             raise
@@ -301,6 +313,7 @@ class Quorum(NodeDriver):
         self.metadata = metadata
         old.close()
         self.engine.loop.call_soon(self._tell_states)
+        self.engine.loop.call_soon(self._note)
 
     def _changes(self) -> int:
         """How often data may have been changed so far."""
@@ -584,25 +597,32 @@ class Quorum(NodeDriver):
 
     def _note(self) -> None:
         """Bring to the disk who is out; what waits for that then completes."""
-        if self._recording is None and (self._waiting or self._unrecorded()):
+        if self._recording is None and self._must_record():
             self._recording = self.engine.loop.create_task(self._record())
+
+    def _must_record(self) -> bool:
+        whole = self.metadata is None or self.metadata.whole
+        return bool(self._waiting or self._unrecorded()) or not whole
 
     def _unrecorded(self) -> list[Leg]:
         return [leg for leg in self.legs if leg.state in _OUT and not leg.handle.recorded]
 
     async def _record(self) -> None:
         try:
-            while self._waiting or self._unrecorded():
+            while self._must_record():
                 legs, waiting = self._unrecorded(), self._waiting
                 self._waiting = []
-                ret = 0
-                if legs and self.metadata is not None:
+                metadata, ret = self.metadata, 0
+                if metadata is not None and (legs or not metadata.whole):
                     try:
-                        await self.metadata.sync()
+                        await metadata.sync()
                     except OSError as error:
                         # Whoever is told that its data are safe must be able to rely on it.
                         self._log_metadata(error)
                         ret = -errno.EIO
+                if metadata is not self.metadata:  # another one has taken its place meanwhile
+                    self._waiting = waiting + self._waiting
+                    continue
                 if ret == 0:
                     for leg in legs:
                         leg.handle.recorded = True

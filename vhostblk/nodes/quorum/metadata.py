@@ -22,6 +22,11 @@ is told of anything that the leg has missed. Not so its dirty map, and such a le
 it had been given before and nobody flushed. So after a boot, or on another host, dirty maps count
 for nothing: whoever is out then has to be compared from end to end.
 
+A new file takes its place while guests wait, which is no time for a sync, and until there has been
+one a power cut may leave anything of it. So a flag says that all of it has been on the disk, and up
+to then the last file with that flag stays beside it as `….old`. What that says is still true: with
+the first leg that leaves, nobody is told anything before the new file is whole.
+
 Without a path the same lives in plain memory, and ends with the node.
 """
 
@@ -32,6 +37,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import logging
 import mmap
 import os
 import stat
@@ -45,6 +51,8 @@ from typing import Any
 from vhostblk.engine.quorum import LATE_ENTRY, LATE_SIZE
 from vhostblk.schema import VhostblkError
 
+logger = logging.getLogger(__name__)
+
 MAGIC = b"VBQUORUM"
 VERSION = 1
 PAGE = 4096
@@ -54,7 +62,9 @@ LEGS_MAX = PAGE // SLOT
 _HEADER = struct.Struct("<8sIIIIQ")
 _SLOT = struct.Struct("<IIQd")
 _LATE = struct.Struct("<QQQQ")
+_FLAGS_AT = 20
 _GENERATION_AT = 24
+WHOLE = 1  # a flag: all of the file has been on the disk
 
 if sys.byteorder != "little":
     raise ImportError("the metadata of a quorum are little-endian, and mapped")
@@ -85,6 +95,8 @@ class Recorded:
     legs: list[LegRecord]
     late: list[tuple[int, int, int]]
     """Start, end, legs (bits) of writes that were on their way."""
+    whole: bool
+    """It has been on the disk."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,8 @@ class Metadata:
         self.path = path
         self.layout = Layout(header, map_size(size, region_bits), len(legs))
         self.fd = -1
-        self._unsynced_name = False
+        self.whole = path is None
+        """What a power cut would leave is all of it."""
         self._memory = self._map(path)
         self._memory[TEXT_AT : TEXT_AT + len(text)] = text
         _HEADER.pack_into(self._memory, 0, MAGIC, VERSION, header, len(text), 0, generation)
@@ -166,39 +179,59 @@ class Metadata:
             return mmap.mmap(-1, self.layout.total)
         temporary = f"{path}.tmp"
         try:
-            # Left over from a process that was killed, or somebody's trap: never written through.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            _remove_left_over(path, temporary)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            self.fd = os.open(temporary, flags, 0o600)
+            try:
+                self.fd = os.open(temporary, flags, 0o600)
+            except FileExistsError:
+                raise _in_use(path) from None  # by one that was faster
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_file(self.fd, temporary):
+                raise _in_use(path)  # somebody took it for left over before it was locked
             # All of it now: a full file system must not be SIGBUS in the middle of a guest's write.
             os.posix_fallocate(self.fd, 0, self.layout.total)
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return mmap.mmap(self.fd, self.layout.total)
+        except VhostblkError:
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise
         except OSError as error:
             if self.fd >= 0:
                 os.close(self.fd)
                 os.unlink(temporary)
             raise metadata_error(path, f"cannot be written: {error.strerror}") from None
 
-    def publish(self) -> None:
+    def publish(self, *, old_is_whole: bool) -> None:
         """Take the place of what was there before, if it is a file."""
-        if self.path is not None:
-            try:
-                os.rename(f"{self.path}.tmp", self.path)
-            except OSError as error:
-                raise metadata_error(self.path, f"cannot be written: {error.strerror}") from None
-            self._unsynced_name = True
+        if self.path is None:
+            return
+        try:
+            if old_is_whole:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.path}.old")
+                os.link(self.path, f"{self.path}.old", follow_symlinks=False)
+            os.rename(f"{self.path}.tmp", self.path)
+        except OSError as error:
+            raise metadata_error(self.path, f"cannot be written: {error.strerror}") from None
 
     async def sync(self) -> None:
         """All of it is on disk afterwards."""
         if self.fd < 0:
             return
-        name = self.path if self._unsynced_name else None
+        await self._sync(None if self.whole else self.path)
+        if self.whole or self.fd < 0:
+            return
+        flags = struct.unpack_from("<I", self._memory, _FLAGS_AT)[0]
+        struct.pack_into("<I", self._memory, _FLAGS_AT, flags | WHOLE)
+        await self._sync(None)
+        if self.fd >= 0:  # else another one has taken its place, and needs the old one
+            self.whole = True
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.path}.old")
+
+    async def _sync(self, name: str | None) -> None:
         fd = os.dup(self.fd)  # it may be closed meanwhile
         await asyncio.to_thread(_sync, fd, name)
-        if name is not None:
-            self._unsynced_name = False
 
     def close(self, *, remove: bool = False) -> None:
         """The engine uses it no more; `remove` a file that was never published."""
@@ -274,25 +307,103 @@ def _sync(fd: int, name: str | None) -> None:
             os.close(directory)
 
 
+def _is_file(fd: int, path: str) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_left_over(path: str, temporary: str) -> None:
+    """What a killed process has left, or somebody's trap: never written through."""
+    try:
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError:
+        os.unlink(temporary)
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(temporary)
+    except BlockingIOError:
+        raise _in_use(path) from None
+    finally:
+        os.close(fd)
+
+
 # ---- what is there already
 
 
-def read(path: str) -> Recorded | None:
-    """What a file says; None if there is none."""
+class Claim:
+    """A file of a predecessor's, which nobody else can have until it is replaced."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        self.recorded: Recorded | None = None
+        """What is known; None if there is no file."""
+        self.is_whole = False
+        """Whether the file may stay as `….old`."""
+        try:
+            data = self._take(path)
+            if data is not None:
+                self._understand(path, data)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, path: str) -> bytes | None:
+        while True:
+            try:
+                self._fd = _open(path)
+            except FileNotFoundError:
+                return None
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(path) from None
+            if _is_file(self._fd, path):
+                with open(self._fd, "rb", closefd=False) as file:
+                    return file.read()
+            self.release()  # replaced before it was locked
+
+    def _understand(self, path: str, data: bytes) -> None:
+        recorded = _parsed(path, data) if any(data[:TEXT_AT]) or not data else None
+        if recorded is not None and (recorded.whole or recorded.boot == boot()):
+            self.recorded, self.is_whole = recorded, recorded.whole
+            return
+        logger.warning(
+            "Quorum metadata '%s' had not been written to the disk when the host went down", path
+        )
+        try:
+            fd = _open(f"{path}.old")
+        except FileNotFoundError:
+            return  # the first one: until it is whole nobody hears that a leg has missed something
+        with open(fd, "rb") as file:
+            self.recorded = _parsed(f"{path}.old", file.read())
+
+    def release(self) -> None:
+        """It has been replaced, or is not needed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path: str) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return None
+        raise
     except OSError as error:
         raise metadata_error(path, f"cannot be opened: {error.strerror}") from None
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise metadata_error(path, "is not a regular file")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise metadata_error(path, "is in use by another quorum", "image-locked") from None
-        data = file.read()
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise metadata_error(path, "is not a regular file")
+    return fd
+
+
+def _parsed(path: str, data: bytes) -> Recorded:
     try:
         return _parse(data)
     except (ValueError, KeyError, TypeError, struct.error) as error:
@@ -300,7 +411,7 @@ def read(path: str) -> Recorded | None:
 
 
 def _parse(data: bytes) -> Recorded:
-    magic, version, header, length, _, generation = _HEADER.unpack_from(data, 0)
+    magic, version, header, length, flags, generation = _HEADER.unpack_from(data, 0)
     if magic != MAGIC:
         raise ValueError("it has no metadata of a quorum in it")
     if version != VERSION:
@@ -327,7 +438,13 @@ def _parse(data: bytes) -> Recorded:
         start, end, bits, _ = _LATE.unpack_from(data, at)
         if bits:
             late.append((start, end, bits))
-    return Recorded(size, region_bits, generation, str(text.get("boot")), legs, late)
+    return Recorded(
+        size, region_bits, generation, str(text.get("boot")), legs, late, bool(flags & WHOLE)
+    )
+
+
+def _in_use(path: str) -> VhostblkError:
+    return metadata_error(path, "is in use by another quorum", "image-locked")
 
 
 def metadata_error(path: str, text: str, code: str = "quorum-metadata") -> VhostblkError:
