@@ -143,6 +143,32 @@ def test_the_server_of_a_leg_is_killed(fuse: FuseLeg) -> None:
     run(test)
 
 
+def test_the_server_of_a_leg_is_killed_and_another_one_started(
+    fuse: FuseLeg, tmp_path: Path
+) -> None:
+    """The new one has nothing of what the old one had in its memory."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host, fuse.path)
+        again = FuseLeg(tmp_path / "again")
+        try:
+            async with guest_of(host) as guest:
+                await guest.more(host)
+                fuse.signal(signal.SIGKILL)
+                await host.until(lambda: states(node) == "iif" or guest.task.done())
+                await guest.more(host)
+                await host.add("file", "d", filename=again.path)
+                async with host.backend.changing(), host.backend.graph.change() as change:
+                    change.set_child(node, "children.2", host.backend.graph.node("d"))
+                await until_states(host, node, "iii")
+                await guest.more(host)
+            assert content(host, "a") == content(host, "b") == Path(again.path).read_bytes()
+        finally:
+            again.close()
+
+    run(test)
+
+
 def test_the_server_of_a_leg_stands_still(fuse: FuseLeg) -> None:
     async def test(host: Host) -> None:
         node = await quorum(host, fuse.path, leg_timeout=1500)

@@ -134,6 +134,39 @@ def test_killed_while_a_leg_is_rebuilt(directory: Path) -> None:
     assert legs_equal(directory) == content
 
 
+def test_killed_during_a_scrub(directory: Path) -> None:
+    """The next process begins it again, and nothing is missed by it."""
+    content = random.Random(1).randbytes(MIB)
+    with (
+        start(directory) as daemon,
+        Device(daemon.socket("e")) as device,
+        Qmp(daemon.socket("q")) as qmp,
+    ):
+        device.write(0, content)
+        device.flush()
+        for leg, offset in (("a", 4096), ("b", MIB // 2), ("c", MIB - 4096)):
+            with open(directory / leg, "r+b") as file:
+                file.seek(offset)
+                file.write(b"rotten")
+        job = {"node-name": "q", "repair": True, "job-id": "j", "speed": 2 * MIB}
+        qmp.command("quorum-scrub", **job)
+        end = time.monotonic() + 20
+        while not any(entry["offset"] for entry in qmp.command("query-block-jobs")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        daemon.kill()
+        with start(directory) as again, Qmp(again.socket("q")) as qmp:
+            device.reconnect()
+            end = time.monotonic() + 30
+            while qmp.command("query-block-jobs"):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert set(states(qmp).values()) == {"in-sync"}
+            assert device.read(0, MIB) == content
+        again.terminate()
+    assert legs_equal(directory) == content
+
+
 def test_killed_with_late_writes(directory: Path) -> None:
     options = ("write-threshold=2", "auto-rebuild=off")
     with (

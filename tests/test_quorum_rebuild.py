@@ -287,6 +287,84 @@ def test_a_spare_takes_the_place(hangs: bool) -> None:
     run(test)
 
 
+def test_a_spare_that_fails_is_followed_by_the_next_one_and_never_taken_again() -> None:
+    async def test(host: Host) -> None:
+        for name in "st":
+            await host.add("file", f"file-{name}", filename=host.file(name))
+            await host.add("test-faulty", name, file=f"file-{name}")
+            Faulty.faults[name] = {"write": errno.EIO}
+        node = await quorum(host, spares=["s", "t"])
+        await host.write("q", 0, os.urandom(MIB))
+        Faulty.faults["b"] = {"write": errno.EIO}
+        await host.write("q", BLOCK, os.urandom(BLOCK))
+        await host.until(lambda: node.legs[1].node.name == "t" and states(node) == "ifi", 20)
+        told = len(host.events)
+        await asyncio.sleep(0.3)
+        assert len(host.events) == told and node.legs[1].node.name == "t"
+        names = [e["leg"] for e in host.named("VHOSTBLK_QUORUM_LEG") if e["state"] == "failed"]
+        assert names == ["b", "s", "t"]
+        assert await host.read("q", 0, MIB) == content(host, "a") == content(host, "c")
+        Faulty.faults.clear()
+        await rebuild(host, node, "t")
+        await until_states(host, node, "iii")
+        assert all_equal(host, "act")
+
+    run(test)
+
+
+def test_what_happens_by_itself_can_be_changed_live() -> None:
+    """auto-rebuild, spares and leg-timeout count from when they are given."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host, auto_rebuild=False)
+        options = {"driver": "quorum", "node-name": "q", "children": list("abc"),
+                   "vote-threshold": 2, "metadata-file": host.path("states")}  # fmt: skip
+        await misses(host, "c", (0, b"x" * MIB))
+        await host.backend.blockdev_reopen([{**options, "auto-rebuild": False}])
+        await asyncio.sleep(0.1)
+        assert states(node) == "iif"
+        # A leg that hangs is waited for as long as the options of now say.
+        await host.backend.blockdev_reopen([{**options, "leg-timeout": 300}])
+        await rebuild(host, node, "c")
+        await until_states(host, node, "iii")
+        Faulty.hangs["b"] = asyncio.Event()
+        await host.write("q", 0, b"y" * 512)
+        assert states(node) == "ifi"
+        Faulty.hangs.pop("b").set()
+        await host.until(lambda: node.legs[1].handle.strays == 0)
+        # A spare that is named when a leg fails takes its place.
+        await rebuild(host, node, "b")
+        await until_states(host, node, "iii")
+        await host.add("file", "s", filename=host.file("s"))
+        await host.backend.blockdev_reopen([{**options, "spares": ["s"]}])
+        await misses(host, "a", (0, b"z" * 512))
+        await host.until(lambda: node.legs[0].node.name == "s", 20)
+        await until_states(host, node, "iii")
+        assert all_equal(host, "sbc")
+
+    run(test)
+
+
+def test_blkverify_is_changed_live() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host, "ab")
+        options = {"driver": "quorum", "node-name": "q", "children": ["a", "b"],
+                   "vote-threshold": 2, "metadata-file": host.path("states")}  # fmt: skip
+        await host.write("q", 0, b"1" * BLOCK)
+        with open(host.path("b"), "r+b") as file:
+            file.write(b"rotten")
+        with pytest.raises(OSError):
+            await host.read("q", 0, 512)
+        assert host.named("QUORUM_FAILURE")
+        for verify in (True, False):
+            await host.backend.blockdev_reopen([{**options, "blkverify": verify}])
+            assert node.options.blkverify is verify
+            with pytest.raises(OSError):
+                await host.read("q", 0, 512)
+
+    run(test)
+
+
 def test_scrub() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host)

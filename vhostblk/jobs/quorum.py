@@ -17,6 +17,7 @@ import errno
 import logging
 import re
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vhostblk.events import Event
 from vhostblk.jobs.block_job import BlockJob
@@ -331,6 +332,7 @@ class _Attendant:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._tasks: set[asyncio.Task[None]] = set()
+        self._worn: WeakSet[NodeDriver] = WeakSet()  # have failed as legs: no spares any more
         backend.events.listen(self._event)
 
     def _event(self, event: Event) -> None:
@@ -388,6 +390,7 @@ class _Attendant:
         if leg.state is not LegState.FAILED:
             return
         role = list(quorum.children)[leg.index]
+        self._worn.add(leg.node)
         spare = self._free_spare(quorum)
         if spare is None:
             logger.warning("quorum '%s': no spare is left for leg '%s'", quorum.name, leg.node.name)
@@ -406,7 +409,7 @@ class _Attendant:
         graph = self._backend.graph
         for name in quorum.options.spares or ():
             node = graph.nodes.get(name)
-            if node is None or graph.parents_of(node):
+            if node is None or graph.parents_of(node) or node in self._worn:
                 continue
             if node.size == quorum.size and not node.read_only:
                 return node

@@ -9,6 +9,7 @@ duplicate of it stays here for the image locks and for resizing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -129,8 +130,10 @@ class File(NodeDriver):
 
     async def close(self) -> None:
         await super().close()
-        os.close(self._fd)
-        os.close(self._lock_fd)  # the locks go with it
+        for fd in (self._fd, self._lock_fd):  # the locks go with the second one
+            # It is closed whatever this says, and what was lost a flush has told (close(2), NOTES).
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     async def reopen_prepare(self, options: FileOptions) -> None:
         await super().reopen_prepare(options)
