@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from crash.tools import plain_environment
 from in_process import MIB, Host
-from quorum_legs import BLOCK, content, run, states, until_states
+from quorum_legs import BLOCK, content, restart, run, states, until_states
 
 from vhostblk.jobs.quorum import start_rebuild
 
@@ -137,8 +137,36 @@ def test_the_server_of_a_leg_is_killed(fuse: FuseLeg) -> None:
             assert states(node) == "iii"
             fuse.signal(signal.SIGKILL)
             await host.until(lambda: states(node) == "iif" or guest.task.done())
+            assert node.describe_legs()[2]["missed-bytes"] == SIZE  # whatever it had in memory
             await guest.more(host)
         assert content(host, "a") == content(host, "b")
+
+    run(test)
+
+
+def test_a_server_that_has_forgotten_is_not_believed_by_the_next_process(fuse: FuseLeg) -> None:
+    """Same file, same boot: more is missing than what the leg is known to have missed."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host, fuse.path, auto_rebuild=False)
+        await host.write("q", 0, random.Random(1).randbytes(SIZE))
+        fuse.signal(signal.SIGKILL)
+        await host.write("q", 0, b"x" * 512)
+        assert states(node) == "iif"
+        await restart(host)
+        fuse.close()
+        fuse.directory.rmdir()
+        again = FuseLeg(fuse.directory)
+        try:
+            for leg in "ab":
+                await host.add("file", leg, filename=host.path(leg))
+            await host.add("file", "c", filename=again.path)
+            node = await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2,
+                                  metadata_file=host.path("states"))  # fmt: skip
+            await until_states(host, node, "iii")
+            assert content(host, "a") == content(host, "b") == Path(again.path).read_bytes()
+        finally:
+            again.close()
 
     run(test)
 

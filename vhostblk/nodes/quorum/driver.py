@@ -28,7 +28,14 @@ from vhostblk.engine.quorum import (
     new_quorum,
 )
 from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
-from vhostblk.nodes.quorum.legs import Leg, LegState, identity, is_same_leg, recognise
+from vhostblk.nodes.quorum.legs import (
+    Leg,
+    LegState,
+    forgets,
+    identity,
+    is_same_leg,
+    recognise,
+)
 from vhostblk.nodes.quorum.metadata import Claim, LegRecord, Metadata, boot
 from vhostblk.nodes.quorum.repair import Repair
 from vhostblk.ratelimit import RateLimitedLog
@@ -204,7 +211,8 @@ class Quorum(NodeDriver):
                 continue
             word = record.word
             if word & 0xFF != LegState.IN_SYNC.value:  # whatever it is
-                word = LegState.STALE.value | (word & LEG_WHOLE) | since_boot
+                lost = LEG_WHOLE if forgets(node) else since_boot
+                word = LegState.STALE.value | (word & LEG_WHOLE) | lost
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
         self._make_legs(made, recorded.generation + 1, old_is_whole=is_whole)
         for start, end, legs in recorded.late:
@@ -303,7 +311,7 @@ class Quorum(NodeDriver):
                 leg.reason = "it is new"
             else:
                 leg, before = known, known.size
-                leg.node, leg.files = node, identity(node)
+                leg.node, leg.files, leg.forgets = node, identity(node), forgets(node)
                 leg.moved(metadata, index, grown)
                 if leg.state is not LegState.IN_SYNC and grown > before:
                     leg.mark(before, grown - before)
@@ -552,6 +560,8 @@ class Quorum(NodeDriver):
         if index < len(self.legs):
             leg = self.legs[index]
             leg.reason = reason
+            if leg.forgets:  # what it had acknowledged before may be gone, too
+                leg.mark_whole()
             logger.error(
                 "quorum '%s': leg '%s' has failed and is out until it is rebuilt: %s",
                 self.name,

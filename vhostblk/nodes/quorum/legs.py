@@ -69,6 +69,8 @@ class Leg:
         self.left_alone = False
         """Somebody has stopped rebuilding it: nobody begins without being asked."""
         self.files = identity(node)
+        self.forgets = forgets(node)
+        """See forgets()."""
         self.apart_at = -1
         """How often data had been changed when it ceased to be a leg."""
 
@@ -170,9 +172,61 @@ def identity(node: NodeDriver) -> list[str]:
     return list(found)
 
 
+# What a server answers for, as in /proc/filesystems; FUSE has a type for each kind of server.
+_SERVED = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "virtiofs", "afs", "gfs2", "ocfs2", "lustre")
+_SERVED_DEVICES = ("nbd", "rbd", "drbd")
+
+
+def forgets(node: NodeDriver) -> bool:
+    """Whether a leg may lose what it has not flushed although this host has not gone down.
+
+    A server that dies takes along what it had in its own memory. Local files are in the host's.
+    """
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        # A backing file is not written to.
+        children = [c.node for name, c in current.children.items() if name != "backing"]
+        waiting += children
+        if not children and _is_served(current):
+            return True
+    return False
+
+
+def _is_served(node: NodeDriver) -> bool:
+    if node not in _SERVED_NODES:
+        _SERVED_NODES[node] = _find_out(node.filename())
+    return _SERVED_NODES[node]
+
+
+def _find_out(name: str) -> bool:
+    if not name:
+        return False
+    path = os.path.realpath(name)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return True  # nobody answers for it now
+    if stat.S_ISBLK(status.st_mode):
+        return os.path.basename(path).startswith(_SERVED_DEVICES)
+    return _file_system(status.st_dev).startswith(_SERVED)
+
+
+def _file_system(device: int) -> str:
+    """The type of the file system with that number (proc_pid_mountinfo(5)); "" if unknown."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            front, _, behind = line.partition(" - ")
+            if front.split()[2] == number:
+                return behind.split()[0]
+    return ""
+
+
+_SERVED_NODES: WeakKeyDictionary[NodeDriver, bool] = WeakKeyDictionary()
+
 # Found out when a node is new, and so answers. Later its storage may hang whoever asks.
 _FILES: WeakKeyDictionary[NodeDriver, str] = WeakKeyDictionary()
-
 
 _AT_FDCWD, _STATX_BTIME = -100, 0x800
 _BTIME_AT = 80
