@@ -9,24 +9,14 @@ import os
 import random
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 from in_process import MIB, Host, refused
 from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, until_states
 
-from vhostblk.control.commands import registry
-from vhostblk.control.registry import Context
 from vhostblk.nodes.quorum import metadata as metadata_module
 from vhostblk.nodes.quorum.metadata import SLOT, Claim, Metadata, boot
 from vhostblk.schema import VhostblkError
-
-
-async def command(host: Host, name: str, **arguments: Any) -> Any:
-    """As a client would."""
-    context = Context(host.backend, registry, lambda: None)
-    given = {key.replace("_", "-"): value for key, value in arguments.items()}
-    return await registry.find(name).run(context, given)
 
 
 def test_a_file_that_is_damaged() -> None:
@@ -289,7 +279,7 @@ def test_a_larger_disk() -> None:
         assert node.describe_legs()[2]["missed-bytes"] == BLOCK + MIB
         await host.write("q", 2 * MIB - 512, b"2" * 512)
         Faulty.faults.clear()
-        await command(host, "quorum-rebuild", node_name="q", leg="children.2")
+        await host.command("quorum-rebuild", node_name="q", leg="children.2")
         await until_states(host, node, "iii")
         assert await host.read("c", 2 * MIB - 512, 512) == b"2" * 512
 
@@ -301,7 +291,7 @@ def test_commands() -> None:
         node = await quorum(host)
         await host.add("file", "d", filename=host.file("d"))
         await host.write("q", 0, os.urandom(MIB))
-        assert await command(host, "query-quorum") == [
+        assert await host.command("query-quorum") == [
             {
                 "node-name": "q",
                 "vote-threshold": 2,
@@ -312,24 +302,25 @@ def test_commands() -> None:
                 ],
             }
         ]  # fmt: skip
-        await command(host, "x-blockdev-change", parent="q", node="d")
+        await host.command("x-blockdev-change", parent="q", node="d")
         await until_states(host, node, "iiii")
-        await command(host, "x-blockdev-change", parent="q", child="children.0")
-        await command(host, "x-blockdev-change", parent="q", child="b")
+        await host.command("x-blockdev-change", parent="q", child="children.0")
+        await host.command("x-blockdev-change", parent="q", child="b")
         assert [leg.node.name for leg in node.legs] == ["c", "d"]
         with refused("threshold may not exceed children count"):
-            await command(host, "x-blockdev-change", parent="q", child="children.3")
+            await host.command("x-blockdev-change", parent="q", child="children.3")
         with refused("parameters child and node are in conflict"):
-            await command(host, "x-blockdev-change", parent="q", child="c", node="a")
+            await host.command("x-blockdev-change", parent="q", child="c", node="a")
         with refused("Either child or node must be specified"):
-            await command(host, "x-blockdev-change", parent="q")
+            await host.command("x-blockdev-change", parent="q")
         with refused("has no leg 'a'; its legs: c, d"):
-            await command(host, "quorum-rebuild", node_name="q", leg="a")
+            await host.command("quorum-rebuild", node_name="q", leg="a")
         with refused("Node 'd' is a 'file' and no quorum"):
-            await command(host, "quorum-scrub", node_name="d")
-        await command(host, "x-blockdev-change", parent="q", node="a")
+            await host.command("quorum-scrub", node_name="d")
+        await host.command("x-blockdev-change", parent="q", node="a")
         await until_states(host, node, "iii")
-        job = await command(host, "quorum-scrub", node_name="q", speed=1)
+        await host.until(lambda: not host.backend.query_block_jobs())
+        job = await host.command("quorum-scrub", node_name="q", speed=1)
         [entry] = host.backend.query_block_jobs()
         assert entry["device"] == job["job-id"] and entry["type"] == "quorum-scrub"
 

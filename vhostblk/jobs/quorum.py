@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _OVER = (JobStatus.ABORTING, JobStatus.CONCLUDED, JobStatus.NULL)
 _SPARE_PATIENCE = 5.0  # seconds before a spare is tried once more, while a leg hangs
+_REBUILD_PATIENCE = 5.0  # seconds before a rebuild for which others could not be read is repeated
+_MOST_PATIENCE = 300.0  # what that grows to, doubling
 
 
 def find_quorum(backend: Backend, name: str) -> Quorum:
@@ -107,8 +109,11 @@ class RebuildJob(QuorumJob):
             finally:
                 # Whoever comes after us finds it where we have left it.
                 if leg in self.quorum.legs and not self.stopping:
-                    leg.left_alone = leg.state is LegState.REBUILDING
+                    if leg.state is LegState.REBUILDING:
+                        leg.left_alone = self.cancelled
+                        leg.failed_rebuilds += not self.cancelled
                     repair.give_up(leg)
+        leg.failed_rebuilds = 0
         logger.info(
             "quorum '%s': leg '%s' is in sync again; %d bytes of it were written",
             self.quorum.name,
@@ -361,6 +366,9 @@ class _Attendant:
     async def _rebuild(self, quorum_name: str, leg_name: str) -> None:
         from vhostblk.nodes.quorum.legs import LegState
 
+        found = self._find(quorum_name, leg_name)
+        if found is not None and (failures := found[1].failed_rebuilds):
+            await asyncio.sleep(min(_MOST_PATIENCE, _REBUILD_PATIENCE * 2 ** min(failures - 1, 10)))
         async with self._backend.changing():
             found = self._find(quorum_name, leg_name)
             if found is None or not found[0].options.auto_rebuild or found[0].read_only:

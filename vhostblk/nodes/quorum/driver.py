@@ -390,12 +390,6 @@ class Quorum(NodeDriver):
             found.append(entry)
         return found
 
-    def sound_children(self) -> list[str]:
-        """Roles of the legs that get what is written."""
-        good = (LegState.IN_SYNC, LegState.REBUILDING)
-        pairs = zip(self.legs, self.children, strict=False)
-        return [role for leg, role in pairs if leg.state in good]
-
     def state_options(self) -> dict[str, Any]:
         options = super().state_options()
         if self.options.metadata_file is not None:

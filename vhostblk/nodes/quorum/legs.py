@@ -68,6 +68,8 @@ class Leg:
         )
         self.left_alone = False
         """Somebody has stopped rebuilding it: nobody begins without being asked."""
+        self.failed_rebuilds = 0
+        """How often in a row that has failed, through no fault of this leg."""
         self.files = identity(node)
         self.forgets = forgets(node)
         """See forgets()."""
