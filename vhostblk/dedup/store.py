@@ -78,6 +78,8 @@ _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
 HOLD_INTERVAL = 0.5
 """Seconds until something that failed for want of space is tried again."""
+UNMOVABLE_INTERVAL = 5.0
+"""Seconds until a segment that could not be read is tried again."""
 LEVELS = (80, 90, 95)
 """Per cent of the data device: when more is in use, there is an event."""
 LEAST_SEGMENTS = 8
@@ -214,7 +216,8 @@ class Store:
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
         self._dump: tuple[Dump, int] | None = None  # what the ledger's snapshot is made of
         self._told_written = 0  # blocks written when statistics were last told
-        self._unmovable: set[int] = set()  # segments of which not everything can be read
+        # Segments of which not everything could be read, and when that may be tried again.
+        self._unmovable: dict[int, float] = {}
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
         self._not_before = 0.0  # background work that has failed is not begun again before
         self._room: asyncio.Future[None] | None = None
@@ -1179,7 +1182,8 @@ class Store:
         return freed
 
     def _worst(self, limit: int) -> list[int]:
-        return [s for s in self.space.worst(limit) if s not in self._unmovable]
+        now = time.monotonic()
+        return [s for s in self.space.worst(limit) if self._unmovable.get(s, now) <= now]
 
     async def _collect(self, data: Data, limit: int, most: int = 4) -> int:
         """Move what is in the emptiest segments to the head of the log; segments made free."""
@@ -1201,8 +1205,8 @@ class Store:
                 except NoSpace:
                     raise
                 except (OSError, VhostblkError) as error:
-                    # Other segments can be emptied. Until the store is opened again.
-                    self._unmovable.add(segment)
+                    # Other segments can be emptied.
+                    self._unmovable[segment] = time.monotonic() + UNMOVABLE_INTERVAL
                     logger.warning(
                         "dedup store '%s': segment %d cannot be emptied: %s",
                         self.directory,
