@@ -4,36 +4,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+import shutil
 
 import pytest
-from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
-from in_process import MIB, Host, with_host
+from dedup_lab import BLOCK, create, new_store, open_disk, run_job, sound, store_of
+from in_process import MIB, Host, refused, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
 
 DATA = 8 * MIB
-
-
-async def new_store(host: Host, file: str) -> None:
-    """On a node that is there."""
-    options = {
-        "driver": "dedup",
-        "file": file,
-        "metadata": host.path("meta"),
-        "block-size": BLOCK,
-        "segment-size": SEGMENT,
-        "size": MIB,
-    }
-    await run_job(host, options)
-
-
-async def run_job(host: Host, options: dict[str, Any]) -> None:
-    await host.backend.blockdev_create("j", options)
-    await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded")
-    [info] = host.backend.query_jobs()
-    assert "error" not in info, info
-    host.backend.jobs.get("j").dismiss()
 
 
 async def use(host: Host, node: str, seed: int = 1) -> bytes:
@@ -48,12 +27,6 @@ async def use(host: Host, node: str, seed: int = 1) -> bytes:
     content = bytes(16 * BLOCK) + (half + half)[16 * BLOCK :]
     assert await host.read(node, 0, MIB) == content
     return content
-
-
-async def sound(host: Host, disk: str = "disk") -> None:
-    store = store_of(host, disk)
-    found = await store.check(store.members[0].data, repair=False, content=True)
-    assert found.sound, found.messages
 
 
 async def secret(host: Host) -> None:
@@ -110,13 +83,17 @@ def test_luks(order: str) -> None:
 
 
 def test_over_qcow2_with_a_snapshot_below() -> None:
-    """What the store writes after a snapshot goes into the overlay."""
+    """What the store writes after a snapshot goes into the overlay.
+
+    The snapshot has all that is needed to make a store of it.
+    """
 
     async def test(host: Host) -> None:
         await qcow2(host, "data")
         await new_store(host, "data")
         await open_disk(host)
         content = await use(host, "disk")
+        await host.backend.engine.submit(host.backend.graph.node("disk").effective, OP_FLUSH)
         await host.backend.transaction(
             [
                 (
@@ -129,6 +106,43 @@ def test_over_qcow2_with_a_snapshot_below() -> None:
         assert store_of(host).members[0].data.node.name == "overlay"
         assert await host.read("disk", 0, MIB) == content
         await use(host, "disk", seed=2)
+        await sound(host)
+        copy = shutil.copy(host.path("data.qcow2"), host.path("copy.qcow2"))
+        await host.add("qcow2", "copy", file={"driver": "file", "filename": copy})
+        given = {"job_id": "r", "file": "copy", "metadata": host.path("meta2")}
+        await host.command("dedup-rebuild", **given)
+        await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded")
+        await host.add("dedup", "old", file="copy", metadata=host.path("meta2"))
+        assert await host.read("old", 0, MIB) == content
+        await sound(host, "old")
+
+    with_host(test)
+
+
+def test_a_snapshot_of_a_disk() -> None:
+    """The overlay is above it, also where the export is named."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await host.export("disk")
+        content = await use(host, "disk")
+        with refused("An image cannot refer to node 'disk'", "prepare the overlay yourself"):
+            await host.command(
+                "blockdev-snapshot-sync", device="e", snapshot_file=host.path("o.qcow2")
+            )
+        path = host.path("o.qcow2")
+        await run_job(host, {"driver": "file", "filename": path, "size": 0})
+        storage = {"driver": "file", "filename": path}
+        await run_job(host, {"driver": "qcow2", "file": storage, "size": MIB})
+        await host.add("qcow2", "over", file=storage, backing=None)
+        await host.command("blockdev-snapshot", device="e", overlays=["over"])
+        async with host.device() as guest:
+            assert await guest.read(0, MIB) == content
+            await guest.write(0, b"new".ljust(BLOCK))
+            await guest.flush()
+        assert await host.read("over", 0, BLOCK) == b"new".ljust(BLOCK)
+        assert await host.read("disk", 0, MIB) == content
         await sound(host)
 
     with_host(test)

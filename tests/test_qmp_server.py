@@ -244,23 +244,25 @@ def test_greeting_as_qemu_does(path: str, reference: str) -> None:
             assert mine["error"]["class"] == original["error"]["class"]
 
 
-def test_a_full_disk_is_no_mistake_of_ours(path: str, tmp_path: Path) -> None:
+def test_a_refusal_of_the_host_is_no_mistake_of_ours(path: str, tmp_path: Path) -> None:
     """What the host refuses is told with the command's name, as an error of the host."""
     with Raw(path) as ours:
-        (tmp_path / "full").write_bytes(bytes(1 << 20))
-        node = {"driver": "file", "filename": str(tmp_path / "full")}
-        broken = {"driver": "error-inject", "node-name": "broken", "file": node}
-        broken |= {"operations": ["flush"], "errno": "ENOSPC"}
-        assert "return" in ours.ask({"execute": "blockdev-add", "arguments": broken})
-        overlay = tmp_path / "overlay.qcow2"
-        snapshot = {"node-name": "broken", "snapshot-file": str(overlay)}
-        answer = ours.ask({"execute": "blockdev-snapshot-sync", "arguments": snapshot})
+        image = tmp_path / "full.qcow2"
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1M"]
+        subprocess.run(create, check=True, env=plain_environment())
+        file = {"driver": "file", "node-name": "file", "filename": str(image)}
+        full = {"driver": "error-inject", "node-name": "full", "file": "file", "errno": "ENOSPC"}
+        node = {"driver": "qcow2", "node-name": "disk", "file": {**full, "file": file, "count": 0}}
+        assert "return" in ours.ask({"execute": "blockdev-add", "arguments": node})
+        again = {"options": [{**full, "operations": ["write"]}]}
+        assert "return" in ours.ask({"execute": "blockdev-reopen", "arguments": again})
+        resize = {"node-name": "disk", "size": 8 << 30}
+        answer = ours.ask({"execute": "block_resize", "arguments": resize})
         assert answer["error"] == {
             "class": "GenericError",
-            "desc": "blockdev-snapshot-sync: No space left on device",
+            "desc": "block_resize: No space left on device",
             "data": {"code": "host-error", "errno": "ENOSPC"},
         }
-        assert not overlay.exists()
 
 
 def test_nodes_and_statistics_have_the_members_of_qemu(path: str, reference: str) -> None:

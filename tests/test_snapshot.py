@@ -21,6 +21,7 @@ from graph_changes import act, picture, roles, transaction
 from in_process import MIB, Guest, Host, refused, with_host
 
 from vhostblk.nodes.driver import CreateHost, NodeDriver
+from vhostblk.snapshot import actions
 
 DRIVERS = (Cow, Mirror, Through)
 
@@ -244,6 +245,35 @@ def test_refusals_leave_everything_as_it_was(arguments: dict[str, Any], words: l
         assert sorted(os.listdir(host.directory)) == files
         # It works all the same afterwards.
         await snapshot(host, device="e")
+
+    with_host(test, *DRIVERS)
+
+
+@pytest.mark.parametrize("trouble", ["error", "hang"])
+def test_a_leg_that_cannot_be_flushed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its image would not be what it seems. Once it is no leg any more, all works."""
+    monkeypatch.setattr(actions, "_FLUSH_PATIENCE", 0.1)
+
+    async def test(host: Host) -> None:
+        for index in range(3):
+            await host.add("file", f"file{index}", filename=host.file(f"disk{index}.img"))
+            await host.add("delay", f"delay{index}", file=f"file{index}")
+            await host.add("error-inject", f"below{index}", file=f"delay{index}", count=0)
+            await host.add("raw", f"leg{index}", file=f"below{index}")
+        await host.add("quorum", "q", children=["leg0", "leg1", "leg2"], vote_threshold=2)
+        await host.export("q")
+        new: dict[str, Any] = {"driver": "error-inject", "node-name": "below1", "file": "delay1"}
+        new["operations"] = "flush"
+        if trouble == "hang":
+            new = {"driver": "delay", "node-name": "delay1", "file": "file1", "flush-ns": 10**9}
+        await host.backend.blockdev_reopen([new])
+        before, files = picture(host.backend.graph), sorted(os.listdir(host.directory))
+        with refused("No snapshot was taken: node 'leg1' cannot be flushed", "x-blockdev-change"):
+            await snapshot(host, device="e", snapshot_file_template=host.path("{node}-{number}"))
+        assert picture(host.backend.graph) == before
+        assert sorted(os.listdir(host.directory)) == files
+        await host.command("x-blockdev-change", parent="q", child="children.1")
+        await snapshot(host, device="e", snapshot_file_template=host.path("{node}-{number}"))
 
     with_host(test, *DRIVERS)
 

@@ -21,7 +21,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from enum import IntEnum
@@ -339,6 +339,23 @@ class IO:
         kept = [entry for entry in before if entry[0] != callback]
         self._callbacks = kept
         return len(before) - len(kept)
+
+
+async def finish(io: Awaitable[Any], patience: float | None) -> None:
+    """Wait for a request, but not for ever: TimeoutError, and it goes on without us.
+
+    `patience` is in seconds; None: for ever.
+    """
+    waiting = asyncio.ensure_future(_wait_for(io))
+    done, _ = await asyncio.wait({waiting}, timeout=patience)
+    if not done:
+        waiting.add_done_callback(asyncio.Task.exception)  # nobody is there to be told
+        raise TimeoutError
+    waiting.result()
+
+
+async def _wait_for(io: Awaitable[Any]) -> None:
+    await io
 
 
 # ---- handles ---------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vhostblk._engine import ffi, lib
-from vhostblk.engine import Engine, NodeHandle, NodeSink, UpcallSink
+from vhostblk.engine import Engine, NodeHandle, NodeSink, UpcallSink, finish
 
 QUORUM_ALL: int = lib.VB_QUORUM_ALL
 QUORUM_RETIRED: int = lib.VB_QUORUM_RETIRED
@@ -136,20 +135,6 @@ class QuorumHandle(NodeHandle):
         """Nothing reaches it any more."""
         self._engine.forget(self._cookie)
         super().free()
-
-
-async def finish(io: Awaitable[Any], patience: float | None) -> None:
-    """Wait for a request, but not for ever: TimeoutError, and it goes on without us."""
-    waiting = asyncio.ensure_future(_wait_for(io))
-    done, _ = await asyncio.wait({waiting}, timeout=patience)
-    if not done:
-        waiting.add_done_callback(asyncio.Task.exception)  # nobody is there to be told
-        raise TimeoutError
-    waiting.result()
-
-
-async def _wait_for(io: Awaitable[Any]) -> None:
-    await io
 
 
 def new_quorum(

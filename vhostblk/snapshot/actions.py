@@ -19,14 +19,16 @@ they are. Several of them in one `transaction` share that pause: one point in ti
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from vhostblk.engine import OP_FLUSH
+from vhostblk.engine import OP_FLUSH, finish
 from vhostblk.fault import fault_point
-from vhostblk.graph import Change
+from vhostblk.graph import PAUSE_PATIENCE, Change
 from vhostblk.nodes.driver import NodeDriver, Perm, RoleKind
 from vhostblk.schema import Model, NodeName, UInt32, VhostblkError
 from vhostblk.snapshot import names, overlay
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from vhostblk.backend import Backend
 
 logger = logging.getLogger(__name__)
+
+_FLUSH_PATIENCE = 300.0  # seconds, while guests run: a disk may have a lot to write
 
 
 class FreezeOptions(Model):
@@ -252,15 +256,14 @@ def _common(change: Change) -> _Common:
 async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> None:
     """Flush what is covered: most of it now, the rest in the pause."""
 
-    async def flush() -> None:
-        submit = backend.engine.submit
-        written = [leg for leg in legs if not leg.read_only]
-        await asyncio.gather(*(_wait(submit(leg.effective, OP_FLUSH, 0, None)) for leg in written))
+    async def flush(patience: float) -> None:
+        written = (leg for leg in legs if not leg.read_only)
+        await asyncio.gather(*(_flush(backend, leg, patience) for leg in written))
 
     async def in_the_pause() -> None:
         # A guest's next flush reaches the overlay only, and promises this too.
         fault_point("snapshot-paused")
-        await flush()
+        await flush(PAUSE_PATIENCE)
         fault_point("snapshot-flushed")
         # A process that finds the new tree in the state file has to do this if we do not.
         backend.covered.update(legs)
@@ -279,13 +282,31 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
     if not covered:
         change.inside(check)  # when all actions have said what they cover
     covered += legs
-    await flush()
+    await flush(_FLUSH_PATIENCE)
     change.inside(in_the_pause, not_covered)
     change.after(afterwards)
 
 
-async def _wait(io: Any) -> None:
-    await io
+async def _flush(backend: Backend, leg: NodeDriver, patience: float) -> None:
+    """Of a quorum's legs, too, all: one that is out may still have what it had before."""
+    try:
+        await finish(backend.engine.submit(leg.effective, OP_FLUSH, 0, None), patience)
+    except TimeoutError:
+        code, why = errno.ETIMEDOUT, f"it has taken more than {patience:g} s"
+    except OSError as error:
+        code = error.errno or errno.EIO
+        why = os.strerror(code)
+    else:
+        return
+    raise VhostblkError(
+        f"No snapshot was taken: node '{leg.name}' cannot be flushed: {why}. If it is a leg of a "
+        "quorum, take it away with x-blockdev-change, or put another one in its place",
+        data={
+            "code": "no-flush",
+            "node": leg.name,
+            "errno": errno.errorcode.get(code, "EIO"),
+        },
+    )
 
 
 async def make_read_only(backend: Backend, nodes: Iterable[NodeDriver]) -> None:
