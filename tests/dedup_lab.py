@@ -19,25 +19,27 @@ BLOCK = 4096
 SEGMENT = 256 << 10
 
 
-async def create(host: Host, *, size: int = MIB, data: int = 8 * MIB, **options: Any) -> None:
-    """A store on node `data`, a file, with metadata in `meta`, and a disk of that size."""
-    host.file("data.raw", data)
-    await host.add("file", "data", filename=host.path("data.raw"), discard="unmap")
-    given = {key.replace("_", "-"): value for key, value in options.items()}
-    job = {
-        "driver": "dedup",
-        "file": "data",
-        "metadata": host.path("meta"),
-        "block-size": BLOCK,
-        "segment-size": SEGMENT,
-        "size": size,
-        **given,
-    }
-    await host.backend.blockdev_create("create", job)
+async def run_job(host: Host, options: dict[str, Any]) -> None:
+    """blockdev-create, to the end."""
+    await host.backend.blockdev_create("create", options)
     await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded")
-    [info] = host.backend.query_jobs()
+    [info] = [job for job in host.backend.query_jobs() if job["id"] == "create"]
     assert "error" not in info, info
     host.backend.jobs.get("create").dismiss()
+
+
+async def new_store(host: Host, file: str, metadata: str = "meta", **options: Any) -> None:
+    """A store on a node that is there."""
+    given = {"block-size": BLOCK, "segment-size": SEGMENT, "size": MIB}
+    given |= {key.replace("_", "-"): value for key, value in options.items()}
+    await run_job(host, {"driver": "dedup", "file": file, "metadata": host.path(metadata), **given})
+
+
+async def create(host: Host, *, data: int = 8 * MIB, **options: Any) -> None:
+    """A store on node `data`, a file, with metadata in `meta`."""
+    host.file("data.raw", data)
+    await host.add("file", "data", filename=host.path("data.raw"), discard="unmap")
+    await new_store(host, "data", **options)
 
 
 async def open_disk(host: Host, name: str = "disk", **options: Any) -> Any:
@@ -50,6 +52,14 @@ async def open_disk(host: Host, name: str = "disk", **options: Any) -> Any:
 def store_of(host: Host, name: str = "disk") -> Any:
     """The Store below a node."""
     return host.backend.graph.node(name).store
+
+
+async def sound(host: Host, name: str = "disk") -> Any:
+    """Everything in the store is as it should be, content included; what the check has found."""
+    store = store_of(host, name)
+    result = await store.check(store.members[0].data, repair=False, content=True)
+    assert result.sound, result.messages
+    return result
 
 
 def files(directory: Path) -> dict[str, bytes]:

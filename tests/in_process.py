@@ -14,6 +14,8 @@ import pytest
 from frontend import Device
 
 from vhostblk.backend import Backend
+from vhostblk.control.commands import registry
+from vhostblk.control.registry import Context
 from vhostblk.engine import OP_READ, OP_WRITE
 from vhostblk.events import Event
 from vhostblk.nodes.driver import NodeDriver
@@ -85,6 +87,12 @@ class Host:
     async def write(self, node: str, offset: int, data: bytes) -> None:
         handle = self.backend.graph.node(node).effective
         await self.backend.engine.submit(handle, OP_WRITE, offset, data)
+
+    async def command(self, name: str, **arguments: Any) -> Any:
+        """As a client of the control socket gives it, with underscores for hyphens."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        context = Context(self.backend, registry, lambda: None)
+        return await registry.find(name).run(context, given)
 
     async def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
         async with asyncio.timeout(seconds):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
+from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES
@@ -24,14 +24,6 @@ from vhostblk.nodes.dedup import driver as driver_module
 async def submit(host: Host, node: str, op: int, offset: int = 0, length: int = 0) -> None:
     handle = host.backend.graph.node(node).effective
     await host.backend.engine.submit(handle, op, offset, None, length)
-
-
-async def sound(host: Host, name: str = "disk") -> Any:
-    """Everything in the store is as it should be, content included."""
-    store = store_of(host, name)
-    result = await store.check(store.members[0].data, repair=False, content=True)
-    assert result.sound, result.messages
-    return result
 
 
 @pytest.mark.parametrize("block", [4096, 16384, 65536])

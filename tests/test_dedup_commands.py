@@ -14,20 +14,11 @@ from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.cli import status
-from vhostblk.control.commands import registry
 from vhostblk.control.events import EVENTS
-from vhostblk.control.registry import Context
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.tables import INDEX_KEY
 from vhostblk.engine import OP_DISCARD
-
-
-async def run(host: Host, name: str, **arguments: Any) -> Any:
-    """A QMP command."""
-    command = registry.find(name)
-    given = {key.replace("_", "-"): value for key, value in arguments.items()}
-    return await command.run(Context(host.backend, registry, lambda: None), given)
 
 
 def test_statistics() -> None:
@@ -38,8 +29,8 @@ def test_statistics() -> None:
         data = random.Random(1).randbytes(MIB // 2)
         await host.write("disk", 0, data + data)
         await host.write("other", MIB, data)
-        await run(host, "dedup-collect", node_name="disk")
-        found = await run(host, "query-dedup", node_name="other")
+        await host.command("dedup-collect", node_name="disk")
+        found = await host.command("query-dedup", node_name="other")
         assert (found["logical"], found["unique"]) == (3 * MIB // 2, MIB // 2)
         assert (found["compressed"], found["ratio"]) == (MIB // 2, 3.0)
         assert found["hits"] == MIB // BLOCK and found["stored-blocks"] == MIB // 2 // BLOCK
@@ -99,11 +90,11 @@ def test_what_can_be_recomputed_is_repaired(damage: str) -> None:
         await store.checkpoint()
         with store.tables.transaction() as (txn, dbs):
             spoil(txn, dbs, damage)
-        found = await run(host, "dedup-check", node_name="disk")
+        found = await host.command("dedup-check", node_name="disk")
         assert found["leaks"] + found["wrong"] > 0 and found["messages"]
         assert not found["corruptions"] and not found["repaired"]
-        assert (await run(host, "dedup-check", node_name="disk", repair=True))["repaired"]
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        assert (await host.command("dedup-check", node_name="disk", repair=True))["repaired"]
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert not found["leaks"] + found["wrong"] + found["corruptions"], found
         await host.backend.blockdev_del("disk")
         node = await open_disk(host)
@@ -141,7 +132,7 @@ def test_bad_content_is_found() -> None:
         await open_disk(host)
         await host.write("disk", 0, random.Random(4).randbytes(MIB))
         await host.write("data", store_of(host).tables.block(5).offset, b"rotten".ljust(512))
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert found["corruptions"] == 1 and "another content" in found["messages"][0]
 
     with_host(test)
@@ -171,15 +162,15 @@ def test_a_backup_made_under_load_is_a_store() -> None:
         data = rnd.randbytes(MIB)
         await host.write("disk", 0, data)
         with refused("a backup cannot be made", "exists"):
-            await run(host, "dedup-backup", node_name="disk", directory=host.path("meta"))
-        await run(host, "dedup-backup", node_name="disk", directory=host.path("copy"))
+            await host.command("dedup-backup", node_name="disk", directory=host.path("meta"))
+        await host.command("dedup-backup", node_name="disk", directory=host.path("copy"))
         await host.write("disk", 0, rnd.randbytes(BLOCK))
         await host.backend.blockdev_del("disk")
         shutil.rmtree(host.path("meta"))
         Path(host.path("copy")).rename(host.path("meta"))
         await open_disk(host)
         assert await host.read("disk", 0, MIB) == data
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] and not found["wrong"]
 
     with_host(test)
@@ -202,7 +193,7 @@ def test_a_backup_after_a_failed_checkpoint(monkeypatch: pytest.MonkeyPatch) -> 
             patched.setattr(store.tables, "write", full)
             with pytest.raises(OSError):
                 await store.checkpoint()
-            await run(host, "dedup-backup", node_name="disk", directory=host.path("copy"))
+            await host.command("dedup-backup", node_name="disk", directory=host.path("copy"))
         await host.backend.blockdev_del("disk")
         shutil.rmtree(host.path("meta"))
         Path(host.path("copy")).rename(host.path("meta"))
@@ -245,10 +236,10 @@ def test_repairs_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
             with monkeypatch.context() as patched:
                 patched.setattr(store_module, "Check", Spoiling)
                 async with asyncio.timeout(60):
-                    found = await run(host, "dedup-check", node_name="disk", repair=True)
+                    found = await host.command("dedup-check", node_name="disk", repair=True)
             assert found["repaired"] and not found["corruptions"]
             async with asyncio.timeout(60):
-                found = await run(host, "dedup-check", node_name="disk", content=True)
+                found = await host.command("dedup-check", node_name="disk", content=True)
             assert not found["leaks"] + found["wrong"] + found["corruptions"], found
         ended = True
         await asyncio.gather(*guests)
@@ -271,16 +262,16 @@ def test_a_disk_is_deleted() -> None:
         await host.write("disk", 0, data)
         await host.write("other", 0, data + rnd.randbytes(MIB // 2))
         with refused("is in use"):
-            await run(host, "dedup-disk-delete", node_name="disk", disk="other")
+            await host.command("dedup-disk-delete", node_name="disk", disk="other")
         await host.backend.blockdev_del("other")
         with refused("has no disk 'another'"):
-            await run(host, "dedup-disk-delete", node_name="disk", disk="another")
-        await run(host, "dedup-disk-delete", node_name="disk", disk="other")
-        found = await run(host, "query-dedup", node_name="disk")
+            await host.command("dedup-disk-delete", node_name="disk", disk="another")
+        await host.command("dedup-disk-delete", node_name="disk", disk="other")
+        found = await host.command("query-dedup", node_name="disk")
         assert [disk["disk"] for disk in found["disks"]] == ["disk"]
         assert found["unique"] == MIB // 2
         assert await host.read("disk", 0, MIB // 2) == data
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] + found["leaks"] + found["wrong"]
 
     with_host(test)
@@ -299,7 +290,7 @@ def test_a_command_keeps_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
         await create(host)
         await open_disk(host)
         monkeypatch.setattr(store_module.Store, "_check_content", endless)
-        check = asyncio.create_task(run(host, "dedup-check", node_name="disk", content=True))
+        check = asyncio.create_task(host.command("dedup-check", node_name="disk", content=True))
         await began.wait()
         with refused("is in use", "command 'dedup-check'"):
             await host.backend.blockdev_del("disk")
@@ -327,13 +318,13 @@ def test_a_disk_that_is_being_deleted_is_not_opened(monkeypatch: pytest.MonkeyPa
         await host.backend.blockdev_del("other")
         monkeypatch.setattr(store_module.Store, "unmap", slow)
         deletion = asyncio.create_task(
-            run(host, "dedup-disk-delete", node_name="disk", disk="other")
+            host.command("dedup-disk-delete", node_name="disk", disk="other")
         )
         await began.wait()
         with refused("'other'", "is being deleted"):
             await open_disk(host, "other", disk="other", size=MIB)
         with refused("'other'", "is in use"):
-            await run(host, "dedup-disk-delete", node_name="disk", disk="other")
+            await host.command("dedup-disk-delete", node_name="disk", disk="other")
         go_on.set()
         await deletion
         await open_disk(host, "other", disk="other", size=2 * MIB)
@@ -356,9 +347,9 @@ def test_garbage_is_collected_when_asked_for() -> None:
                 await host.backend.engine.submit(handle, OP_DISCARD, offset, None, BLOCK)
                 content[offset : offset + BLOCK] = bytes(BLOCK)
         assert await host.read("disk", 0, 4 * MIB) == content
-        assert (await run(host, "dedup-collect", node_name="disk"))["segments"] > 8
+        assert (await host.command("dedup-collect", node_name="disk"))["segments"] > 8
         assert await host.read("disk", 0, 4 * MIB) == content
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] + found["leaks"] + found["wrong"]
 
     with_host(test)
@@ -375,17 +366,17 @@ def test_a_disk_is_defragmented() -> None:
         for at in places:
             content[at : at + BLOCK] = rnd.randbytes(BLOCK)
             await host.write("disk", at, bytes(content[at : at + BLOCK]))
-        before = (await run(host, "query-dedup", node_name="disk"))["disks"][0]
+        before = (await host.command("query-dedup", node_name="disk"))["disks"][0]
         assert before["extents"] > 900
-        await run(host, "dedup-defragment", node_name="disk", job_id="d")
+        await host.command("dedup-defragment", node_name="disk", job_id="d")
         await host.until(lambda: bool(host.named("BLOCK_JOB_COMPLETED")))
         assert "error" not in host.named("BLOCK_JOB_COMPLETED")[0]
         assert await host.read("disk", 0, 4 * MIB) == content
         store = store_of(host)
         await store.checkpoint()
-        after = (await run(host, "query-dedup", node_name="disk"))["disks"][0]
+        after = (await host.command("query-dedup", node_name="disk"))["disks"][0]
         assert after["extents"] <= 4 * MIB // SEGMENT + 1
-        found = await run(host, "dedup-check", node_name="disk", content=True)
+        found = await host.command("dedup-check", node_name="disk", content=True)
         assert not found["corruptions"] + found["leaks"] + found["wrong"]
 
     with_host(test)

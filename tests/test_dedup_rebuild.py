@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dedup_lab import BLOCK, SEGMENT, contents, create, open_disk, rebuilt, store_of
+from dedup_lab import BLOCK, SEGMENT, contents, create, open_disk, rebuilt, sound, store_of
 from in_process import MIB, Host, refused, with_host
-from test_dedup_commands import run
 
 from vhostblk.control.events import EVENTS
 from vhostblk.dedup import ledger as ledger_module
@@ -47,7 +46,7 @@ async def lose_and_rebuild(host: Host, *nodes: str) -> Any:
         await host.backend.blockdev_del(name)
     shutil.rmtree(host.path("meta"))
     host.events.clear()
-    await run(host, "dedup-rebuild", job_id="r", file="data", metadata=host.path("meta"))
+    await host.command("dedup-rebuild", job_id="r", file="data", metadata=host.path("meta"))
     await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded", 30)
     [job] = host.backend.query_jobs()
     assert "error" not in job, job["error"]
@@ -56,12 +55,6 @@ async def lose_and_rebuild(host: Host, *nodes: str) -> Any:
     [told] = host.named("DEDUP_REBUILT")
     assert EVENTS["DEDUP_REBUILT"].model_validate(told)
     return told
-
-
-async def sound(host: Host) -> None:
-    store = store_of(host)
-    found = await store.check(store.members[0].data, repair=False, content=True)
-    assert found.sound, found.messages
 
 
 class Load:
@@ -117,7 +110,7 @@ def test_everything_is_there_again(seed: int) -> None:
             await load.work(120)
             await host.write("third", 0, load.rnd.randbytes(MIB // 4))
         await host.backend.blockdev_del("third")
-        await run(host, "dedup-disk-delete", node_name="disk", disk="third")
+        await host.command("dedup-disk-delete", node_name="disk", disk="third")
         assert store.counters.moved and store.ledger.sound
         for _ in range(2):
             await host.backend.blockdev_del("disk")
@@ -385,7 +378,7 @@ def test_an_older_copy_of_the_metadata_has_come_back(caplog: pytest.LogCaptureFi
         rnd = random.Random(5)
         old = rnd.randbytes(MIB)
         await host.write("disk", 0, old)
-        await run(host, "dedup-backup", node_name="disk", directory=host.path("copy"))
+        await host.command("dedup-backup", node_name="disk", directory=host.path("copy"))
         for _ in range(5):  # on other places, so that the backup is still good
             await host.write("disk", MIB, rnd.randbytes(MIB // 4))
             await submit(host, "disk", OP_FLUSH)
@@ -519,7 +512,7 @@ def test_what_cannot_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(host.path("empty.raw")).write_bytes(superblock.pack().ljust(8 * MIB, b"\0"))
         with refused("there are no records on the data device"):
             await rebuilt(Path(host.path("empty.raw")), Path(host.path("meta2")))
-        await run(host, "dedup-rebuild", job_id="r", file="data", metadata=host.path("meta"))
+        await host.command("dedup-rebuild", job_id="r", file="data", metadata=host.path("meta"))
         await host.until(lambda: host.backend.query_jobs()[-1]["status"] == "concluded")
         assert "has metadata of a dedup store" in host.backend.query_jobs()[-1]["error"]
         host.backend.jobs.get("r").dismiss()

@@ -24,8 +24,6 @@ from luks_headers import CHEAP1, CHEAP2, MIB, Memory, opens, run
 
 from vhostblk import luks
 from vhostblk.control.client import ControlClient, Refused
-from vhostblk.control.commands import registry
-from vhostblk.control.registry import Context
 from vhostblk.luks import luks2
 from vhostblk.schema import VhostblkError
 
@@ -55,10 +53,7 @@ def coded(words: bytes) -> str:
 
 
 async def command(host: Host, name: str, **arguments: Any) -> Any:
-    """As a client of the control socket gives it."""
-    given = {key.replace("_", "-"): value for key, value in arguments.items()}
-    context = Context(host.backend, registry, lambda: None)
-    return await registry.find(f"luks-key-slot-{name}").run(context, {"node-name": "disk"} | given)
+    return await host.command(f"luks-key-slot-{name}", **{"node_name": "disk", **arguments})
 
 
 async def disk(host: Host, file: Path | str | dict[str, Any], **options: Any) -> Any:

@@ -20,8 +20,6 @@ from luks_headers import MIB, cryptsetup, opens, run, volume_key
 
 from vhostblk import luks
 from vhostblk.control.client import ControlClient
-from vhostblk.control.commands import registry
-from vhostblk.control.registry import Context
 from vhostblk.luks import luks2
 from vhostblk.luks.file import open_storage
 from vhostblk.nodes._reencrypt import ReencryptingNode
@@ -46,9 +44,7 @@ def formatted(path: Path, *words: str, size: int = DISK) -> Path:
 
 
 async def command(host: Host, name: str, **arguments: Any) -> Any:
-    given = {key.replace("_", "-"): value for key, value in arguments.items()}
-    context = Context(host.backend, registry, lambda: None)
-    return await registry.find(name).run(context, {"node-name": "disk"} | given)
+    return await host.command(name, **{"node_name": "disk", **arguments})
 
 
 async def disk(host: Host, path: Path, **options: Any) -> ReencryptingNode:

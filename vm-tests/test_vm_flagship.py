@@ -169,6 +169,7 @@ class RootDisk:
 
     def rot(self, leg: int) -> None:
         """Bytes on disk change: clusters of a leg's newest image, LUKS's header among them."""
+        self.guest.check("echo >/flushed && sync")  # what has been written stands in the image, too
         image = self.tree.chains[leg][-1]
         extents = json.loads(qemu_img("map", "-U", "-f", "qcow2", "--output=json", image))
         own = [extent for extent in extents if extent["depth"] == 0 and extent["data"]]
