@@ -19,7 +19,7 @@ from typing import Any
 from vhostblk._engine import ffi, lib
 
 READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES = range(5)
-FUA, MAY_UNMAP = 1, 2
+FUA, MAY_UNMAP, GUEST = 1, 2, 4
 IO_URING, THREADS = 1, 2
 AIO = {"io_uring": IO_URING, "threads": THREADS}
 
@@ -176,6 +176,10 @@ class BareEngine:
 
     def wait_all(self) -> None:
         self.wait_for(lambda: not self._pending)
+
+    def file_resize(self, node: Any) -> None:
+        """The caller is about to cut the file off."""
+        lib.vb_node_file_resize(node)
 
     def run(self, *args: Any, **kwargs: Any) -> int:
         """Start a request and wait for it; 0 or a negative errno."""

@@ -16,7 +16,7 @@ from frontend import Device
 from vhostblk.backend import Backend
 from vhostblk.control.commands import registry
 from vhostblk.control.registry import Context
-from vhostblk.engine import OP_READ, OP_WRITE
+from vhostblk.engine import OP_READ, OP_WRITE, REQ_GUEST
 from vhostblk.events import Event
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.schema import VhostblkError
@@ -86,7 +86,7 @@ class Host:
 
     async def write(self, node: str, offset: int, data: bytes) -> None:
         handle = self.backend.graph.node(node).effective
-        await self.backend.engine.submit(handle, OP_WRITE, offset, data)
+        await self.backend.engine.submit(handle, OP_WRITE, offset, data, flags=REQ_GUEST)
 
     async def command(self, name: str, **arguments: Any) -> Any:
         """As a client of the control socket gives it, with underscores for hyphens."""

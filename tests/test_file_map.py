@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Small reads of cached pages come from a mapping of the file and are right whatever befalls it."""
+"""What is cached is read and written through a mapping of the file: right whatever befalls it."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import mmap
 import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bare_engine import AIO, DISCARD, MAY_UNMAP, WRITE, WRITE_ZEROES, BareEngine
+from bare_engine import (
+    AIO,
+    DISCARD,
+    FLUSH,
+    FUA,
+    GUEST,
+    MAY_UNMAP,
+    WRITE,
+    WRITE_ZEROES,
+    BareEngine,
+)
 
 KIB, MIB = 1024, 1 << 20
 PAGE = 4096
@@ -33,6 +46,17 @@ def image(tmp_path: Path) -> Path:
     if filesystem not in ("ext2/ext3", "xfs", "btrfs", "f2fs", "tmpfs"):
         pytest.skip(f"files on {filesystem} are not mapped")
     return path
+
+
+@pytest.fixture
+def overwritten(image: Path) -> Path:
+    """On a file system where mappings are written to."""
+    filesystem = subprocess.run(
+        ["stat", "-f", "-c", "%T", image], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if filesystem in ("btrfs", "f2fs"):
+        pytest.skip(f"files on {filesystem} are not written to through a mapping")
+    return image
 
 
 def mapped(engine: BareEngine) -> int:
@@ -138,3 +162,158 @@ def test_idle_process_does_not_hold_the_pages(engine: BareEngine, image: Path) -
         time.sleep(0.05)
     assert resident(image) == 0
     assert engine.read(node, 0, PAGE) == image.read_bytes()[:PAGE]
+
+
+def grew(engine: BareEngine, node: object, offset: int, data: bytes, flags: int = GUEST) -> bool:
+    """Was that written through the mapping?"""
+    before = mapped(engine)
+    engine.run(node, WRITE, offset, data, flags=flags)
+    return mapped(engine) > before
+
+
+def test_second_write_needs_no_system_call(engine: BareEngine, overwritten: Path) -> None:
+    node = engine.file(overwritten)
+    expected = bytearray(overwritten.read_bytes())
+    for offset, length in [(0, PAGE), (64 * KIB, 64 * KIB), (256 * KIB, 128 * KIB)]:
+        for turn in range(3):
+            data = os.urandom(length)
+            assert grew(engine, node, offset, data) == (turn > 0)
+            expected[offset : offset + length] = data
+            assert overwritten.read_bytes() == expected
+            assert engine.read(node, offset, length) == data
+    # Parts of pages, from memory at odd addresses.
+    for offset, length, skip in [(256 * KIB + 512, 512, 0), (260 * KIB - 512, 5 * KIB, 3)]:
+        data = os.urandom(length)
+        before = mapped(engine)
+        pending = engine.start(node, WRITE, offset, data, flags=GUEST, skip=skip)
+        engine.wait_for(lambda p=pending: p.ret is not None)  # type: ignore[misc]
+        assert pending.ret == 0
+        assert mapped(engine) == before + 1
+        expected[offset : offset + length] = data
+        assert overwritten.read_bytes() == expected
+    assert not grew(engine, node, 256 * KIB, bytes(256 * KIB))  # too large
+
+
+def test_what_is_not_written_through_the_mapping(engine: BareEngine, overwritten: Path) -> None:
+    """What is not a guest's, may be a hole, or was written in part only."""
+    node = engine.file(overwritten, discard_unmap=True)
+    data = os.urandom(PAGE)
+    engine.read(node, 0, PAGE)
+    assert not grew(engine, node, 0, data)  # read, not written
+    assert grew(engine, node, 0, data)
+    assert not grew(engine, node, 0, data, flags=0)  # half of it may not be there after kill -9
+    engine.run(node, WRITE, 8 * PAGE, bytes(512), flags=GUEST)
+    assert not grew(engine, node, 8 * PAGE, data)
+    for op, flags in ((DISCARD, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, MAY_UNMAP)):
+        assert grew(engine, node, 0, data)
+        engine.run(node, op, 0, PAGE, flags=flags)
+        assert not grew(engine, node, 0, data)
+    assert overwritten.read_bytes()[:PAGE] == data
+
+
+def test_a_mapped_write_reaches_the_disk(engine: BareEngine, overwritten: Path) -> None:
+    """With FUA before it ends, with a flush before that ends; O_DIRECT reads the disk itself."""
+    try:
+        fd = os.open(overwritten, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip("no O_DIRECT on this file system")
+    node = engine.file(overwritten)
+    memory = mmap.mmap(-1, PAGE)
+    for _ in range(3):
+        for flush in (False, True):
+            data = os.urandom(PAGE)
+            engine.run(node, WRITE, 4 * PAGE, data, flags=GUEST if flush else GUEST | FUA)
+            if flush:
+                engine.run(node, FLUSH)
+            assert os.preadv(fd, [memory], 4 * PAGE) == PAGE
+            assert memory[:] == data
+    assert mapped(engine) == 5
+    os.close(fd)
+
+
+def test_file_that_grows(engine: BareEngine, overwritten: Path) -> None:
+    """As an overlay does. What is written behind the middle of its last page makes it longer."""
+    os.truncate(overwritten, 0)
+    node = engine.file(overwritten)
+    data = os.urandom(64 * KIB)
+    for offset in (0, 64 * KIB):
+        assert not grew(engine, node, offset, data)
+        assert grew(engine, node, offset, data)
+    assert not grew(engine, node, 128 * KIB, data[: PAGE + 512])
+    assert not grew(engine, node, 132 * KIB, data[:512])
+    assert not grew(engine, node, 132 * KIB + 512, data[:512])
+    assert overwritten.stat().st_size == 133 * KIB
+
+
+def test_file_that_is_cut_off_by_us(engine: BareEngine, overwritten: Path) -> None:
+    """In the middle of a page, that is, and what comes there later makes the file longer."""
+    node = engine.file(overwritten)
+    data = os.urandom(PAGE)
+    for _ in range(2):
+        engine.run(node, WRITE, 8 * PAGE, data, flags=GUEST)
+    engine.file_resize(node)
+    os.truncate(overwritten, 8 * PAGE + 512)
+    assert not grew(engine, node, 8 * PAGE + 512, data[:512])
+    assert overwritten.stat().st_size == 8 * PAGE + 1024
+    assert overwritten.read_bytes()[8 * PAGE :] == data[:512] * 2
+
+
+def test_no_space_for_a_page_that_became_a_hole(engine: BareEngine, small_disk: Path) -> None:
+    """By somebody else's hand: SIGBUS in a copy. The answer is that of a system call."""
+    path = small_disk / "image"
+    path.write_bytes(bytes(MIB))
+    node = engine.file(path)
+    data = os.urandom(64 * KIB)
+    for _ in range(2):
+        engine.run(node, WRITE, 0, data, flags=GUEST)
+    assert mapped(engine) == 1
+    subprocess.run(["fallocate", "--punch-hole", "-o", "0", "-l", "64K", path], check=True)
+    with open(small_disk / "full", "wb") as other, contextlib.suppress(OSError):
+        while True:
+            other.write(bytes(64 * KIB))
+            other.flush()
+    pending = engine.start(node, WRITE, 0, data, flags=GUEST)
+    engine.wait_for(lambda: pending.ret is not None)
+    assert pending.ret == -errno.ENOSPC
+    (small_disk / "full").unlink()
+    engine.run(node, WRITE, 0, data, flags=GUEST)
+    assert path.read_bytes() == data + bytes(MIB - len(data))
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """An ext4 file system, and what makes it give up as after an error of its disk."""
+    if os.geteuid() != 0:
+        pytest.skip("cannot mount a file system")
+    disk, mount = tmp_path / "disk", tmp_path / "mount"
+    with open(disk, "wb") as file:
+        file.truncate(16 * MIB)
+    mount.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    command = ["mount", "-o", "loop,errors=remount-ro", disk, mount]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a file system")
+    yield (
+        mount,
+        lambda: subprocess.run(["mount", "-o", "remount,abort", mount], check=True) and None,
+    )
+    subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_file_system_that_gives_up(
+    engine: BareEngine, failing_disk: tuple[Path, Callable[[], None]]
+) -> None:
+    """Pages in use take what is written, but nobody is told that it is on the disk."""
+    mount, give_up = failing_disk
+    path = mount / "image"
+    path.write_bytes(bytes(MIB))
+    node = engine.file(path)
+    for _ in range(2):
+        assert engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST) == 0
+    assert mapped(engine) == 1
+    assert engine.run(node, FLUSH) == 0
+    assert engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST) == 0
+    give_up()
+    engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST)
+    for _ in range(3):
+        assert engine.run(node, FLUSH) < 0

@@ -333,18 +333,6 @@ def test_short_write_goes_on_to_the_real_error(
     assert image.read_bytes()[2 * MIB - 4096 :] == data
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(path)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def test_disk_full(engine: BareEngine, small_disk: Path) -> None:
     image = small_disk / "image"
     image.touch()

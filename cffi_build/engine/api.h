@@ -31,6 +31,7 @@ typedef struct vb_export vb_export;
 /* Flags of a request. */
 #define VB_REQ_FUA 1       /* write, write-zeroes: on stable storage before completion */
 #define VB_REQ_MAY_UNMAP 2 /* write-zeroes: the range may be deallocated */
+#define VB_REQ_GUEST 4     /* write: if we are killed, a guest repeats it; half a sector may be written */
 
 /* ---- the engine: owner of everything below, one per process ---------------- */
 

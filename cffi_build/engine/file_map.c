@@ -1,20 +1,32 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * file_map.c: small reads of what is in the page cache, without a system call.
+ * file_map.c: reads and writes of what is in the page cache, without a system call.
  *
- * Of a cached 4 KiB read, more than half is spent on the way into the kernel and back.
- * A file that is mapped can be copied from directly, but a page that is not in memory
+ * Of a cached 4 KiB read, more than half is spent on the way into the kernel and back; of a
+ * 64 KiB write three quarters, since the kernel takes each page by itself, under a lock.
+ * A file that is mapped can be copied from and to directly, but a page that is not in memory
  * then stops the thread until the disk has answered, and a page that is no more (the file was
- * shortened, the disk failed) is SIGBUS. So:
+ * shortened, the disk failed or is full) is SIGBUS. So:
  *  - Only pages are read this way that have been read or written by a system call
  *    before: a bit per page remembers. Should memory have become short since, the copy is slow;
  *    the caller notices, and all bits are forgotten.
- *  - The signal handler replaces a mapping that has failed by zero pages and marks it lost. Who
- *    was copying from it sees the mark and reads again by a system call, which gives the
+ *  - Only pages are written this way that have been written by system calls as a whole: these
+ *    exist, to their ends, and have their place on the disk. Where a file is cut off or a hole is made,
+ *    that is forgotten first.
+ *  - The signal handler replaces what has failed by memory of nobody's and marks the mapping lost. Who
+ *    was copying sees the mark and does it again by a system call, which gives the
  *    right answer or the right error. The mapping is not used again.
- *  - Only file systems are mapped whose mappings and system calls see the same data.
+ *  - Only file systems are mapped whose mappings and system calls see the same data; written are
+ *    those that overwrite in place.
  *
- * The mapping would count as this process's memory for as long as it lives. A timer on the I/O
+ * What is written is in the page cache then, as after write(): it outlives this process, and fdatasync()
+ * brings it to the disk. The kernel notices the first write to a page after each
+ * write-back; that is where it marks the page dirty, and makes whoever dirties too many wait. One
+ * difference: kill -9 may come in the middle of a sector. So metadata are never written this way, only
+ * what a guest writes (VB_REQ_GUEST), which repeats it when it meets the next process.
+ *
+ * The mapping goes beyond the end of the file, which may grow: snapshots begin as small files.
+ * It would count as this process's memory for as long as it lives. A timer on the I/O
  * threads drops the page table entries of mappings that have not been used for a second.
  */
 #include "engine.h"
@@ -29,12 +41,24 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #ifndef XFS_SUPER_MAGIC
 #define XFS_SUPER_MAGIC 0x58465342
 #endif
 
 #define PAGE 4096ull
 #define PAGE_BITS 12
+#define FOLIO_MAX (2ull << 20)
+#define PAGE_SIZE_MAX 65536ull
+/* How much a file may grow before its new pages are for system calls. (TSan has few addresses.) */
+#ifdef __SANITIZE_THREAD__
+#define ROOM 0ull
+#else
+#define ROOM (64ull << 30)
+#endif
 #define TRIM_INTERVAL_NS 1000000000u
 /* Dropping a page table entry takes about 20 ns; other requests of the thread wait for it. */
 #define TRIM_STEP (64ull << 20)
@@ -45,74 +69,103 @@ static pthread_mutex_t maps_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct vb_file_map *maps;
 
 /*
- * What this thread is reading from, for the signal handler: the innermost, since who takes what was
+ * What this thread is copying from or to, for the signal handler: the innermost, since who takes what was
  * read may read elsewhere before it returns. (initial-exec: a handler may not wait for the
  * storage to be allocated.)
  */
-struct reading {
+struct copying {
     struct vb_file_map *map;
-    const struct reading *outer;
+    uint64_t begin, end; /* of the file, whole pages of whatever size they are */
+    const struct copying *outer;
 };
-static _Thread_local const struct reading *reading __attribute__((tls_model("initial-exec")));
+static _Thread_local const struct copying *copying __attribute__((tls_model("initial-exec")));
 
 /* ---- life --------------------------------------------------------------------------- */
 
-static bool sees_what_system_calls_see(int fd)
+enum use { NEVER, READ_ONLY, READ_AND_WRITE };
+
+static enum use use_of(int fd, bool writable)
 {
     struct statfs status;
 
     if (fstatfs(fd, &status) < 0) {
-        return false;
+        return NEVER;
     }
     switch ((unsigned long)status.f_type) {
     case EXT4_SUPER_MAGIC: /* ext2 and ext3, too */
     case XFS_SUPER_MAGIC:
+    case TMPFS_MAGIC:
+        return writable ? READ_AND_WRITE : READ_ONLY;
     case BTRFS_SUPER_MAGIC:
     case F2FS_SUPER_MAGIC:
-    case TMPFS_MAGIC:
-        return true;
+        return READ_ONLY;
     default:
-        return false;
+        return NEVER;
     }
 }
 
+/* Of one bit per page. */
 static size_t bitmap_size(const struct vb_file_map *map)
 {
     return (map->length / PAGE / 64 + 1) * sizeof(uint64_t);
 }
 
-static void *map_bitmap(const struct vb_file_map *map)
+static bool map_bitmaps(struct vb_file_map *map)
 {
-    void *memory = mmap(NULL, bitmap_size(map), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    unsigned char *memory = mmap(NULL, 2 * bitmap_size(map), PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-    return memory == MAP_FAILED ? NULL : memory;
+    if (memory == MAP_FAILED) {
+        return false;
+    }
+    map->cached = (_Atomic uint64_t *)memory;
+    map->written = (_Atomic uint64_t *)(memory + bitmap_size(map));
+    return true;
 }
 
-void vb_file_map_open(struct vb_file_map *map, int fd)
+static void unmap_bitmaps(struct vb_file_map *map)
 {
-    struct stat status;
+    munmap(map->cached, 2 * bitmap_size(map));
+}
+
+static int protection(const struct vb_file_map *map)
+{
+    return map->writable ? PROT_READ | PROT_WRITE : PROT_READ;
+}
+
+static bool map_file(struct vb_file_map *map, int fd, uint64_t length)
+{
     void *base;
 
-    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode) || !sees_what_system_calls_see(fd)) {
-        return;
+    map->length = length & ~(PAGE - 1);
+    if (map->length == 0 || !map_bitmaps(map)) {
+        return false;
     }
-    map->length = (uint64_t)status.st_size & ~(PAGE - 1); /* the rest is for system calls */
-    if (map->length == 0) {
-        return;
-    }
-    base = mmap(NULL, map->length, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    base = mmap(NULL, map->length, protection(map), MAP_SHARED | MAP_NORESERVE, fd, 0);
     if (base == MAP_FAILED) {
-        return; /* nothing lost but speed */
-    }
-    madvise(base, map->length, MADV_DONTDUMP);
-    madvise(base, map->length, MADV_RANDOM); /* a fault may not read ahead: it should not read at all */
-    map->cached = map_bitmap(map);
-    if (!map->cached) {
-        munmap(base, map->length);
-        return;
+        unmap_bitmaps(map);
+        return false;
     }
     map->base = base;
+    return true;
+}
+
+void vb_file_map_open(struct vb_file_map *map, int fd, bool writable)
+{
+    struct stat status;
+    enum use use = use_of(fd, writable);
+    uint64_t size;
+
+    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode) || use == NEVER) {
+        return;
+    }
+    map->writable = use == READ_AND_WRITE;
+    size = (uint64_t)status.st_size;
+    if (!map_file(map, fd, size + ROOM) && !map_file(map, fd, size)) {
+        return; /* nothing lost but speed */
+    }
+    madvise(map->base, map->length, MADV_DONTDUMP);
+    madvise(map->base, map->length, MADV_RANDOM); /* a fault may not read ahead: it should not read at all */
     pthread_mutex_lock(&maps_lock);
     map->next = maps;
     maps = map;
@@ -133,14 +186,14 @@ void vb_file_map_close(struct vb_file_map *map)
     }
     pthread_mutex_unlock(&maps_lock);
     munmap(map->base, map->length);
-    munmap(map->cached, bitmap_size(map));
+    unmap_bitmaps(map);
 }
 
 /* ---- which pages are in memory --------------------------------------------------------- */
 
-static void remember(struct vb_file_map *map, uint64_t page)
+static void remember(_Atomic uint64_t *bitmap, uint64_t page)
 {
-    _Atomic uint64_t *word = &map->cached[page / 64];
+    _Atomic uint64_t *word = &bitmap[page / 64];
     uint64_t bit = 1ull << (page % 64);
 
     if (!(atomic_load_explicit(word, memory_order_relaxed) & bit)) {
@@ -148,20 +201,73 @@ static void remember(struct vb_file_map *map, uint64_t page)
     }
 }
 
-static bool remembered(struct vb_file_map *map, uint64_t page)
+static bool remembered(const _Atomic uint64_t *bitmap, uint64_t offset, uint64_t bytes)
 {
-    uint64_t word = atomic_load_explicit(&map->cached[page / 64], memory_order_relaxed);
+    for (uint64_t page = offset >> PAGE_BITS; page <= (offset + bytes - 1) >> PAGE_BITS; page++) {
+        uint64_t word = atomic_load_explicit(&bitmap[page / 64], memory_order_relaxed);
 
-    return word & 1ull << (page % 64);
+        if (!(word & 1ull << (page % 64))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_small(const struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    return map->base && bytes <= VB_FILE_MAP_TAKE_MAX && offset + bytes <= map->length;
+}
+
+/* A fault maps as much as the kernel keeps in one piece, which may go on behind these pages. */
+static void reach(struct vb_file_map *map, uint64_t end)
+{
+    uint64_t known = atomic_load_explicit(&map->end, memory_order_relaxed);
+
+    end = (end + FOLIO_MAX - 1) & ~(FOLIO_MAX - 1);
+    end = end < map->length ? end : map->length;
+
+    while (known < end && !atomic_compare_exchange_weak(&map->end, &known, end)) {
+    }
 }
 
 void vb_file_map_seen(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 {
-    if (!map->base || bytes > VB_FILE_MAP_TAKE_MAX || offset + bytes > map->length) {
+    uint64_t first = offset >> PAGE_BITS, end = (offset + bytes + PAGE - 1) >> PAGE_BITS;
+
+    if (!is_small(map, offset, bytes)) {
         return;
     }
-    for (uint64_t page = offset >> PAGE_BITS; page <= (offset + bytes - 1) >> PAGE_BITS; page++) {
-        remember(map, page);
+    for (uint64_t page = first; page < end; page++) {
+        remember(map->cached, page);
+    }
+    reach(map, end << PAGE_BITS);
+}
+
+void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    vb_file_map_seen(map, offset, bytes);
+    if (!map->writable || !is_small(map, offset, bytes)) {
+        return;
+    }
+    for (uint64_t page = (offset + PAGE - 1) >> PAGE_BITS; (page + 1) << PAGE_BITS <= offset + bytes;
+         page++) {
+        remember(map->written, page);
+    }
+}
+
+void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    uint64_t known = atomic_load_explicit(&map->end, memory_order_relaxed);
+    uint64_t end = offset + bytes < known ? offset + bytes : known;
+
+    for (uint64_t page = offset >> PAGE_BITS; page << PAGE_BITS < end; page++) {
+        _Atomic uint64_t *word = &map->written[page / 64];
+
+        if (atomic_load_explicit(word, memory_order_relaxed) == 0) {
+            page |= 63; /* a hole may be large */
+        } else {
+            atomic_fetch_and_explicit(word, ~(1ull << (page % 64)), memory_order_relaxed);
+        }
     }
 }
 
@@ -177,24 +283,29 @@ bool vb_file_map_waited(struct vb_iothread *thread)
 
 void vb_file_map_forget(struct vb_file_map *map)
 {
-    madvise(map->cached, bitmap_size(map), MADV_DONTNEED); /* reads as zeroes from now on */
+    if (map->base) { /* the bitmaps read as zeroes from now on */
+        madvise(map->cached, 2 * bitmap_size(map), MADV_DONTNEED);
+    }
+}
+
+static bool is_usable(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    return map->base && offset + bytes <= map->length &&
+           !atomic_load_explicit(&map->lost, memory_order_relaxed);
 }
 
 bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 {
-    if (!map->base || offset + bytes > map->length ||
-        atomic_load_explicit(&map->lost, memory_order_relaxed)) {
-        return false;
-    }
-    for (uint64_t page = offset >> PAGE_BITS; page <= (offset + bytes - 1) >> PAGE_BITS; page++) {
-        if (!remembered(map, page)) {
-            return false;
-        }
-    }
-    return true;
+    return is_usable(map, offset, bytes) && remembered(map->cached, offset, bytes);
 }
 
-/* ---- reading ------------------------------------------------------------------------------ */
+bool vb_file_map_accepts(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    return map->writable && is_usable(map, offset, bytes) &&
+           remembered(map->written, offset, bytes);
+}
+
+/* ---- copies ------------------------------------------------------------------------------- */
 
 static void trim(struct vb_timer *timer);
 
@@ -210,34 +321,99 @@ static void note_use(struct vb_file_map *map, struct vb_iothread *thread)
     }
 }
 
+static void begin_copy(struct copying *here, struct vb_file_map *map,
+                       const struct vb_request *request)
+{
+    note_use(map, request->thread);
+    here->map = map;
+    here->begin = request->offset & ~(PAGE_SIZE_MAX - 1);
+    here->end = (request->offset + request->bytes + PAGE_SIZE_MAX - 1) & ~(PAGE_SIZE_MAX - 1);
+    here->end = here->end < map->length ? here->end : map->length;
+    here->outer = copying;
+    copying = here;
+    atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
+}
+
+/* The mark is set before pages of nobody's appear, so whoever has met one of those sees it. */
+static bool end_copy(const struct copying *here)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    copying = here->outer;
+    return !atomic_load_explicit(&here->map->lost, memory_order_acquire);
+}
+
 bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request)
 {
     const unsigned char *from = map->base + request->offset;
-    struct reading here = {.map = map, .outer = reading};
+    struct copying here;
 
-    note_use(map, request->thread);
-    reading = &here;
-    atomic_signal_fence(memory_order_seq_cst); /* the handler runs on this thread */
+    begin_copy(&here, map, request);
     if (request->take) {
         request->take(request, from);
     } else {
         vb_prefetch(from, request->bytes);
         vb_request_fill(request, from);
     }
-    atomic_signal_fence(memory_order_seq_cst);
-    reading = here.outer;
-    /* Set before zero pages appear, so whoever has copied one of those sees it. */
-    return !atomic_load_explicit(&map->lost, memory_order_acquire);
+    return end_copy(&here);
 }
 
+/*
+ * Past the CPU's caches, which have no use for what goes to a disk: what was there before need not be
+ * read first. `to` is aligned to sectors.
+ */
+static void store(unsigned char *to, const unsigned char *from, size_t bytes)
+{
+#ifdef __SSE2__
+    for (; bytes >= 64 && (uintptr_t)to % 16 == 0; to += 64, from += 64, bytes -= 64) {
+        const __m128i *source = (const __m128i *)from;
+        __m128i *target = (__m128i *)to;
+        __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+        __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+
+        _mm_stream_si128(target, a);
+        _mm_stream_si128(target + 1, b);
+        _mm_stream_si128(target + 2, c);
+        _mm_stream_si128(target + 3, d);
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
+/* Such stores are in no order by themselves; whoever is told of the end must find them done. */
+static void stored(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+bool vb_file_map_write(struct vb_file_map *map, struct vb_request *request)
+{
+    unsigned char *to = map->base + request->offset;
+    struct copying here;
+
+    begin_copy(&here, map, request);
+    vb_guest_write_begin(); /* not there, but as little ordered by us */
+    for (uint32_t i = 0; i < request->niov; i++) {
+        store(to, request->iov[i].iov_base, request->iov[i].iov_len);
+        to += request->iov[i].iov_len;
+    }
+    vb_guest_write_end();
+    stored();
+    return end_copy(&here);
+}
+
+/* Only what this thread is copying is replaced: other threads find out about the rest, or need not. */
 bool vb_file_map_fault(uintptr_t address)
 {
-    for (const struct reading *level = reading; level; level = level->outer) {
+    for (const struct copying *level = copying; level; level = level->outer) {
         struct vb_file_map *map = level->map;
+        unsigned char *begin = map->base + level->begin;
+        size_t bytes = level->end - level->begin;
 
-        if (address - (uintptr_t)map->base < map->length) {
+        if (address - (uintptr_t)begin < bytes) {
             atomic_store(&map->lost, true);
-            return mmap(map->base, map->length, PROT_READ,
+            return mmap(begin, bytes, protection(map),
                         MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
                         0) != MAP_FAILED;
         }
@@ -250,16 +426,17 @@ bool vb_file_map_fault(uintptr_t address)
 /* When to look at this mapping again; 0: not before it is used. */
 static uint64_t trim_map(struct vb_file_map *map)
 {
-    uint64_t step = map->length - map->trimmed;
+    uint64_t end = atomic_load_explicit(&map->end, memory_order_relaxed);
+    uint64_t step;
 
     if (atomic_exchange_explicit(&map->used, false, memory_order_relaxed)) {
         map->trimmed = 0;
         return TRIM_INTERVAL_NS;
     }
-    if (map->trimmed == map->length) {
+    if (map->trimmed >= end) {
         return 0;
     }
-    step = step < TRIM_STEP ? step : TRIM_STEP;
+    step = end - map->trimmed < TRIM_STEP ? end - map->trimmed : TRIM_STEP;
     madvise(map->base + map->trimmed, step, MADV_DONTNEED);
     map->trimmed += step;
     return TRIM_STEP_NS;

@@ -274,7 +274,10 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
         blk_done(request);
         return;
     }
-    request->flags = op == VB_OP_WRITE && writethrough(blk) ? VB_REQ_FUA : 0;
+    request->flags = VB_REQ_GUEST;
+    if (op == VB_OP_WRITE && writethrough(blk)) {
+        request->flags |= VB_REQ_FUA;
+    }
     request->offset = sector * SECTOR;
     request->bytes = bytes;
     carry_out(blk);

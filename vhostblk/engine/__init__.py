@@ -39,6 +39,7 @@ OP_WRITE_ZEROES: int = lib.VB_OP_WRITE_ZEROES
 OP_NAMES = ("read", "write", "flush", "discard", "write-zeroes")
 
 REQ_FUA: int = lib.VB_REQ_FUA
+REQ_GUEST: int = lib.VB_REQ_GUEST
 REQ_MAY_UNMAP: int = lib.VB_REQ_MAY_UNMAP
 
 MAX_CHILDREN: int = lib.VB_MAX_CHILDREN

@@ -7,6 +7,14 @@ from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, NodeHandle
 
 
+class FileHandle(NodeHandle):
+    """A `file` node."""
+
+    def resize(self) -> None:
+        """To be called before the file is cut off by means of another descriptor."""
+        lib.vb_node_file_resize(self.pointer)
+
+
 def new_file(
     engine: Engine,
     fd: int,
@@ -18,7 +26,7 @@ def new_file(
     detect_zeroes: int,
     memory_align: int,
     request_align: int,
-) -> NodeHandle:
+) -> FileHandle:
     """A `file` node; owns `fd` unless this raises."""
     options = ffi.new("struct vb_file_options *")
     options.fd = fd
@@ -29,6 +37,6 @@ def new_file(
     options.detect_zeroes = detect_zeroes
     options.memory_align = memory_align
     options.request_align = request_align
-    return NodeHandle(
+    return FileHandle(
         engine, engine.made(lib.vb_node_file_new(engine.pointer, options, engine.error))
     )

@@ -20,8 +20,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vhostblk.engine import NodeHandle
-from vhostblk.engine.file import new_file
+from vhostblk.engine.file import FileHandle, new_file
 from vhostblk.image import Extent
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
 from vhostblk.nodes.driver import CreateHost, NodeDriver, NodeOptions, Perm
@@ -90,7 +89,7 @@ class File(NodeDriver):
                 os.close(fd)
             raise
 
-    def _make_half(self, options: FileOptions, opened: _Opened) -> NodeHandle:
+    def _make_half(self, options: FileOptions, opened: _Opened) -> FileHandle:
         return new_file(
             self.engine,
             opened.fd,
@@ -345,6 +344,8 @@ class File(NodeDriver):
             # As QEMU does: whoever enlarged the device tells us to look again.
             self._size = actual
             return
+        assert isinstance(self.handle, FileHandle)
+        self.handle.resize()
         try:
             await asyncio.to_thread(os.ftruncate, self._fd, size)
         except OSError as error:

@@ -197,7 +197,7 @@ static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_r
 
     op->iov = (struct iovec){op->memory, op->end - op->begin};
     part->op = request->op == VB_OP_WRITE_ZEROES ? VB_OP_WRITE : request->op;
-    part->flags = request->flags & VB_REQ_FUA;
+    part->flags = request->flags & (VB_REQ_FUA | VB_REQ_GUEST);
     part->offset = op->begin + half_of(op)->offset;
     part->bytes = op->end - op->begin;
     part->iov = &op->iov;

@@ -11,3 +11,6 @@ struct vb_file_options {
 };
 
 vb_node *vb_node_file_new(vb_engine *engine, const struct vb_file_options *options, char *error);
+
+/* The file is about to be cut off, by whoever else has it open; nothing is written there meanwhile. */
+void vb_node_file_resize(vb_node *node);

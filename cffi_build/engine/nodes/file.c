@@ -7,8 +7,8 @@
  * kernel can serve from memory is done inline, by this thread, at once; whatever
  * has to wait goes to the I/O thread's backend (aio_*.c). Measured, a cached 4 KiB
  * read costs the same inline as in an io_uring batch of 32, and a cached write
- * half: ext4 hands every buffered write of a ring to a kernel thread. A small read of
- * pages that are known to be in memory costs half of that again: it is copied from a
+ * half: ext4 hands every buffered write of a ring to a kernel thread. What touches only
+ * pages that are known to be in memory costs half of that again, or less: it is copied from or to a
  * mapping of the file (file_map.c).
  *
  * When is it safe to try inline?
@@ -33,6 +33,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -89,7 +90,7 @@ struct file_node {
     _Atomic bool writing;         /* see may_write() */
     struct inline_history history[2]; /* read, write */
     struct vb_file_map map;
-    _Atomic uint64_t avoid_map_until; /* memory is short: see read_mapped() */
+    _Atomic uint64_t avoid_map_until; /* memory is short: see check_memory() */
 };
 
 /* A request's work, in its scratch. */
@@ -163,6 +164,17 @@ static void queue(struct file_io *io, void (*done)(struct vb_aio *aio))
 static void queue_fdatasync(struct file_io *io);
 
 /*
+ * ext4 turns read-only after an error. From then on (before Linux 6.15) fdatasync() succeeds and writes
+ * nothing, while pages that are mapped and dirty can still be written to.
+ */
+static bool turned_read_only(const struct file_node *file)
+{
+    struct statfs status;
+
+    return fstatfs(file->fd, &status) == 0 && (status.f_flags & ST_RDONLY);
+}
+
+/*
  * Linux reports a failed write-back once, marks the pages clean and forgets: the
  * next fdatasync() succeeds though data are lost. So after a failure every later flush
  * fails too, until the file is opened anew. With O_DIRECT no data were in our
@@ -178,6 +190,9 @@ static void flushed(struct vb_aio *aio)
     if (try_again(ret)) {
         queue_fdatasync(io);
         return;
+    }
+    if (ret >= 0 && !file->direct && turned_read_only(file)) {
+        ret = -EROFS;
     }
     if (ret < 0 && !file->direct) {
         atomic_compare_exchange_strong(&file->flush_error, &none, ret);
@@ -376,7 +391,9 @@ static bool piece_done(struct file_io *io, ssize_t ret)
         finish(io, ret < 0 ? (int)ret : -ENOSPC); /* as QEMU */
         return false;
     }
-    if (ret > 0) {
+    if (ret > 0 && is_write(io)) {
+        vb_file_map_wrote(&io->file->map, io->offset, (uint64_t)ret);
+    } else if (ret > 0) {
         vb_file_map_seen(&io->file->map, io->offset, (uint64_t)ret);
     }
     step(io, (uint64_t)ret < io->left ? (size_t)ret : io->left);
@@ -427,40 +444,73 @@ static void learn_from_slow_call(struct inline_history *history, uint64_t now, u
     atomic_store_explicit(&history->watch_until, again + WATCH_NS, memory_order_relaxed);
 }
 
+/* A call that may have to wait. */
+struct measured {
+    struct inline_history *history;
+    uint64_t start;
+    bool watched;
+    long switches;
+};
+
+/* False: not now. */
+static bool begin_measured(struct measured *here, struct inline_history *history,
+                           struct vb_iothread *thread)
+{
+    vb_refresh_now(thread);
+    here->history = history;
+    here->start = thread->now_ns;
+    here->watched = here->start < relaxed(&history->watch_until);
+    here->switches = here->watched ? voluntary_switches() : 0;
+    return here->start >= relaxed(&history->avoid_until);
+}
+
+/* The clock has been read after the call. Has it been slow? */
+static bool end_measured(const struct measured *here, struct vb_iothread *thread,
+                         uint64_t bytes)
+{
+    uint64_t took = thread->now_ns - here->start;
+
+    if (took <= SLOW_NS + bytes) {
+        return false;
+    }
+    learn_from_slow_call(here->history, thread->now_ns, took,
+                         here->watched && voluntary_switches() != here->switches);
+    return true;
+}
+
 static ssize_t measured_call(struct file_io *io, struct inline_history *history)
 {
     struct vb_iothread *thread = io->request->thread;
-    bool watched;
-    long switches = 0;
-    uint64_t start, took;
+    struct measured here;
     ssize_t ret;
 
-    vb_refresh_now(thread);
-    start = thread->now_ns;
-    if (start < relaxed(&history->avoid_until)) {
+    if (!begin_measured(&here, history, thread)) {
         return -EAGAIN;
     }
-    watched = start < relaxed(&history->watch_until);
-    if (watched) {
-        switches = voluntary_switches();
-    }
     ret = call(io, 0);
-    took = thread->now_ns - start;
-    if (took > SLOW_NS + io->left) {
-        learn_from_slow_call(history, thread->now_ns, took,
-                             watched && voluntary_switches() != switches);
-    }
+    end_measured(&here, thread, io->left);
     return ret;
 }
 
 /*
- * A small read of pages that are in memory; false: read by a system call. If the disk had to be
- * waited for, memory has become short; after that the limits of inline_history hold here, too.
+ * After a copy that was slow. If the disk had to be waited for, memory has become short; after that
+ * the limits of inline_history hold for mappings, too.
  */
+static void check_memory(struct file_node *file, struct vb_iothread *thread, uint64_t took)
+{
+    if (vb_file_map_waited(thread)) {
+        vb_file_map_forget(&file->map);
+        atomic_store_explicit(&file->avoid_map_until,
+                              thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
+                              memory_order_relaxed);
+    }
+}
+
+/* A small read of pages that are in memory; false: read by a system call. */
 static bool read_mapped(struct file_node *file, struct vb_request *request)
 {
     struct vb_iothread *thread = request->thread;
-    uint64_t start = thread->now_ns, took;
+    uint64_t start = thread->now_ns;
     bool done;
 
     if (request->bytes > (request->take ? VB_FILE_MAP_TAKE_MAX : VB_FILE_MAP_COPY_MAX) ||
@@ -470,14 +520,36 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
     }
     done = vb_file_map_read(&file->map, request);
     vb_refresh_now(thread);
-    took = thread->now_ns - start;
-    if (took > SLOW_NS && vb_file_map_waited(thread)) {
-        vb_file_map_forget(&file->map);
-        atomic_store_explicit(&file->avoid_map_until,
-                              thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
-                              memory_order_relaxed);
+    if (thread->now_ns - start > SLOW_NS) {
+        check_memory(file, thread, thread->now_ns - start);
     }
     request->taken = done && request->take;
+    return done;
+}
+
+/*
+ * The same for a write. The kernel may make us wait as in write(): for its journal, or because too
+ * much is dirty.
+ */
+static bool write_mapped(struct file_node *file, struct vb_request *request)
+{
+    struct vb_iothread *thread = request->thread;
+    struct measured here;
+    bool done;
+
+    if (!(request->flags & VB_REQ_GUEST) || request->bytes > VB_FILE_MAP_TAKE_MAX ||
+        !vb_file_map_accepts(&file->map, request->offset, request->bytes)) {
+        return false;
+    }
+    if (!begin_measured(&here, &file->history[1], thread) ||
+        here.start < relaxed(&file->avoid_map_until)) {
+        return false;
+    }
+    done = vb_file_map_write(&file->map, request);
+    vb_refresh_now(thread);
+    if (end_measured(&here, thread, request->bytes)) {
+        check_memory(file, thread, thread->now_ns - here.start);
+    }
     return done;
 }
 
@@ -674,6 +746,7 @@ static void queue_fallocate(struct file_io *io, int mode, void (*done)(struct vb
     io->aio.flags = mode;
     io->aio.offset = io->offset;
     io->aio.length = io->left;
+    vb_file_map_discard(&io->file->map, io->offset, io->left);
     queue(io, done);
 }
 
@@ -740,6 +813,10 @@ static void write_data(struct file_io *io)
 
     if (detect && all_zero(io->request)) {
         write_zeroes(io, detect == 2);
+    } else if (write_mapped(io->file, io->request)) {
+        vb_count(&io->request->thread->mapped_ios, 1);
+        io->sync = wants_fua(io);
+        transfer_end(io);
     } else {
         start_transfer(io);
     }
@@ -917,7 +994,12 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     file->in_memory = file->regular && lives_in_memory(options->fd);
     file->remote = file->regular && lives_elsewhere(options->fd);
     if (!file->direct) {
-        vb_file_map_open(&file->map, options->fd);
+        vb_file_map_open(&file->map, options->fd, !file->read_only);
     }
     return &file->node;
+}
+
+void vb_node_file_resize(struct vb_node *node)
+{
+    vb_file_map_forget(&vb_container_of(node, struct file_node, node)->map);
 }
