@@ -177,9 +177,9 @@ class BareEngine:
     def wait_all(self) -> None:
         self.wait_for(lambda: not self._pending)
 
-    def file_resize(self, node: Any) -> None:
-        """The caller is about to cut the file off."""
-        lib.vb_node_file_resize(node)
+    def file_resize(self, node: Any, size: int) -> None:
+        """The caller is about to give the file this size."""
+        lib.vb_node_file_resize(node, size)
 
     def run(self, *args: Any, **kwargs: Any) -> int:
         """Start a request and wait for it; 0 or a negative errno."""

@@ -250,9 +250,10 @@ def test_file_that_is_cut_off_by_us(engine: BareEngine, overwritten: Path) -> No
     node = engine.file(overwritten)
     data = os.urandom(PAGE)
     for _ in range(2):
-        engine.run(node, WRITE, 8 * PAGE, data, flags=GUEST)
-    engine.file_resize(node)
+        engine.run(node, WRITE, 7 * PAGE, data * 2, flags=GUEST)
+    engine.file_resize(node, 8 * PAGE + 512)
     os.truncate(overwritten, 8 * PAGE + 512)
+    assert grew(engine, node, 7 * PAGE, data)
     assert not grew(engine, node, 8 * PAGE + 512, data[:512])
     assert overwritten.stat().st_size == 8 * PAGE + 1024
     assert overwritten.read_bytes()[8 * PAGE :] == data[:512] * 2

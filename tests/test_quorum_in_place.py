@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""quorum: reads of what all legs have in the page cache, compared where it is."""
+"""quorum: what all legs have in the page cache is compared and overwritten where it is."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import MIB, Host, with_host
+from raw_key_driver import RawKey
+
+from crash import newest_tools  # isort: skip
 
 KIB = 1024
 CACHED = 128 * KIB
 
 
 def mapped(host: Host) -> int:
-    """How many reads took no system call."""
+    """How many requests to files took no system call."""
     return sum(thread.info().mapped_ios for thread in host.backend.engine.iothreads)
 
 
@@ -126,3 +130,41 @@ def test_readers_never_see_anything_but_old_or_new() -> None:
         assert host.named("QUORUM_FAILURE") == []
 
     with_host(test)
+
+
+def test_guests_overwrite_what_is_there(tmp_path: Path) -> None:
+    """On the flagship tree, through its device; nothing else goes there than guests' writes."""
+    images = [tmp_path / f"{leg}.qcow2" for leg in "abc"]
+    tools, rnd = newest_tools(), random.Random(6)
+    plain = bytearray(MIB)
+
+    async def test(host: Host) -> None:
+        for leg, image in zip("abc", images, strict=True):
+            tools.img("create", "-f", "qcow2", image, "1M")
+            file = {"driver": "file", "filename": str(image)}
+            await host.add("qcow2", leg, file=file)
+        await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2)
+        await host.add("raw-key", "disk", file="q", key="11" * 32 + "22" * 32)
+        await host.export("disk")
+        async with host.device() as guest:
+
+            async def write(offset: int, length: int) -> int:
+                before = mapped(host)
+                plain[offset : offset + length] = data = rnd.randbytes(length)
+                await guest.write(offset, data)
+                return mapped(host) - before
+
+            for offset in range(0, MIB, CACHED):
+                assert await write(offset, CACHED) == 0  # clusters, tables: by system calls
+            for offset, length in PIECES:
+                assert await write(offset, length) == 3
+            for _ in range(200):
+                offset = rnd.randrange(MIB // 512) * 512
+                await write(offset, min(rnd.choice((512, 4096, 65536)), MIB - offset))
+            await guest.flush()
+            assert await guest.read(0, MIB) == plain
+
+    with_host(test, RawKey)
+    for image in images:
+        tools.img("check", "-f", "qcow2", image)
+    assert len({tools.content(image) for image in images}) == 1

@@ -237,10 +237,10 @@ void vb_file_map_seen(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
     if (!is_small(map, offset, bytes)) {
         return;
     }
+    reach(map, end << PAGE_BITS);
     for (uint64_t page = first; page < end; page++) {
         remember(map->cached, page);
     }
-    reach(map, end << PAGE_BITS);
 }
 
 void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
@@ -255,13 +255,14 @@ void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
     }
 }
 
-void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+static void forget_range(struct vb_file_map *map, _Atomic uint64_t *bitmap, uint64_t offset,
+                         uint64_t end)
 {
     uint64_t known = atomic_load_explicit(&map->end, memory_order_relaxed);
-    uint64_t end = offset + bytes < known ? offset + bytes : known;
 
+    end = end < known ? end : known;
     for (uint64_t page = offset >> PAGE_BITS; page << PAGE_BITS < end; page++) {
-        _Atomic uint64_t *word = &map->written[page / 64];
+        _Atomic uint64_t *word = &bitmap[page / 64];
 
         if (atomic_load_explicit(word, memory_order_relaxed) == 0) {
             page |= 63; /* a hole may be large */
@@ -269,6 +270,17 @@ void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t byte
             atomic_fetch_and_explicit(word, ~(1ull << (page % 64)), memory_order_relaxed);
         }
     }
+}
+
+void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+{
+    forget_range(map, map->written, offset, offset + bytes);
+}
+
+void vb_file_map_cut_off(struct vb_file_map *map, uint64_t size)
+{
+    forget_range(map, map->written, size, UINT64_MAX);
+    forget_range(map, map->cached, size, UINT64_MAX);
 }
 
 bool vb_file_map_waited(struct vb_iothread *thread)
@@ -283,9 +295,7 @@ bool vb_file_map_waited(struct vb_iothread *thread)
 
 void vb_file_map_forget(struct vb_file_map *map)
 {
-    if (map->base) { /* the bitmaps read as zeroes from now on */
-        madvise(map->cached, 2 * bitmap_size(map), MADV_DONTNEED);
-    }
+    madvise(map->cached, 2 * bitmap_size(map), MADV_DONTNEED); /* reads as zeroes from now on */
 }
 
 static bool is_usable(struct vb_file_map *map, uint64_t offset, uint64_t bytes)

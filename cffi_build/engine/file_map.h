@@ -34,7 +34,9 @@ void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
 /* Whether this thread has had to wait for a disk to bring in a page since the last call. */
 bool vb_file_map_waited(struct vb_iothread *thread);
-/* Nothing is known any more of what is in memory, or in the file. Any thread. */
+/* The file is about to be cut off there. Any thread. */
+void vb_file_map_cut_off(struct vb_file_map *map, uint64_t size);
+/* A copy has waited for the disk: nothing is known to be in memory. */
 void vb_file_map_forget(struct vb_file_map *map);
 bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
 /* Copies what vb_file_map_has() into the iovec, or has it taken; false: what was read is worthless. */

@@ -10,9 +10,9 @@ from vhostblk.engine import Engine, NodeHandle
 class FileHandle(NodeHandle):
     """A `file` node."""
 
-    def resize(self) -> None:
-        """To be called before the file is cut off by means of another descriptor."""
-        lib.vb_node_file_resize(self.pointer)
+    def resize(self, size: int) -> None:
+        """To be called before the file gets that size, in bytes, by means of another descriptor."""
+        lib.vb_node_file_resize(self.pointer, size)
 
 
 def new_file(

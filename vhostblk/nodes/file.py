@@ -345,7 +345,7 @@ class File(NodeDriver):
             self._size = actual
             return
         assert isinstance(self.handle, FileHandle)
-        self.handle.resize()
+        self.handle.resize(size)
         try:
             await asyncio.to_thread(os.ftruncate, self._fd, size)
         except OSError as error:

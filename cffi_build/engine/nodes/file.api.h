@@ -12,5 +12,5 @@ struct vb_file_options {
 
 vb_node *vb_node_file_new(vb_engine *engine, const struct vb_file_options *options, char *error);
 
-/* The file is about to be cut off, by whoever else has it open; nothing is written there meanwhile. */
-void vb_node_file_resize(vb_node *node);
+/* The file is about to have this size, by way of another fd. Behind it nothing is written meanwhile. */
+void vb_node_file_resize(vb_node *node, uint64_t size);

@@ -999,7 +999,7 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     return &file->node;
 }
 
-void vb_node_file_resize(struct vb_node *node)
+void vb_node_file_resize(struct vb_node *node, uint64_t size)
 {
-    vb_file_map_forget(&vb_container_of(node, struct file_node, node)->map);
+    vb_file_map_cut_off(&vb_container_of(node, struct file_node, node)->map, size);
 }
