@@ -55,7 +55,7 @@
 #define PAGE_SIZE_MAX 65536ull
 /* How much a file may grow before its new pages are for system calls. (TSan has few addresses.) */
 #ifdef __SANITIZE_THREAD__
-#define ROOM 0ull
+#define ROOM (64ull << 20)
 #else
 #define ROOM (64ull << 30)
 #endif
