@@ -164,50 +164,63 @@ def test_idle_process_does_not_hold_the_pages(engine: BareEngine, image: Path) -
     assert engine.read(node, 0, PAGE) == image.read_bytes()[:PAGE]
 
 
-def grew(engine: BareEngine, node: object, offset: int, data: bytes, flags: int = GUEST) -> bool:
-    """Was that written through the mapping?"""
+def stored(engine: BareEngine, node: object, offset: int, data: bytes, flags: int = GUEST) -> bool:
+    """Write that; was it through the mapping?"""
     before = mapped(engine)
-    engine.run(node, WRITE, offset, data, flags=flags)
+    assert engine.run(node, WRITE, offset, data, flags=flags) == 0
     return mapped(engine) > before
 
 
-def test_second_write_needs_no_system_call(engine: BareEngine, overwritten: Path) -> None:
+def heat(engine: BareEngine, node: object, region: int = 0) -> bytes:
+    """Write a whole region (1 MiB), by system calls."""
+    data = os.urandom(MIB)
+    for at in range(0, MIB, 128 * KIB):
+        piece = data[at : at + 128 * KIB]
+        assert not stored(engine, node, region * MIB + at, piece)
+    return data
+
+
+def test_what_is_dirty_is_written_without_system_calls(
+    engine: BareEngine, overwritten: Path
+) -> None:
     node = engine.file(overwritten)
-    expected = bytearray(overwritten.read_bytes())
-    for offset, length in [(0, PAGE), (64 * KIB, 64 * KIB), (256 * KIB, 128 * KIB)]:
-        for turn in range(3):
-            data = os.urandom(length)
-            assert grew(engine, node, offset, data) == (turn > 0)
-            expected[offset : offset + length] = data
-            assert overwritten.read_bytes() == expected
-            assert engine.read(node, offset, length) == data
-    # Parts of pages, from memory at odd addresses.
-    for offset, length, skip in [(256 * KIB + 512, 512, 0), (260 * KIB - 512, 5 * KIB, 3)]:
-        data = os.urandom(length)
-        before = mapped(engine)
+    expected = bytearray(heat(engine, node))
+    for offset, length, skip in [
+        (0, PAGE, 0),
+        (64 * KIB, 64 * KIB, 0),
+        (MIB - 128 * KIB, 128 * KIB, 0),
+        (512, 512, 0),  # parts of pages, from memory at odd addresses
+        (12 * KIB - 512, 5 * KIB, 3),
+    ]:
+        data, before = os.urandom(length), mapped(engine)
         pending = engine.start(node, WRITE, offset, data, flags=GUEST, skip=skip)
         engine.wait_for(lambda p=pending: p.ret is not None)  # type: ignore[misc]
         assert pending.ret == 0
         assert mapped(engine) == before + 1
         expected[offset : offset + length] = data
         assert overwritten.read_bytes() == expected
-    assert not grew(engine, node, 256 * KIB, bytes(256 * KIB))  # too large
+        assert engine.read(node, offset, length) == data
+    assert not stored(engine, node, 0, bytes(256 * KIB))  # too large
 
 
 def test_what_is_not_written_through_the_mapping(engine: BareEngine, overwritten: Path) -> None:
-    """What is not a guest's, may be a hole, or was written in part only."""
+    """What is not a guest's, and where something may be clean, or a hole."""
     node = engine.file(overwritten, discard_unmap=True)
     data = os.urandom(PAGE)
     engine.read(node, 0, PAGE)
-    assert not grew(engine, node, 0, data)  # read, not written
-    assert grew(engine, node, 0, data)
-    assert not grew(engine, node, 0, data, flags=0)  # half of it may not be there after kill -9
-    engine.run(node, WRITE, 8 * PAGE, bytes(512), flags=GUEST)
-    assert not grew(engine, node, 8 * PAGE, data)
+    assert not stored(engine, node, 0, data)  # read, not written
+    assert not stored(engine, node, 0, data)  # others of the region may be clean
+    heat(engine, node)
+    assert stored(engine, node, 0, data)
+    assert not stored(engine, node, 0, data, flags=0)  # half of it may not be there after kill -9
     for op, flags in ((DISCARD, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, MAY_UNMAP)):
-        assert grew(engine, node, 0, data)
+        assert stored(engine, node, 0, data)
         engine.run(node, op, 0, PAGE, flags=flags)
-        assert not grew(engine, node, 0, data)
+        assert not stored(engine, node, 8 * PAGE, data)
+        assert not stored(engine, node, 0, data)
+    assert stored(engine, node, 0, data)
+    assert engine.run(node, FLUSH) == 0  # all is clean
+    assert not stored(engine, node, 0, data)
     assert overwritten.read_bytes()[:PAGE] == data
 
 
@@ -219,16 +232,31 @@ def test_a_mapped_write_reaches_the_disk(engine: BareEngine, overwritten: Path) 
         pytest.skip("no O_DIRECT on this file system")
     node = engine.file(overwritten)
     memory = mmap.mmap(-1, PAGE)
-    for _ in range(3):
-        for flush in (False, True):
-            data = os.urandom(PAGE)
-            engine.run(node, WRITE, 4 * PAGE, data, flags=GUEST if flush else GUEST | FUA)
-            if flush:
-                engine.run(node, FLUSH)
-            assert os.preadv(fd, [memory], 4 * PAGE) == PAGE
-            assert memory[:] == data
-    assert mapped(engine) == 5
+    for flush in (False, True) * 3:
+        heat(engine, node)
+        data = os.urandom(PAGE)
+        assert stored(engine, node, 4 * PAGE, data, GUEST if flush else GUEST | FUA)
+        if flush:
+            assert engine.run(node, FLUSH) == 0
+        assert os.preadv(fd, [memory], 4 * PAGE) == PAGE
+        assert memory[:] == data
     os.close(fd)
+
+
+def test_flushes_all_the_time(engine: BareEngine, overwritten: Path) -> None:
+    """Right after a flush, page faults are not worth it yet; later they are."""
+    node = engine.file(overwritten)
+    data = os.urandom(64 * KIB)
+    for _ in range(3):
+        heat(engine, node)
+        for at in range(0, MIB, len(data)):
+            stored(engine, node, at, data)
+        assert engine.run(node, FLUSH) == 0
+    heat(engine, node)
+    deadline = time.monotonic() + 30
+    while not all(stored(engine, node, at, data) for at in range(0, MIB, len(data))):
+        assert time.monotonic() < deadline
+    assert overwritten.read_bytes() == data * 16
 
 
 def test_file_that_grows(engine: BareEngine, overwritten: Path) -> None:
@@ -236,49 +264,46 @@ def test_file_that_grows(engine: BareEngine, overwritten: Path) -> None:
     os.truncate(overwritten, 0)
     node = engine.file(overwritten)
     data = os.urandom(64 * KIB)
-    for offset in (0, 64 * KIB):
-        assert not grew(engine, node, offset, data)
-        assert grew(engine, node, offset, data)
-    assert not grew(engine, node, 128 * KIB, data[: PAGE + 512])
-    assert not grew(engine, node, 132 * KIB, data[:512])
-    assert not grew(engine, node, 132 * KIB + 512, data[:512])
-    assert overwritten.stat().st_size == 133 * KIB
+    for region in range(2):
+        heat(engine, node, region)
+        assert stored(engine, node, region * MIB, data)
+    assert not stored(engine, node, 2 * MIB, data[: PAGE + 512])
+    assert not stored(engine, node, 2 * MIB + PAGE, data[:512])
+    assert not stored(engine, node, 2 * MIB + PAGE + 512, data[:512])
+    assert overwritten.stat().st_size == 2 * MIB + PAGE + 1024
 
 
 def test_file_that_is_cut_off_by_us(engine: BareEngine, overwritten: Path) -> None:
     """In the middle of a page, that is, and what comes there later makes the file longer."""
     node = engine.file(overwritten)
     data = os.urandom(PAGE)
-    for _ in range(2):
-        engine.run(node, WRITE, 7 * PAGE, data * 2, flags=GUEST)
-    engine.file_resize(node, 8 * PAGE + 512)
-    os.truncate(overwritten, 8 * PAGE + 512)
-    assert grew(engine, node, 7 * PAGE, data)
-    assert not grew(engine, node, 8 * PAGE + 512, data[:512])
-    assert overwritten.stat().st_size == 8 * PAGE + 1024
-    assert overwritten.read_bytes()[8 * PAGE :] == data[:512] * 2
+    for region in range(2):
+        heat(engine, node, region)
+    engine.file_resize(node, MIB + 512)
+    os.truncate(overwritten, MIB + 512)
+    assert stored(engine, node, 0, data)
+    assert not stored(engine, node, MIB + 512, data[:512])
+    assert overwritten.stat().st_size == MIB + 1024
+    assert overwritten.read_bytes()[MIB + 512 :] == data[:512]
 
 
 def test_no_space_for_a_page_that_became_a_hole(engine: BareEngine, small_disk: Path) -> None:
     """By somebody else's hand: SIGBUS in a copy. The answer is that of a system call."""
+    subprocess.run(["mount", "-o", "remount,size=2M", small_disk], check=True)
     path = small_disk / "image"
-    path.write_bytes(bytes(MIB))
+    path.touch()
     node = engine.file(path)
+    expected = heat(engine, node)
     data = os.urandom(64 * KIB)
-    for _ in range(2):
-        engine.run(node, WRITE, 0, data, flags=GUEST)
-    assert mapped(engine) == 1
+    assert stored(engine, node, 0, data)
     subprocess.run(["fallocate", "--punch-hole", "-o", "0", "-l", "64K", path], check=True)
-    with open(small_disk / "full", "wb") as other, contextlib.suppress(OSError):
+    with open(small_disk / "full", "wb", 0) as other, contextlib.suppress(OSError):
         while True:
-            other.write(bytes(64 * KIB))
-            other.flush()
-    pending = engine.start(node, WRITE, 0, data, flags=GUEST)
-    engine.wait_for(lambda: pending.ret is not None)
-    assert pending.ret == -errno.ENOSPC
+            other.write(bytes(PAGE))
+    assert engine.run(node, WRITE, 0, data, flags=GUEST) == -errno.ENOSPC
     (small_disk / "full").unlink()
-    engine.run(node, WRITE, 0, data, flags=GUEST)
-    assert path.read_bytes() == data + bytes(MIB - len(data))
+    assert not stored(engine, node, 0, data)
+    assert path.read_bytes() == data + expected[len(data) :]
 
 
 @pytest.fixture
@@ -307,13 +332,10 @@ def test_file_system_that_gives_up(
     """Pages in use take what is written, but nobody is told that it is on the disk."""
     mount, give_up = failing_disk
     path = mount / "image"
-    path.write_bytes(bytes(MIB))
+    path.touch()
     node = engine.file(path)
-    for _ in range(2):
-        assert engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST) == 0
-    assert mapped(engine) == 1
-    assert engine.run(node, FLUSH) == 0
-    assert engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST) == 0
+    heat(engine, node)
+    assert stored(engine, node, 0, os.urandom(PAGE))
     give_up()
     engine.run(node, WRITE, 0, os.urandom(PAGE), flags=GUEST)
     for _ in range(3):

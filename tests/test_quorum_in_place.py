@@ -136,11 +136,11 @@ def test_guests_overwrite_what_is_there(tmp_path: Path) -> None:
     """On the flagship tree, through its device; nothing else goes there than guests' writes."""
     images = [tmp_path / f"{leg}.qcow2" for leg in "abc"]
     tools, rnd = newest_tools(), random.Random(6)
-    plain = bytearray(MIB)
+    plain = bytearray(4 * MIB)
 
     async def test(host: Host) -> None:
         for leg, image in zip("abc", images, strict=True):
-            tools.img("create", "-f", "qcow2", image, "1M")
+            tools.img("create", "-f", "qcow2", image, "4M")
             file = {"driver": "file", "filename": str(image)}
             await host.add("qcow2", leg, file=file)
         await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2)
@@ -154,15 +154,16 @@ def test_guests_overwrite_what_is_there(tmp_path: Path) -> None:
                 await guest.write(offset, data)
                 return mapped(host) - before
 
-            for offset in range(0, MIB, CACHED):
+            for offset in range(0, 4 * MIB, CACHED):
                 assert await write(offset, CACHED) == 0  # clusters, tables: by system calls
             for offset, length in PIECES:
-                assert await write(offset, length) == 3
+                assert await write(MIB + offset, length) == 3
             for _ in range(200):
-                offset = rnd.randrange(MIB // 512) * 512
-                await write(offset, min(rnd.choice((512, 4096, 65536)), MIB - offset))
+                length = rnd.choice((512, 4096, 65536))
+                await write(rnd.randrange((4 * MIB - length) // 512) * 512, length)
+            assert await guest.read(0, 4 * MIB) == plain
             await guest.flush()
-            assert await guest.read(0, MIB) == plain
+            assert await write(MIB, CACHED) == 0
 
     with_host(test, RawKey)
     for image in images:

@@ -254,6 +254,11 @@ struct vb_poller {
     bool (*arm)(struct vb_poller *poller);   /* before sleeping: ask to be woken; true: stay awake */
 };
 
+/* Pages that had to be made ready, and those for which a disk had to be waited for. */
+struct vb_page_faults {
+    uint64_t minor, major;
+};
+
 struct vb_iothread {
     struct vb_engine *engine;
     uint32_t index;           /* into per-thread arrays, below VB_MAX_IOTHREADS */
@@ -271,7 +276,7 @@ struct vb_iothread {
     uint32_t timers_used, timers_size;
     struct vb_timer trim;     /* file_map.c's */
     bool trimming;            /* it is running */
-    long major_faults;        /* of this thread, when last looked at */
+    struct vb_page_faults page_faults; /* of this thread, when last looked at: file_map.c's */
     uint64_t max_sleep_ns;    /* set by arm(), for one sleep */
     _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* written by control at any time */
     _Atomic uint64_t poll_ns;

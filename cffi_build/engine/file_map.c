@@ -13,6 +13,11 @@
  *  - Only pages are written this way that have been written by system calls as a whole: these
  *    exist, to their ends, and have their place on the disk. Where a file is cut off or a hole is made,
  *    that is forgotten first.
+ *  - And only in regions all of which has been written that way since the last flush. When a clean page
+ *    is written to, the kernel takes a fault, and takes for dirty whatever it keeps in one
+ *    piece with that page, up to a MiB and more: a sector would become a large write. Here all
+ *    of that is dirty anyway. The faults may cost a sixteenth of the time since the flush, at most:
+ *    who flushes all the time is better off with system calls.
  *  - The signal handler replaces what has failed by memory of nobody's and marks the mapping lost. Who
  *    was copying sees the mark and does it again by a system call, which gives the
  *    right answer or the right error. The mapping is not used again.
@@ -20,8 +25,8 @@
  *    those that overwrite in place.
  *
  * What is written is in the page cache then, as after write(): it outlives this process, and fdatasync()
- * brings it to the disk. The kernel notices the first write to a page after each
- * write-back; that is where it marks the page dirty, and makes whoever dirties too many wait. One
+ * brings it to the disk. With the fault comes what write() does, too: who dirties too much
+ * has to wait. One
  * difference: kill -9 may come in the middle of a sector. So metadata are never written this way, only
  * what a guest writes (VB_REQ_GUEST), which repeats it when it meets the next process.
  *
@@ -59,6 +64,12 @@
 #else
 #define ROOM (64ull << 30)
 #endif
+/* As large as what the kernel may take for dirty at once, or nearly: a bit per page, whole words. */
+#define REGION (1ull << 20)
+#define REGION_WORDS (REGION / PAGE / 64)
+/* The kernel writes what is dirty by itself, too, about that often. */
+#define CLEAN_INTERVAL_NS 5000000000u
+#define LOST_FACTOR 16u
 #define TRIM_INTERVAL_NS 1000000000u
 /* Dropping a page table entry takes about 20 ns; other requests of the thread wait for it. */
 #define TRIM_STEP (64ull << 20)
@@ -104,28 +115,30 @@ static enum use use_of(int fd, bool writable)
     }
 }
 
-/* Of one bit per page. */
+/* Of one bit per page, for whole regions. */
 static size_t bitmap_size(const struct vb_file_map *map)
 {
-    return (map->length / PAGE / 64 + 1) * sizeof(uint64_t);
+    return (map->length / REGION + 1) * REGION_WORDS * sizeof(uint64_t);
 }
 
-static bool map_bitmaps(struct vb_file_map *map)
+static _Atomic uint64_t *map_bitmap(const struct vb_file_map *map)
 {
-    unsigned char *memory = mmap(NULL, 2 * bitmap_size(map), PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *memory = mmap(NULL, bitmap_size(map), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-    if (memory == MAP_FAILED) {
-        return false;
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static void unmap_bitmap(const struct vb_file_map *map, _Atomic uint64_t *bitmap)
+{
+    if (bitmap) {
+        munmap(bitmap, bitmap_size(map));
     }
-    map->cached = (_Atomic uint64_t *)memory;
-    map->written = (_Atomic uint64_t *)(memory + bitmap_size(map));
-    return true;
 }
 
-static void unmap_bitmaps(struct vb_file_map *map)
+static void clear_bitmap(const struct vb_file_map *map, _Atomic uint64_t *bitmap)
 {
-    munmap(map->cached, 2 * bitmap_size(map));
+    madvise(bitmap, bitmap_size(map), MADV_DONTNEED); /* reads as zeroes from now on */
 }
 
 static int protection(const struct vb_file_map *map)
@@ -135,15 +148,20 @@ static int protection(const struct vb_file_map *map)
 
 static bool map_file(struct vb_file_map *map, int fd, uint64_t length)
 {
-    void *base;
+    void *base = MAP_FAILED;
 
     map->length = length & ~(PAGE - 1);
-    if (map->length == 0 || !map_bitmaps(map)) {
+    if (map->length == 0) {
         return false;
     }
-    base = mmap(NULL, map->length, protection(map), MAP_SHARED | MAP_NORESERVE, fd, 0);
+    map->cached = map_bitmap(map);
+    map->written = map_bitmap(map);
+    if (map->cached && map->written) {
+        base = mmap(NULL, map->length, protection(map), MAP_SHARED | MAP_NORESERVE, fd, 0);
+    }
     if (base == MAP_FAILED) {
-        unmap_bitmaps(map);
+        unmap_bitmap(map, map->cached);
+        unmap_bitmap(map, map->written);
         return false;
     }
     map->base = base;
@@ -164,6 +182,7 @@ void vb_file_map_open(struct vb_file_map *map, int fd, bool writable)
     if (!map_file(map, fd, size + ROOM) && !map_file(map, fd, size)) {
         return; /* nothing lost but speed */
     }
+    atomic_init(&map->clean_ns, vb_clock_ns());
     madvise(map->base, map->length, MADV_DONTDUMP);
     madvise(map->base, map->length, MADV_RANDOM); /* a fault may not read ahead: it should not read at all */
     pthread_mutex_lock(&maps_lock);
@@ -186,7 +205,8 @@ void vb_file_map_close(struct vb_file_map *map)
     }
     pthread_mutex_unlock(&maps_lock);
     munmap(map->base, map->length);
-    unmap_bitmaps(map);
+    unmap_bitmap(map, map->cached);
+    unmap_bitmap(map, map->written);
 }
 
 /* ---- which pages are in memory --------------------------------------------------------- */
@@ -253,6 +273,9 @@ void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
          page++) {
         remember(map->written, page);
     }
+    if (!atomic_load_explicit(&map->dirty, memory_order_relaxed)) {
+        atomic_store_explicit(&map->dirty, true, memory_order_relaxed);
+    }
 }
 
 static void forget_range(struct vb_file_map *map, _Atomic uint64_t *bitmap, uint64_t offset,
@@ -283,19 +306,40 @@ void vb_file_map_cut_off(struct vb_file_map *map, uint64_t size)
     forget_range(map, map->cached, size, UINT64_MAX);
 }
 
-bool vb_file_map_waited(struct vb_iothread *thread)
+/* What is written meanwhile is forgotten or not; another system call is all it takes. */
+void vb_file_map_clean(struct vb_file_map *map, uint64_t now_ns)
 {
+    if (atomic_load_explicit(&map->dirty, memory_order_relaxed)) {
+        atomic_store_explicit(&map->dirty, false, memory_order_relaxed);
+        clear_bitmap(map, map->written);
+    }
+    atomic_store_explicit(&map->clean_ns, now_ns, memory_order_relaxed);
+    atomic_store_explicit(&map->lost_ns, 0, memory_order_relaxed);
+}
+
+struct vb_page_faults vb_page_faults(struct vb_iothread *thread)
+{
+    struct vb_page_faults before = thread->page_faults;
     struct rusage usage;
-    long before = thread->major_faults;
 
     getrusage(RUSAGE_THREAD, &usage);
-    thread->major_faults = usage.ru_majflt;
-    return usage.ru_majflt != before;
+    thread->page_faults.minor = (uint64_t)usage.ru_minflt;
+    thread->page_faults.major = (uint64_t)usage.ru_majflt;
+    return (struct vb_page_faults){
+        .minor = thread->page_faults.minor - before.minor,
+        .major = thread->page_faults.major - before.major,
+    };
+}
+
+void vb_file_map_lost(struct vb_file_map *map, uint64_t ns)
+{
+    atomic_fetch_add_explicit(&map->lost_ns, ns, memory_order_relaxed);
 }
 
 void vb_file_map_forget(struct vb_file_map *map)
 {
-    madvise(map->cached, 2 * bitmap_size(map), MADV_DONTNEED); /* reads as zeroes from now on */
+    clear_bitmap(map, map->written);
+    clear_bitmap(map, map->cached);
 }
 
 static bool is_usable(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
@@ -309,10 +353,28 @@ bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
     return is_usable(map, offset, bytes) && remembered(map->cached, offset, bytes);
 }
 
-bool vb_file_map_accepts(struct vb_file_map *map, uint64_t offset, uint64_t bytes)
+/* All of the regions in which these bytes are. The bitmap has room for whole regions. */
+static bool are_dirty(const struct vb_file_map *map, uint64_t offset, uint64_t bytes)
 {
-    return map->writable && is_usable(map, offset, bytes) &&
-           remembered(map->written, offset, bytes);
+    uint64_t end = ((offset + bytes - 1) / REGION + 1) * REGION_WORDS, all = ~0ull;
+
+    for (uint64_t word = offset / REGION * REGION_WORDS; word < end; word++) {
+        all &= atomic_load_explicit(&map->written[word], memory_order_relaxed);
+    }
+    return all == ~0ull;
+}
+
+bool vb_file_map_accepts(struct vb_file_map *map, uint64_t offset, uint64_t bytes,
+                         uint64_t now_ns)
+{
+    uint64_t clean_ns, lost_ns;
+
+    if (!map->writable || !is_usable(map, offset, bytes) || !are_dirty(map, offset, bytes)) {
+        return false;
+    }
+    clean_ns = atomic_load_explicit(&map->clean_ns, memory_order_relaxed);
+    lost_ns = atomic_load_explicit(&map->lost_ns, memory_order_relaxed);
+    return lost_ns * LOST_FACTOR <= now_ns - clean_ns || now_ns < clean_ns;
 }
 
 /* ---- copies ------------------------------------------------------------------------------- */
@@ -434,11 +496,15 @@ bool vb_file_map_fault(uintptr_t address)
 /* ---- giving memory back ------------------------------------------------------------------- */
 
 /* When to look at this mapping again; 0: not before it is used. */
-static uint64_t trim_map(struct vb_file_map *map)
+static uint64_t trim_map(struct vb_file_map *map, uint64_t now_ns)
 {
+    uint64_t clean_ns = atomic_load_explicit(&map->clean_ns, memory_order_relaxed);
     uint64_t end = atomic_load_explicit(&map->end, memory_order_relaxed);
     uint64_t step;
 
+    if (now_ns > clean_ns + CLEAN_INTERVAL_NS) {
+        vb_file_map_clean(map, now_ns);
+    }
     if (atomic_exchange_explicit(&map->used, false, memory_order_relaxed)) {
         map->trimmed = 0;
         return TRIM_INTERVAL_NS;
@@ -462,7 +528,7 @@ static void trim(struct vb_timer *timer)
         return;
     }
     for (struct vb_file_map *map = maps; map; map = map->next) {
-        uint64_t again = trim_map(map);
+        uint64_t again = trim_map(map, thread->now_ns);
         next = again && (!next || again < next) ? again : next;
     }
     pthread_mutex_unlock(&maps_lock);

@@ -16,7 +16,10 @@ struct vb_file_map {
     uint64_t length;
     bool writable;
     _Atomic uint64_t *cached;  /* owned; a bit per page: it was in memory when last looked at */
-    _Atomic uint64_t *written; /* behind `cached`; a bit per page: all of it by system calls */
+    _Atomic uint64_t *written; /* owned; a bit per page: all of it by system calls since clean_ns */
+    _Atomic bool dirty;        /* some are set */
+    _Atomic uint64_t clean_ns; /* when all pages were last taken for clean */
+    _Atomic uint64_t lost_ns;  /* to page faults since then */
     _Atomic uint64_t end;      /* no page behind is in use */
     _Atomic bool lost;         /* part of it is not the file any more */
     _Atomic bool used;         /* since the last trim */
@@ -32,8 +35,13 @@ void vb_file_map_seen(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
 void vb_file_map_wrote(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
 /* These bytes are about to become a hole. */
 void vb_file_map_discard(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
-/* Whether this thread has had to wait for a disk to bring in a page since the last call. */
-bool vb_file_map_waited(struct vb_iothread *thread);
+/* The kernel is about to bring all that is dirty to the disk. */
+void vb_file_map_clean(struct vb_file_map *map, uint64_t now_ns);
+
+/* What this thread has met since the last call. */
+struct vb_page_faults vb_page_faults(struct vb_iothread *thread);
+/* A write took so long, and met faults. */
+void vb_file_map_lost(struct vb_file_map *map, uint64_t ns);
 /* The file is about to be cut off there. Any thread. */
 void vb_file_map_cut_off(struct vb_file_map *map, uint64_t size);
 /* A copy has waited for the disk: nothing is known to be in memory. */
@@ -41,7 +49,9 @@ void vb_file_map_forget(struct vb_file_map *map);
 bool vb_file_map_has(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
 /* Copies what vb_file_map_has() into the iovec, or has it taken; false: what was read is worthless. */
 bool vb_file_map_read(struct vb_file_map *map, struct vb_request *request);
-bool vb_file_map_accepts(struct vb_file_map *map, uint64_t offset, uint64_t bytes);
+/* May a write go to the mapping, and is it worth it? */
+bool vb_file_map_accepts(struct vb_file_map *map, uint64_t offset, uint64_t bytes,
+                         uint64_t now_ns);
 /* Writes what vb_file_map_accepts(); false: what of it is in the file nobody knows. */
 bool vb_file_map_write(struct vb_file_map *map, struct vb_request *request);
 

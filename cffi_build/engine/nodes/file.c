@@ -51,6 +51,8 @@
 
 /* An inline call that took longer than this, plus 1 ns per byte, did not find memory ready. */
 #define SLOW_NS 50000u
+/* What a page fault costs, or more than storing what fits in a page does. */
+#define FAULT_NS 1000u
 /* Longer than another process has the CPU of a thread that is about to write. */
 #define REFUSED_NS 5000000u
 #define WATCH_NS 1000000000u
@@ -207,6 +209,7 @@ static void queue_fdatasync(struct file_io *io)
 {
     io->aio.opcode = VB_AIO_FDATASYNC;
     io->aio.fd = io->file->fd;
+    vb_file_map_clean(&io->file->map, io->request->thread->now_ns);
     queue(io, flushed);
 }
 
@@ -464,18 +467,16 @@ static bool begin_measured(struct measured *here, struct inline_history *history
     return here->start >= relaxed(&history->avoid_until);
 }
 
-/* The clock has been read after the call. Has it been slow? */
-static bool end_measured(const struct measured *here, struct vb_iothread *thread,
+/* The clock has been read after the call. */
+static void end_measured(const struct measured *here, struct vb_iothread *thread,
                          uint64_t bytes)
 {
     uint64_t took = thread->now_ns - here->start;
 
-    if (took <= SLOW_NS + bytes) {
-        return false;
+    if (took > SLOW_NS + bytes) {
+        learn_from_slow_call(here->history, thread->now_ns, took,
+                             here->watched && voluntary_switches() != here->switches);
     }
-    learn_from_slow_call(here->history, thread->now_ns, took,
-                         here->watched && voluntary_switches() != here->switches);
-    return true;
 }
 
 static ssize_t measured_call(struct file_io *io, struct inline_history *history)
@@ -496,9 +497,10 @@ static ssize_t measured_call(struct file_io *io, struct inline_history *history)
  * After a copy that was slow. If the disk had to be waited for, memory has become short; after that
  * the limits of inline_history hold for mappings, too.
  */
-static void check_memory(struct file_node *file, struct vb_iothread *thread, uint64_t took)
+static void check_memory(struct file_node *file, struct vb_iothread *thread,
+                         struct vb_page_faults faults, uint64_t took)
 {
-    if (vb_file_map_waited(thread)) {
+    if (faults.major > 0) {
         vb_file_map_forget(&file->map);
         atomic_store_explicit(&file->avoid_map_until,
                               thread->now_ns + AVOID_NS + took * AVOID_FACTOR,
@@ -521,35 +523,43 @@ static bool read_mapped(struct file_node *file, struct vb_request *request)
     done = vb_file_map_read(&file->map, request);
     vb_refresh_now(thread);
     if (thread->now_ns - start > SLOW_NS) {
-        check_memory(file, thread, thread->now_ns - start);
+        check_memory(file, thread, vb_page_faults(thread), thread->now_ns - start);
     }
     request->taken = done && request->take;
     return done;
 }
 
 /*
- * The same for a write. The kernel may make us wait as in write(): for its journal, or because too
- * much is dirty.
+ * The same for a write. Page faults make it slow, and in a fault the kernel may make us wait as in
+ * write(): for its journal, or because too much is dirty.
  */
 static bool write_mapped(struct file_node *file, struct vb_request *request)
 {
     struct vb_iothread *thread = request->thread;
+    struct vb_file_map *map = &file->map;
     struct measured here;
+    uint64_t took;
     bool done;
 
     if (!(request->flags & VB_REQ_GUEST) || request->bytes > VB_FILE_MAP_TAKE_MAX ||
-        !vb_file_map_accepts(&file->map, request->offset, request->bytes)) {
+        !vb_file_map_accepts(map, request->offset, request->bytes, thread->now_ns)) {
         return false;
     }
     if (!begin_measured(&here, &file->history[1], thread) ||
         here.start < relaxed(&file->avoid_map_until)) {
         return false;
     }
-    done = vb_file_map_write(&file->map, request);
+    done = vb_file_map_write(map, request);
     vb_refresh_now(thread);
-    if (end_measured(&here, thread, request->bytes)) {
-        check_memory(file, thread, thread->now_ns - here.start);
+    took = thread->now_ns - here.start;
+    if (took > FAULT_NS + request->bytes / 4) {
+        struct vb_page_faults faults = vb_page_faults(thread);
+        uint64_t cost = faults.minor * FAULT_NS;
+
+        vb_file_map_lost(map, cost < took ? cost : took);
+        check_memory(file, thread, faults, took);
     }
+    end_measured(&here, thread, request->bytes);
     return done;
 }
 
