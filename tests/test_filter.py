@@ -14,7 +14,7 @@ import pytest
 from frontend import BlockError
 from in_process import MIB, Host, refused, with_host
 
-from vhostblk.engine import UpcallHandle
+from vhostblk.engine import REQ_GUEST, UpcallHandle
 from vhostblk.filter import ChildRole, Filter, FilterOptions, Request
 from vhostblk.schema import BlockdevRef
 
@@ -52,7 +52,7 @@ def test_all_operations_reach_the_hooks() -> None:
             await guest.write_zeroes(4096, 4096, unmap=True)
             assert await guest.read(4096, 8192) == bytes(4096) + b"x" * 4096
         assert node.seen == [
-            ("write", 4096, 8192, 0),
+            ("write", 4096, 8192, REQ_GUEST),
             ("read", 4096, 8192, 0),
             ("flush", 0, 0, 0),
             ("discard", 0, 4096, 0),

@@ -274,7 +274,7 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
         blk_done(request);
         return;
     }
-    request->flags = VB_REQ_GUEST;
+    request->flags = op == VB_OP_WRITE ? VB_REQ_GUEST : 0;
     if (op == VB_OP_WRITE && writethrough(blk)) {
         request->flags |= VB_REQ_FUA;
     }
