@@ -344,8 +344,8 @@ class File(NodeDriver):
             # As QEMU does: whoever enlarged the device tells us to look again.
             self._size = actual
             return
-        assert isinstance(self.handle, FileHandle)
-        self.handle.resize(size)
+        if isinstance(self.handle, FileHandle):
+            self.handle.resize(size)
         try:
             await asyncio.to_thread(os.ftruncate, self._fd, size)
         except OSError as error:
