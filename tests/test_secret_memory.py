@@ -26,6 +26,7 @@ from vhostblk.control.client import ControlClient, Refused
 from vhostblk.luks.file import open_storage
 from vhostblk.secret import SecretBytes
 
+MAPPED_MAX = 64 << 20
 # A sanitizer has terabytes of memory of its own, which nobody can search.
 MAY_LOOK = os.geteuid() == 0 and "LD_PRELOAD" not in os.environ
 
@@ -65,7 +66,9 @@ def memory_of(pid: int) -> Iterator[tuple[str, bytes]]:
                 continue
             memory.seek(int(start, 16))
             try:
-                yield line, memory.read(int(end, 16) - int(start, 16))
+                # What is shared is the image, in a mapping with room to grow.
+                most = MAPPED_MAX if "s" in mode else sys.maxsize
+                yield line, memory.read(min(int(end, 16) - int(start, 16), most))
             except OSError:
                 continue
 
