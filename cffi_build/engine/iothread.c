@@ -236,6 +236,15 @@ static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
     }
 }
 
+/* How long to spin; a maximum that has become lower counts at once. */
+static uint64_t spin_limit(struct vb_iothread *thread)
+{
+    uint64_t max = atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
+    uint64_t limit = atomic_load_explicit(&thread->poll_ns, memory_order_relaxed);
+
+    return limit < max ? limit : max;
+}
+
 /* How long a helper waits for more, from when it was last called or given something to do. */
 static bool waits_for_help(struct vb_iothread *thread)
 {
@@ -265,8 +274,7 @@ static void loop(struct vb_iothread *thread)
             sched_yield();
             continue;
         }
-        if (thread->now_ns - idle_since <
-            atomic_load_explicit(&thread->poll_ns, memory_order_relaxed)) {
+        if (thread->now_ns - idle_since < spin_limit(thread)) {
             __builtin_ia32_pause();
             continue;
         }
@@ -436,7 +444,7 @@ void vb_iothread_query(struct vb_iothread *thread, struct vb_iothread_info *info
 {
     info->thread_id = atomic_load_explicit(&thread->thread_id, memory_order_relaxed);
     info->aio = thread->aio->kind;
-    info->poll_ns = read_counter(&thread->poll_ns);
+    info->poll_ns = spin_limit(thread);
     info->loops = read_counter(&thread->loops);
     info->sleeps = read_counter(&thread->sleeps);
     info->requests = read_counter(&thread->requests);
