@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from bare_engine import IO_URING, READ, THREADS, WRITE, BareEngine
+from frontend import Daemon, Device, Qmp
 
 HERE = Path(__file__).resolve().parent
 
@@ -50,6 +51,11 @@ except OSError as error:
     print(error)
 """
 
+COMMAND = """
+import runpy
+runpy.run_module("vhostblk", run_name="__main__", alter_sys=True)
+"""
+
 IO_URING_SETUP, IO_URING_ENTER = 425, 426
 EPERM, ENOSYS = 1, 38
 
@@ -78,8 +84,13 @@ def test_threads_can_be_asked_for() -> None:
         assert engine.fallback == ""
 
 
-@needs_io_uring
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="system call numbers of x86_64")
+can_be_forbidden = pytest.mark.skipif(
+    not io_uring_works() or platform.machine() != "x86_64",
+    reason="no io_uring here, or other numbers of system calls than x86_64's",
+)
+
+
+@can_be_forbidden
 @pytest.mark.parametrize("number", [IO_URING_SETUP, IO_URING_ENTER])
 @pytest.mark.parametrize("error", [EPERM, ENOSYS])
 def test_forbidden_io_uring_is_replaced_and_explained(
@@ -101,6 +112,49 @@ def test_forbidden_io_uring_is_replaced_and_explained(
         assert "io_uring" in text
         assert "seccomp filter" in text
     assert image.read_bytes()[512:4608] == b"w" * 4096
+
+
+# What does what `vhostblk` does, but may not use io_uring.
+WITHOUT_IO_URING = [sys.executable, "-c", f"{FORBID}\nforbid({IO_URING_SETUP}, {EPERM})\n{COMMAND}"]
+
+
+@can_be_forbidden
+def test_the_operator_is_told(short_dir: Path) -> None:
+    """In the log, in query-iothreads, by doctor; the disk works all the same."""
+    image = short_dir / "image"
+    image.write_bytes(bytes(1 << 20))
+    reason = "io_uring is not permitted (Operation not permitted): allow io_uring_setup"
+    control = short_dir / "control.sock"
+    command = [*WITHOUT_IO_URING, "serve", "--control", str(control)]
+    command += ["--object", "iothread,id=io", "--blockdev", f"file,node-name=disk,filename={image}"]
+    export = f"vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={short_dir}/e.sock"
+    command += ["--export", f"{export},writable=on,iothread=io"]
+    with Daemon(command, short_dir) as daemon:
+        daemon.wait_line("vhostblk: ready")
+        assert daemon.wait_line("uses threads").startswith(
+            f"vhostblk: warning: I/O thread 'io' uses threads: {reason}"
+        )
+        with Qmp(str(control)) as qmp:
+            threads = {thread["id"]: thread for thread in qmp.command("query-iothreads")}
+        assert threads["io"]["aio"] == "threads"
+        assert threads["io"]["fallback-reason"].startswith(reason)
+        with Device(daemon.socket("e")) as device:
+            device.write(0, b"x" * 4096)
+            assert device.read(0, 4096) == b"x" * 4096
+        assert daemon.terminate() == 0
+    found = subprocess.run([*WITHOUT_IO_URING, "doctor"], capture_output=True, text=True)
+    assert f"problem  io_uring: cannot be used ({reason}" in found.stdout
+    assert "-> a seccomp filter is in force: allow io_uring_setup" in found.stdout
+
+
+@can_be_forbidden
+def test_io_uring_and_nothing_else() -> None:
+    """Who insists is told how to do without."""
+    command = [*WITHOUT_IO_URING, "serve", "--object", "iothread,id=io,aio=io_uring"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "I/O thread 'io' cannot be started: io_uring is not permitted" in done.stderr
+    assert done.stderr.endswith("; aio=auto or aio=threads does without io_uring\n")
 
 
 def count_threads(name: str) -> int:
