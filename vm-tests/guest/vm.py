@@ -219,20 +219,39 @@ class Guest:
     # ---- life ----
 
     def start(self, *, wait_shell: bool = True) -> None:
-        """Start QEMU and, unless told otherwise, wait for the guest's shell.
+        """Start QEMU and, unless told otherwise, wait for the guest's shell."""
+        if not wait_shell:
+            self._boot(wait_shell=False)
+            return
+
+        def boot() -> None:
+            self.close()
+            self._boot(wait_shell=True)
+
+        self._until_clock_is_right(boot)
+
+    def reboot(self, reset: Callable[[], object]) -> None:
+        """Call what makes the running guest boot again, and wait for its shell."""
+
+        def boot() -> None:
+            reset()
+            self.console.wait_ready(self.boot_timeout)
+
+        self.qmp.command("set-action", {"reboot": "reset"})
+        self._until_clock_is_right(boot)
+
+    def _until_clock_is_right(self, boot: Callable[[], None]) -> None:
+        """Boot, and do so again if the guest's seconds are too short.
 
         A kernel that is held up while it measures how fast its clock goes is wrong about that until
-        its end: seconds that are too short make it complain about stalls. Such a one boots again.
+        its end: seconds that are too short make it complain about stalls.
         """
         for _ in range(BOOTS):
             begin = time.monotonic()
-            self._boot(wait_shell=wait_shell)
-            if not wait_shell:
-                return
+            boot()
             uptime = float(self.check("cat /proc/uptime").split()[0])
             if uptime < time.monotonic() - begin:
                 return
-            self.close()
         raise ConsoleError(f"the guest's clock goes too fast, even after {BOOTS} boots")
 
     def _boot(self, *, wait_shell: bool) -> None:
