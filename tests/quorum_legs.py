@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def recorded(host: Host) -> Recorded:
     found = claim.recorded
     assert found is not None
     return found
+
+
+def edit_states(host: Host, change: Callable[[bytearray], None]) -> None:
+    """The file as another process has left it. Nobody has it open."""
+    path = Path(host.path("states"))
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+
+
+def leave_late(host: Host, *writes: tuple[int, int, int]) -> None:
+    """A process was killed while these (start, end, legs) were on their way."""
+
+    def change(content: bytearray) -> None:
+        (header,) = struct.unpack_from("<I", content, 12)
+        for index, write in enumerate(writes):
+            struct.pack_into("<QQQQ", content, header + 4096 + 32 * index, *write, 0)
+
+    edit_states(host, change)
 
 
 async def submit(host: Host, op: int, offset: int, length: int, flags: int = 0) -> None:

@@ -9,7 +9,19 @@ import os
 
 import pytest
 from in_process import MIB, Host, refused
-from quorum_legs import BLOCK, Faulty, content, quorum, recorded, run, states, submit
+from quorum_legs import (
+    BLOCK,
+    Faulty,
+    content,
+    leave_late,
+    quorum,
+    recorded,
+    restart,
+    run,
+    states,
+    submit,
+    until_states,
+)
 
 from vhostblk.engine import OP_FLUSH
 from vhostblk.jobs.quorum import start_scrub
@@ -123,6 +135,125 @@ def test_with_a_guest() -> None:
             assert {content(host, leg) for leg in "abc"} == {bytes(expected)}
         assert host.named("QUORUM_REPORT_BAD") == host.named("QUORUM_FAILURE") == []
         assert states(node) == "iii"
+
+    run(test)
+
+
+def put(host: Host, legs: str, offset: int, data: bytes) -> None:
+    """Only these legs have got a write."""
+    for leg in legs:
+        with open(host.path(leg), "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+
+def test_the_next_process_delivers_what_was_late() -> None:
+    """However many legs lack something: as long as somebody has it, nobody is out."""
+
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        await host.write("q", 0, b"0" * MIB)
+        await restart(host)
+        put(host, "bc", 0, b"1" * 4096)
+        put(host, "ac", BLOCK, b"2" * 512)
+        put(host, "ab", MIB - 4096, b"3" * 4096)
+        # Two at the same time, over one another: no leg has both.
+        put(host, "a", 3 * BLOCK, b"4" * 8192)
+        put(host, "bc", 3 * BLOCK + 4096, b"5" * 8192)
+        leave_late(
+            host,
+            (0, 4096, 0b001),
+            (BLOCK, BLOCK + 512, 0b010),
+            (MIB - 4096, MIB + 4096, 0b100),
+            (3 * BLOCK, 3 * BLOCK + 8192, 0b110),
+            (3 * BLOCK + 4096, 3 * BLOCK + 12288, 0b001),
+        )
+        node = await quorum(host, write_threshold=2, auto_rebuild=False)
+        assert states(node) == "iii"
+        assert recorded(host).late == []
+        [found] = {content(host, leg) for leg in "abc"}
+        assert found[:8192] == b"1" * 4096 + b"0" * 4096
+        assert found[BLOCK : BLOCK + 1024] == b"2" * 512 + b"0" * 512
+        assert found[-8192:] == b"0" * 4096 + b"3" * 4096
+        assert found[3 * BLOCK : 3 * BLOCK + 4096] == b"4" * 4096
+        assert found[3 * BLOCK + 4096 : 3 * BLOCK + 8192] in (b"4" * 4096, b"5" * 4096)
+        assert found[3 * BLOCK + 8192 : 3 * BLOCK + 12288] == b"5" * 4096
+
+    run(test)
+
+
+def test_late_writes_and_legs_that_have_gone() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        await restart(host)
+        put(host, "bc", 0, b"1" * 4096)
+        put(host, "ab", BLOCK, b"2" * 4096)
+        leave_late(host, (0, 4096, 0b001), (BLOCK, BLOCK + 4096, 0b100))
+        host.file("d")
+        os.unlink(host.path("b"))
+        # In another order, and one is new. c still has what a lacks, and the other way round.
+        node = await quorum(host, "cda", write_threshold=2, auto_rebuild=False)
+        assert states(node) == "isi"
+        assert content(host, "a") == content(host, "c")
+        assert content(host, "a")[:4096] == b"1" * 4096
+        assert content(host, "a")[BLOCK : BLOCK + 4096] == b"2" * 4096
+        await restart(host)
+        put(host, "c", 0, b"3" * 4096)
+        leave_late(host, (0, 4096, 0b100))
+        os.unlink(host.path("c"))
+        os.unlink(host.path("d"))
+        node = await quorum(host, "cda", write_threshold=2, auto_rebuild=False)
+        assert states(node) == "sss"  # nobody has it any more
+        assert node.describe_legs()[2]["missed-bytes"] == BLOCK
+
+    run(test)
+
+
+def test_late_writes_that_cannot_be_delivered() -> None:
+    """The leg misses them, as if they had failed while the process lived."""
+
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        await restart(host)
+        put(host, "bc", 0, b"1" * 4096)
+        put(host, "ab", BLOCK, b"2" * 4096)
+        leave_late(host, (0, 4096, 0b001), (BLOCK, BLOCK + 4096, 0b100))
+        Faulty.faults["a"] = {"write": errno.EIO}
+        node = await quorum(host, write_threshold=2)
+        assert states(node) == "fii"
+        assert node.describe_legs()[0]["missed-bytes"] == BLOCK
+        assert "late write" in node.describe_legs()[0]["reason"]
+        assert await host.read("q", 0, 2 * BLOCK) == content(host, "c")[: 2 * BLOCK]
+        assert content(host, "c")[BLOCK : BLOCK + 4096] == b"2" * 4096
+        assert recorded(host).late == []
+        Faulty.faults.clear()
+        await host.command("quorum-rebuild", node_name="q", leg="a")
+        await until_states(host, node, "iii")
+        assert content(host, "a") == content(host, "c")
+
+    run(test)
+
+
+def test_late_writes_and_a_quorum_that_is_read_only() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        await restart(host)
+        put(host, "bc", 0, b"1" * 4096)
+        put(host, "ab", BLOCK, b"2" * 4096)
+        leave_late(host, (0, 4096, 0b001), (BLOCK, BLOCK + 4096, 0b100))
+        with refused("2 writes that had not reached all legs", "opened writable once"):
+            await quorum(host, write_threshold=2, read_only=True)
+        await restart(host)
+        # Nothing has been forgotten by that.
+        assert states(await quorum(host, write_threshold=2, auto_rebuild=False)) == "iii"
+        assert content(host, "a") == content(host, "b") == content(host, "c")
+        await restart(host)
+        put(host, "bc", 0, b"3" * 4096)
+        leave_late(host, (0, 4096, 0b001))
+        node = await quorum(host, write_threshold=2, read_only=True)
+        assert states(node) == "sii"
+        assert await host.read("q", 0, 4096) == b"3" * 4096
+        assert content(host, "a")[:4096] == b"1" * 4096
 
     run(test)
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from vhostblk.engine import MAX_CHILDREN, OP_NAMES, OP_READ, guest_buffers
@@ -36,7 +38,14 @@ from vhostblk.nodes.quorum.legs import (
     is_same_leg,
     recognise,
 )
-from vhostblk.nodes.quorum.metadata import Claim, LegRecord, Metadata, boot
+from vhostblk.nodes.quorum.metadata import (
+    Claim,
+    LateWrite,
+    LegRecord,
+    Metadata,
+    Recorded,
+    boot,
+)
 from vhostblk.nodes.quorum.repair import Repair
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
@@ -109,6 +118,7 @@ class Quorum(NodeDriver):
         self._former: list[Leg] = []
         self._holding = False
         self._closing = False
+        self._delivering = False
         self._arrival: asyncio.Task[None] | None = None
         self.metadata: Metadata | None = None
         self.legs: list[Leg] = []
@@ -116,11 +126,13 @@ class Quorum(NodeDriver):
         path = self._metadata_path()
         claim = await asyncio.to_thread(Claim, path) if path is not None else None
         try:
-            self._begin(claim)
+            late = self._begin(claim)
         finally:
             if claim is not None:
                 claim.release()
+        self.repair = Repair(self)
         try:
+            await self._deliver(late)
             self.handle = new_quorum(
                 self.engine,
                 self._settings(self.options),
@@ -131,7 +143,6 @@ class Quorum(NodeDriver):
         except BaseException:
             self._give_up_legs()
             raise
-        self.repair = Repair(self)
         self._tell_states()
         self._note()
 
@@ -182,8 +193,11 @@ class Quorum(NodeDriver):
     def _region_bits(self) -> int:
         return self.options.region_size.bit_length() - 1
 
-    def _begin(self, claim: Claim | None) -> None:
-        """The legs as they were left, or, if nobody knows anything, all in sync."""
+    def _begin(self, claim: Claim | None) -> list[LateWrite]:
+        """The legs as they were left, or, if nobody knows anything, all in sync.
+
+        The writes that some of them had not got yet are for `_deliver()`.
+        """
         recorded = None if claim is None else claim.recorded
         is_whole = claim is not None and claim.is_whole
         nodes = self._leg_nodes()
@@ -194,7 +208,7 @@ class Quorum(NodeDriver):
         if recorded is None:
             made = [(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes]
             self._make_legs(made, 1, old_is_whole=False)
-            return
+            return []
         if not any(records):
             path = self._metadata_path()
             names = ", ".join(leg.node_name for leg in recorded.legs)
@@ -214,12 +228,61 @@ class Quorum(NodeDriver):
                 lost = LEG_WHOLE if forgets(node) else since_boot
                 word = LegState.STALE.value | (word & LEG_WHOLE) | lost
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
-        self._make_legs(made, recorded.generation + 1, old_is_whole=is_whole)
-        for start, end, legs in recorded.late:
+        late = self._still_late(recorded, records)
+        self._make_legs(made, recorded.generation + 1, old_is_whole=is_whole, late=late)
+        return late
+
+    def _still_late(
+        self, recorded: Recorded, records: Sequence[LegRecord | None]
+    ) -> list[LateWrite]:
+        """Late writes with the legs' numbers of now."""
+        found = []
+        numbers = {id(record): index for index, record in enumerate(records)}
+        for start, end, lacking in recorded.late:
+            legs = 0
             for index, record in enumerate(recorded.legs):
-                if legs >> index & 1 and record in records:
-                    leg = self.legs[records.index(record)]
-                    leg.mark(start, min(end, self.size) - start)
+                if lacking >> index & 1 and id(record) in numbers:
+                    legs |= 1 << numbers[id(record)]
+            if legs and start < min(end, self.size):
+                found.append((start, min(end, self.size), legs))
+        return found
+
+    async def _deliver(self, late: list[LateWrite]) -> None:
+        """Before the first request: whoever has not got a late write gets it from those that have.
+
+        Until all of them have arrived they stay in the metadata, so that a successor goes on if
+        we are killed. Nothing is flushed: neither has the guest, and its next flush covers it.
+        """
+        assert self.metadata is not None
+        if not late:
+            return
+        if self.read_only or any(node.read_only for node in self._leg_nodes()):
+            self._leave_late(late)
+        else:
+            self._delivering = True
+            self.host.update_permissions()
+            try:
+                await self.repair.deliver(late)
+            finally:
+                self._delivering = False
+        self.metadata.set_lates([])
+
+    def _leave_late(self, late: list[LateWrite]) -> None:
+        """Nothing may be written: legs that lack something are out, if they are few enough."""
+        missing = functools.reduce(operator.or_, (legs for _, _, legs in late))
+        left = sum(
+            leg.state is LegState.IN_SYNC and not missing >> leg.index & 1 for leg in self.legs
+        )
+        if left < self.options.vote_threshold:
+            raise VhostblkError(
+                f"Quorum '{self.name}' has {len(late)} writes that had not reached all legs when "
+                "its last process was killed; it must be opened writable once",
+                data={"code": "quorum-late-writes", "node": self.name},
+            )
+        for start, end, legs in late:
+            for leg in self.legs:
+                if legs >> leg.index & 1:
+                    leg.mark(start, end - start)
                     leg.change(LegState.IN_SYNC, LegState.STALE)
 
     def _make_legs(
@@ -228,6 +291,7 @@ class Quorum(NodeDriver):
         generation: int,
         *,
         old_is_whole: bool,
+        late: Sequence[LateWrite] = (),
     ) -> None:
         """Legs and new metadata: node, state word, since when, and a map with its region bits."""
         metadata = self._new_metadata([node for node, *_ in wanted], generation)
@@ -238,6 +302,7 @@ class Quorum(NodeDriver):
                     metadata.set_dirty(index, dirty[0])
                 elif dirty is not None and any(dirty[0]):
                     metadata.describe_leg(index, word | LEG_WHOLE, generation, since)
+            metadata.set_lates(late)
             metadata.publish(old_is_whole=old_is_whole)
         except BaseException:
             metadata.close(remove=True)
@@ -413,6 +478,8 @@ class Quorum(NodeDriver):
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = super().child_permissions(role, perm, shared)
+        if self._delivering:
+            perm |= Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         if perm and self.options.rewrite_corrupted and not self.read_only:
             perm |= Perm.WRITE_UNCHANGED
         return perm, shared

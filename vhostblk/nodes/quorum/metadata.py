@@ -66,6 +66,9 @@ _FLAGS_AT = 20
 _GENERATION_AT = 24
 WHOLE = 1  # a flag: all of the file has been on the disk
 
+LateWrite = tuple[int, int, int]
+"""Start, end, and the legs (bits) that a write which has been acknowledged has not reached yet."""
+
 if sys.byteorder != "little":
     raise ImportError("the metadata of a quorum are little-endian, and mapped")
 
@@ -93,8 +96,8 @@ class Recorded:
     generation: int
     boot: str
     legs: list[LegRecord]
-    late: list[tuple[int, int, int]]
-    """Start, end, legs (bits) of writes that were on their way."""
+    late: list[LateWrite]
+    """Writes that were on their way."""
     whole: bool
     """It has been on the disk."""
 
@@ -249,6 +252,12 @@ class Metadata:
     def lates(self) -> int:
         """Address of the table of late writes."""
         return self.address + self.layout.lates
+
+    def set_lates(self, writes: Sequence[LateWrite]) -> None:
+        """These are on their way, and no others. Before the engine knows any."""
+        table = b"".join(_LATE.pack(*write, 0) for write in writes)
+        at = self.layout.lates
+        self._memory[at : at + LATE_SIZE] = table.ljust(LATE_SIZE, b"\0")
 
     def state_address(self, leg: int) -> int:
         """Address of a leg's state word."""

@@ -18,14 +18,19 @@ that it may lack.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import AsyncIterator, Awaitable, Iterator
+import functools
+import itertools
+import operator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vhostblk.engine import OP_READ
 from vhostblk.nodes.quorum.legs import Leg, LegState
+from vhostblk.nodes.quorum.metadata import LateWrite
 
 if TYPE_CHECKING:
     from vhostblk.nodes.quorum.driver import Quorum
@@ -170,7 +175,7 @@ class Repair:
         return (await self._vote(offset + start, end - start)).winner
 
     async def _vote(self, offset: int, length: int) -> Vote:
-        legs = [leg for leg in self._quorum.legs if leg.state is LegState.IN_SYNC]
+        legs = self._in_sync()
         answers = await asyncio.gather(
             *(self._read(leg, offset, length) for leg in legs), return_exceptions=True
         )
@@ -236,6 +241,50 @@ class Repair:
             return False
         return True
 
+    # ---- late writes
+
+    async def deliver(self, late: Sequence[LateWrite]) -> None:
+        """Bring writes that a predecessor had acknowledged to the legs that they have not reached.
+
+        There are no guests yet. A leg that cannot be helped is out.
+        """
+        for start, end in _pieces(late):
+            here = [legs for first, last, legs in late if first < end and start < last]
+            lacking = functools.reduce(operator.or_, here)
+            # Where several overlap they came at the same time, and had no order: whoever has got
+            # one of them is as right as those that have got all.
+            nothing = functools.reduce(operator.and_, here)
+            have = [leg for leg in self._in_sync() if not nothing >> leg.index & 1]
+            have.sort(key=lambda leg: lacking >> leg.index & 1)
+            await self._deliver(start, end, have, lacking)
+
+    async def _deliver(self, start: int, end: int, have: list[Leg], lacking: int) -> None:
+        data = await self._first(have, start, end - start)
+        for leg in self._quorum.legs:
+            if not lacking >> leg.index & 1:
+                continue
+            if leg.state is not LegState.IN_SYNC:
+                leg.mark(start, end - start)
+            elif data is None:
+                leg.mark(start, end - start)
+                leg.reason = "nobody has what it lacks"
+                leg.change(LegState.IN_SYNC, LegState.STALE)
+            else:
+                try:
+                    await self._copy_data(leg, start, data, "a late write")
+                except OSError:
+                    leg.mark(start, end - start)
+
+    async def _first(self, legs: Iterable[Leg], offset: int, length: int) -> bytes | None:
+        """As the first of them has it that can be read."""
+        for leg in legs:
+            with contextlib.suppress(OSError):
+                return await self._read(leg, offset, length)
+        return None
+
+    def _in_sync(self) -> list[Leg]:
+        return [leg for leg in self._quorum.legs if leg.state is LegState.IN_SYNC]
+
     # ---- rebuilding
 
     async def begin(self, leg: Leg) -> None:
@@ -260,9 +309,9 @@ class Repair:
         async with self.locked(offset, length):
             data = bytearray(length)
             await quorum.engine.submit(quorum.handle, OP_READ, offset, data)
-            return await self._copy_data(leg, offset, data)
+            return await self._copy_data(leg, offset, data, "rebuilding it")
 
-    async def _copy_data(self, leg: Leg, offset: int, data: bytearray) -> int:
+    async def _copy_data(self, leg: Leg, offset: int, data: bytes | bytearray, why: str) -> int:
         child = self._quorum.child_of(leg)
         try:
             there = await self._read(leg, offset, len(data))
@@ -277,7 +326,7 @@ class Repair:
                 else:
                     await self._finish(child.write(offset + start, piece))
             except OSError as error:
-                self._quorum.fail_leg(leg, f"rebuilding it: {error.strerror}")
+                self._quorum.fail_leg(leg, f"{why}: {error.strerror}")
                 raise
             copied += len(piece)
         return copied
@@ -308,6 +357,14 @@ class Repair:
     def give_up(self, leg: Leg) -> None:
         """Nobody goes on with it."""
         self._quorum.set_state(leg, LegState.REBUILDING, LegState.STALE)
+
+
+def _pieces(late: Sequence[LateWrite]) -> Iterator[tuple[int, int]]:
+    """Start and end of what late writes cover, cut wherever one begins or ends."""
+    cuts = {at for start, end, _ in late for at in (*range(start, end, PORTION), end)}
+    for start, end in itertools.pairwise(sorted(cuts)):
+        if any(first < end and start < last for first, last, _ in late):
+            yield start, end
 
 
 async def _result(io: Awaitable[object]) -> None:
