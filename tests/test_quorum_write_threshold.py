@@ -8,7 +8,7 @@ import errno
 import os
 
 import pytest
-from in_process import MIB, Host, refused
+from in_process import MIB, Host, refused, with_host
 from quorum_legs import (
     BLOCK,
     Faulty,
@@ -24,6 +24,7 @@ from quorum_legs import (
 )
 
 from vhostblk.engine import OP_FLUSH
+from vhostblk.filter import Filter, FilterOptions, Request
 from vhostblk.jobs.quorum import start_scrub
 
 
@@ -80,6 +81,73 @@ def test_a_late_write_that_hangs() -> None:
         await submit(host, OP_FLUSH, 0, 0)
         assert states(node) == "ifi" and node.handle.late == 0
         Faulty.hangs["b"].set()
+
+    run(test)
+
+
+class Holding(Filter):
+    """Holds requests of one kind that concern an offset, until a test lets go of them."""
+
+    driver = "test-holding"
+    Options = FilterOptions
+    keeps_data = True
+    holds: dict[tuple[str, str, int], asyncio.Event] = {}  # noqa: RUF012  # set by tests
+
+    async def read(self, request: Request) -> None:
+        for (leg, operation, offset), event in list(self.holds.items()):
+            if (leg, operation) == (self.name, request.operation) and (
+                request.offset <= offset < request.offset + request.length
+            ):
+                await event.wait()
+        request.forward()
+
+    write = read
+
+
+@pytest.mark.parametrize("timeout", [0, 30000])
+def test_a_read_that_begins_anew_waits_for_late_writes(timeout: int) -> None:
+    """Two writes come while it is under way, late on different legs: too few have both."""
+
+    async def test(host: Host) -> None:
+        Holding.holds = {}
+        for leg in "abc":
+            await host.add("file", f"file-{leg}", filename=host.file(leg))
+            await host.add("test-holding", leg, file=f"file-{leg}")
+        node = await host.add("quorum", "q", children=list("abc"), vote_threshold=2,
+                              write_threshold=2, leg_timeout=timeout)  # fmt: skip
+        reading, writing = asyncio.Event(), asyncio.Event()
+        Holding.holds["c", "read", 0] = reading
+        read = asyncio.ensure_future(host.read("q", 0, 8192))
+        await asyncio.sleep(0.05)
+        Holding.holds["a", "write", 0] = Holding.holds["b", "write", 4096] = writing
+        await host.write("q", 0, b"1" * 4096)
+        await host.write("q", 4096, b"2" * 4096)
+        assert node.handle.late == 2
+        del Holding.holds["c", "read", 0]
+        reading.set()
+        await asyncio.sleep(0.1)
+        assert not read.done() or read.exception() is None
+        writing.set()
+        await read
+        assert await host.read("q", 0, 8192) == b"1" * 4096 + b"2" * 4096
+        assert host.named("QUORUM_FAILURE") == []
+
+    with_host(test, Holding)
+
+
+def test_a_leg_that_is_late_answers_where_another_cannot_read() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        event = Faulty.hangs["c"] = asyncio.Event()
+        await host.write("q", 0, b"1" * 4096)
+        Faulty.faults["a"] = {"read": errno.EIO}
+        read = asyncio.ensure_future(host.read("q", 0, 4096))
+        await asyncio.sleep(0.1)
+        assert not read.done()
+        del Faulty.hangs["c"]
+        event.set()
+        assert await read == b"1" * 4096
+        assert host.named("QUORUM_FAILURE") == []
 
     run(test)
 

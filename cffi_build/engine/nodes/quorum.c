@@ -580,7 +580,11 @@ static void count_votes(struct op *op)
     }
     report_failures(op);
     if (count(legs) < op->quorum->options.threshold) {
-        fail(op, common_error(op));
+        if (op->missed) {
+            go_up(op); /* once they are not late any more, those can answer */
+        } else {
+            fail(op, common_error(op));
+        }
         return;
     }
     if (op->direct) {
@@ -601,6 +605,26 @@ static void count_votes(struct op *op)
     complete(op, 0);
 }
 
+/* Whether enough legs have all that was written there. If some are late, it begins anew later. */
+static bool choose_readers(struct op *op)
+{
+    struct quorum_node *quorum = op->quorum;
+    struct vb_request *request = op->request;
+    /* Before the states: a leg that fails to take a late write is out before it is not late. */
+    uint32_t late = quorum_late_legs(quorum, op->offset, op->bytes);
+
+    choose_legs(op);
+    op->missed = op->voters & late;
+    op->voters &= ~late;
+    if (!op->missed || count(op->voters) >= quorum->options.threshold) {
+        return true;
+    }
+    op->request = NULL;
+    let_go(op);
+    quorum_submit(&quorum->node, request); /* which holds it as long as they are */
+    return false;
+}
+
 static void start_read(struct quorum_node *quorum, struct vb_request *request, bool again)
 {
     bool direct = !again && quorum->options.timeout_ns == 0;
@@ -613,10 +637,10 @@ static void start_read(struct quorum_node *quorum, struct vb_request *request, b
         vb_complete(request, -ENOMEM);
         return;
     }
-    choose_legs(op);
-    op->voters &= ~quorum_late_legs(quorum, request->offset, request->bytes);
+    if (!choose_readers(op)) {
+        return;
+    }
     op->asked = op->voters;
-    op->missed = 0;
     if (count(op->voters) < quorum->options.threshold) {
         fail(op, -EIO);
         return;
@@ -692,8 +716,9 @@ static void start_fifo(struct quorum_node *quorum, struct vb_request *request)
         vb_complete(request, -ENOMEM);
         return;
     }
-    choose_legs(op);
-    op->voters &= ~quorum_late_legs(quorum, request->offset, request->bytes);
+    if (!choose_readers(op)) {
+        return;
+    }
     op->asked = 0;
     for (uint32_t leg = 0; stride && leg < quorum->options.legs; leg++) {
         op->parts[leg].version = memory + stride * leg;

@@ -77,7 +77,7 @@ struct op {
     int8_t late;                /* number of its struct vb_quorum_late, or -1 */
     uint32_t epoch;
     uint32_t voters;            /* legs that were in sync when it began; bits, as what follows */
-    uint32_t missed;            /* those that were not asked although a change concerns them */
+    uint32_t missed;            /* not asked: a change's legs that are out, a read's that are late */
     uint32_t asked;
     uint32_t unsubmitted;       /* asked, as soon as those before them have returned */
     uint32_t in_hand;           /* those whose leg_taken() runs */
