@@ -366,6 +366,26 @@ def test_a_disk_that_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)  # which ends
 
 
+def test_without_a_file_that_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(host: Host) -> None:
+        def told() -> list[str]:
+            return [r.getMessage() for r in caplog.records if "metadata-file" in r.getMessage()]
+
+        for leg in "abc":
+            await host.add("file", leg, filename=host.file(leg))
+        options = {"children": list("abc"), "vote_threshold": 2}
+        await host.add("quorum", "q", **options, metadata_file=host.path("states"))
+        await host.backend.blockdev_del("q")
+        await host.add("quorum", "q", **options, read_only=True)
+        await host.backend.blockdev_del("q")
+        assert told() == []
+        await host.add("quorum", "q", **options)
+        [line] = told()
+        assert "'q'" in line and "--state" in line
+
+    run(test)
+
+
 def test_a_place_that_cannot_be_written() -> None:
     async def test(host: Host) -> None:
         with refused("Quorum metadata", "cannot be written: No such file or directory"):

@@ -408,6 +408,21 @@ def test_scrub() -> None:
     run(test)
 
 
+def test_what_a_scrub_has_written_is_flushed_before_it_ends() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await scrub(host, node)
+        assert "flush" not in [operation for operation, *_ in Faulty.seen["b"]]
+        with open(host.path("b"), "r+b") as file:
+            file.write(b"rotten")
+        Faulty.faults["b"] = {"flush": errno.EIO}
+        job = await scrub(host, node)
+        assert job.repaired == 4096
+        assert states(node) == "ifi"  # nobody knows what has become of it
+
+    run(test)
+
+
 def test_scrub_where_nobody_is_right() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host)

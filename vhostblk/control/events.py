@@ -78,6 +78,14 @@ class QuorumLeg(Model):
     reason: str | None = None
 
 
+class QuorumUnclean(Model):
+    """A quorum was not closed in order: its legs may differ in what was not flushed."""
+
+    node_name: str
+    power_cut: bool
+    """The host has gone down; a quorum-scrub begins."""
+
+
 class DedupFull(Model):
     """One of the two devices of a dedup store is full: writes fail (`report`) or wait (`hold`)."""
 
@@ -217,6 +225,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_EXPORT_DISCONNECTED": ExportDisconnected,
     "VHOSTBLK_FILTER_ERROR": FilterError,
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
+    "VHOSTBLK_QUORUM_UNCLEAN": QuorumUnclean,
     "DEDUP_FULL": DedupFull,
     "DEDUP_LEDGER": DedupLedger,
     "DEDUP_REBUILT": DedupRebuilt,

@@ -415,6 +415,8 @@ class QuorumInfo(Model):
 
     node_name: str
     vote_threshold: int
+    unclean: bool | None = None
+    """Legs may differ in what was not flushed when the last process, or the host, ended."""
     legs: list[QuorumLegInfo]
 
 

@@ -16,9 +16,11 @@ import contextlib
 import errno
 import logging
 import re
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from vhostblk.engine import OP_FLUSH
 from vhostblk.events import Event
 from vhostblk.jobs.block_job import BlockJob
 from vhostblk.jobs.job import JobStatus
@@ -178,6 +180,9 @@ class ScrubJob(QuorumJob):
         """Bytes."""
         self.lost = 0
         """Bytes without a majority."""
+        self.settled = 0
+        """The same after an unclean end: all legs have one version of them now."""
+        self._skipped = False
 
     def state_options(self) -> dict[str, Any]:
         return {"node-name": self.quorum.name, "repair": self.repair, **self.block_options()}
@@ -186,6 +191,7 @@ class ScrubJob(QuorumJob):
         from vhostblk.nodes.quorum import repair as parts
 
         repair, quorum = self.quorum.repair, self.quorum
+        rewrite = self.repair and not quorum.read_only
         self.busy = True
         async with self._backend.graph.using(self.quorum, self.id, "job", writes=True):
             while self.current_progress < quorum.size:
@@ -197,33 +203,38 @@ class ScrubJob(QuorumJob):
                         # Whole sectors: a slow job has small portions, which may be any number.
                         length = max(1 << 12, self.portion(parts.PORTION) & ~0xFFF)
                         length = min(length, quorum.size - offset)
-                        result = await repair.compare(
-                            offset, length, rewrite=self.repair and not quorum.read_only
-                        )
+                        result = await repair.compare(offset, length, rewrite=rewrite)
                         self.found += result.bad
                         self.repaired += result.repaired
                         self.lost += result.lost
+                        self.settled += result.settled
                         self.current_progress += length
                 except OSError as error:
                     if not self.failed(error, "read"):
                         raise
                     if self.on_error == "ignore":
                         self.current_progress += length
+                        self._skipped = True
                 await self.pace(length)
+            async with repair.step():
+                if self.repaired:
+                    await quorum.engine.submit(quorum.effective, OP_FLUSH, 0, None, 0)
+                if not (self.lost or self._skipped or (self.found and not rewrite)):
+                    quorum.settled()
         logger.info(
             "quorum '%s' has been compared: %d differences, %d bytes written, %d bytes without a "
             "majority",
             quorum.name,
             self.found,
             self.repaired,
-            self.lost,
+            self.lost + self.settled,
         )
         if self.lost:
             raise OSError(errno.EIO, f"{self.lost} bytes have no majority")
 
     def describe_block(self) -> dict[str, Any]:
         found = {"found": self.found, "repaired": self.repaired, "lost": self.lost}
-        return {**super().describe_block(), **found}
+        return {**super().describe_block(), **found, "settled": self.settled}
 
 
 # ---- beginning
@@ -232,6 +243,15 @@ class ScrubJob(QuorumJob):
 def _job_of(backend: Backend, leg: Leg) -> RebuildJob | None:
     for job in backend.jobs:
         if isinstance(job, RebuildJob) and job.leg is leg and job.status not in _OVER:
+            return job
+    return None
+
+
+def _scrub_of(backend: Backend, quorum: Quorum, *, repair: bool) -> ScrubJob | None:
+    for job in backend.jobs:
+        if not isinstance(job, ScrubJob) or job.status in _OVER:
+            continue
+        if job.quorum is quorum and job.repair is repair:
             return job
     return None
 
@@ -319,8 +339,13 @@ async def _restart_rebuild(backend: Backend, id: str, options: dict[str, Any]) -
 async def _restart_scrub(backend: Backend, id: str, options: dict[str, Any]) -> None:
     given, paused = _split(options)
     quorum = find_quorum(backend, options["node-name"])
+    repair = bool(options["repair"])
     async with backend.changing():
-        job = start_scrub(backend, quorum, id, repair=bool(options["repair"]), **given)
+        job = _scrub_of(backend, quorum, repair=repair)
+        if job is not None and job.id == id:  # has begun by itself
+            job.set_speed(given.get("speed", 0))
+        else:
+            job = start_scrub(backend, quorum, id, repair=repair, **given)
     if paused:
         job.pause()
 
@@ -341,14 +366,18 @@ class _Attendant:
         backend.events.listen(self._event)
 
     def _event(self, event: Event) -> None:
+        if event.name == "VHOSTBLK_QUORUM_UNCLEAN" and event.data["power-cut"]:
+            self._begin(self._settle(event.data["node-name"]))
         if event.name != "VHOSTBLK_QUORUM_LEG":
             return
         work = {"stale": self._rebuild, "failed": self._replace}.get(event.data["state"])
         if work is not None:
-            names = event.data["node-name"], event.data["leg"]
-            task = asyncio.get_running_loop().create_task(self._quietly(work(*names)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(work(event.data["node-name"], event.data["leg"]))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._quietly(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _quietly(self, work: Any) -> None:
         try:
@@ -362,6 +391,15 @@ class _Attendant:
             node = find_quorum(self._backend, quorum)
             return node, node.leg(leg)
         return None
+
+    async def _settle(self, name: str) -> None:
+        """Compare legs that a power cut may have left different."""
+        async with self._backend.changing():
+            quorum = find_quorum(self._backend, name)
+            if not quorum.settles or not quorum.options.auto_rebuild:
+                return
+            if _scrub_of(self._backend, quorum, repair=True) is None:
+                start_scrub(self._backend, quorum, repair=True)
 
     async def _rebuild(self, quorum_name: str, leg_name: str) -> None:
         from vhostblk.nodes.quorum.legs import LegState

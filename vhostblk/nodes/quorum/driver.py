@@ -20,7 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from vhostblk.engine import MAX_CHILDREN, OP_NAMES, OP_READ, guest_buffers
+from vhostblk.engine import MAX_CHILDREN, OP_FLUSH, OP_NAMES, OP_READ, guest_buffers
 from vhostblk.engine.quorum import (
     LEG_WHOLE,
     QUORUM_ALL,
@@ -39,6 +39,10 @@ from vhostblk.nodes.quorum.legs import (
     recognise,
 )
 from vhostblk.nodes.quorum.metadata import (
+    IN_USE,
+    POWER_CUT,
+    UNCLEAN,
+    WHOLE,
     Claim,
     LateWrite,
     LegRecord,
@@ -83,7 +87,7 @@ class QuorumOptions(NodeOptions):
     spares: list[str] | None = None
     """Nodes that take the place of failed legs by themselves."""
     auto_rebuild: OnOff = True
-    """Rebuild legs that are new, or have come back, without being asked."""
+    """Rebuild legs that are new, or have come back, and compare all after a power cut, unasked."""
 
 
 class Quorum(NodeDriver):
@@ -105,6 +109,8 @@ class Quorum(NodeDriver):
     }
     options: QuorumOptions
     handle: QuorumHandle | None
+    metadata: Metadata | None = None
+    _delivering = False
 
     # ---- life
 
@@ -118,12 +124,16 @@ class Quorum(NodeDriver):
         self._former: list[Leg] = []
         self._holding = False
         self._closing = False
-        self._delivering = False
         self._arrival: asyncio.Task[None] | None = None
-        self.metadata: Metadata | None = None
         self.legs: list[Leg] = []
         self._check(self.options)
         path = self._metadata_path()
+        if path is None and not self.read_only:
+            logger.warning(
+                "quorum '%s': which leg has missed what is forgotten when this process ends; "
+                "give it a metadata-file, or the backend --state",
+                self.name,
+            )
         claim = await asyncio.to_thread(Claim, path) if path is not None else None
         try:
             late = self._begin(claim)
@@ -132,6 +142,7 @@ class Quorum(NodeDriver):
                 claim.release()
         self.repair = Repair(self)
         try:
+            await self._begin_use()
             await self._deliver(late)
             self.handle = new_quorum(
                 self.engine,
@@ -144,20 +155,24 @@ class Quorum(NodeDriver):
             self._give_up_legs()
             raise
         self._tell_states()
+        self._tell_unclean()
         self._note()
 
     async def close(self) -> None:
-        self._closing = True
         for task in (self._looking, *self._votes):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
+        flushed = await self._flush()
+        self._closing = True
         while self._recording is not None:
             await asyncio.wait([self._recording])
         while self.handle is not None and self.handle.late:
             await asyncio.sleep(0.005)
         for leg in self.legs:
             await self._until_back(leg)
+        if flushed and self.metadata is not None:
+            self.metadata.flags &= ~IN_USE
         await super().close()
         self._give_up_legs()
 
@@ -182,6 +197,62 @@ class Quorum(NodeDriver):
                 )
             await asyncio.sleep(0.05)
 
+    # ---- the end of the last process
+
+    async def _begin_use(self) -> None:
+        """Legs may be changed: a power cut must not leave a file that says they are not."""
+        assert self.metadata is not None
+        if self.read_only:
+            return
+        self.metadata.flags |= IN_USE
+        try:
+            await self.metadata.sync()
+        except OSError as error:
+            self._log_metadata(error)
+
+    async def _flush(self) -> bool:
+        """Whether the legs are equal for whoever comes next, even after a power cut."""
+        in_sync = sum(leg.state is LegState.IN_SYNC for leg in self.legs)
+        if self.handle is None or self.metadata is None or self.metadata.path is None:
+            return False
+        if not self.metadata.flags & IN_USE or in_sync < self.options.vote_threshold:
+            return False
+        try:
+            await self.engine.submit(self.handle, OP_FLUSH, 0, None, 0)
+        except OSError:
+            return False  # it has been told
+        return True
+
+    @property
+    def unclean(self) -> bool:
+        """Legs may differ in what was not flushed when a process, or the host, ended: each version
+        is one that a single disk might have kept."""
+        return self.metadata is not None and bool(self.metadata.flags & UNCLEAN)
+
+    @property
+    def settles(self) -> bool:
+        """Whether they are made equal then."""
+        may_not = self.read_only or self.options.blkverify
+        return self.unclean and not may_not and not any(n.read_only for n in self._leg_nodes())
+
+    def settled(self) -> None:
+        """All legs have been compared from end to end."""
+        if self.metadata is not None and self.unclean:
+            self.metadata.flags &= ~(UNCLEAN | POWER_CUT)
+            logger.info("quorum '%s': the legs are equal again after an unclean end", self.name)
+
+    def _tell_unclean(self) -> None:
+        if self.metadata is None or not self.unclean:
+            return
+        power_cut = bool(self.metadata.flags & POWER_CUT)
+        logger.warning(
+            "quorum '%s' was not closed%s: legs may differ in what was not flushed",
+            self.name,
+            " before the host went down" if power_cut else "",
+        )
+        data = {"node-name": self.name, "power-cut": power_cut}
+        self.host.emit("VHOSTBLK_QUORUM_UNCLEAN", data)
+
     # ---- legs
 
     def _metadata_path(self) -> str | None:
@@ -199,6 +270,7 @@ class Quorum(NodeDriver):
         The writes that some of them had not got yet are for `_deliver()`.
         """
         recorded = None if claim is None else claim.recorded
+        flags = 0 if claim is None else claim.flags
         is_whole = claim is not None and claim.is_whole
         nodes = self._leg_nodes()
         records: list[LegRecord | None] = [None] * len(nodes)
@@ -207,7 +279,7 @@ class Quorum(NodeDriver):
             records = recognise(nodes, recorded.legs)
         if recorded is None:
             made = [(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes]
-            self._make_legs(made, 1, old_is_whole=False)
+            self._make_legs(made, 1, flags, old_is_whole=False)
             return []
         if not any(records):
             path = self._metadata_path()
@@ -229,7 +301,7 @@ class Quorum(NodeDriver):
                 word = LegState.STALE.value | (word & LEG_WHOLE) | lost
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
         late = self._still_late(recorded, records)
-        self._make_legs(made, recorded.generation + 1, old_is_whole=is_whole, late=late)
+        self._make_legs(made, recorded.generation + 1, flags, old_is_whole=is_whole, late=late)
         return late
 
     def _still_late(
@@ -289,12 +361,13 @@ class Quorum(NodeDriver):
         self,
         wanted: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]],
         generation: int,
+        flags: int,
         *,
         old_is_whole: bool,
         late: Sequence[LateWrite] = (),
     ) -> None:
         """Legs and new metadata: node, state word, since when, and a map with its region bits."""
-        metadata = self._new_metadata([node for node, *_ in wanted], generation)
+        metadata = self._new_metadata([node for node, *_ in wanted], generation, flags)
         try:
             for index, (_, word, since, dirty) in enumerate(wanted):
                 metadata.describe_leg(index, word, generation, since)
@@ -315,10 +388,10 @@ class Quorum(NodeDriver):
         for leg in self.legs:
             leg.settle_flags()
 
-    def _new_metadata(self, nodes: list[NodeDriver], generation: int) -> Metadata:
+    def _new_metadata(self, nodes: list[NodeDriver], generation: int, flags: int) -> Metadata:
         legs = [(node.name, identity(node)) for node in nodes]
         path = self._metadata_path()
-        return Metadata(path, self.size, self._region_bits, legs, generation)
+        return Metadata(path, self.size, self._region_bits, legs, generation, flags)
 
     def _leg_nodes(self) -> list[NodeDriver]:
         return [child.node for child in self.children.values()]
@@ -343,7 +416,8 @@ class Quorum(NodeDriver):
                     data={"code": "leg-busy", "node": leg.node.name},
                 )
         self._check_votes(found)
-        metadata = self._new_metadata(nodes, self.metadata.generation + 1)
+        generation, flags = self.metadata.generation + 1, self.metadata.flags & ~WHOLE
+        metadata = self._new_metadata(nodes, generation, flags)
         try:
             for index, known_leg in enumerate(found):
                 if known_leg is None:
@@ -480,9 +554,13 @@ class Quorum(NodeDriver):
         perm, shared = super().child_permissions(role, perm, shared)
         if self._delivering:
             perm |= Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-        if perm and self.options.rewrite_corrupted and not self.read_only:
+        if perm and (self._rewrites or self.settles):
             perm |= Perm.WRITE_UNCHANGED
         return perm, shared
+
+    @property
+    def _rewrites(self) -> bool:
+        return self.options.rewrite_corrupted and not self.read_only
 
     # ---- options, now and later
 
@@ -560,6 +638,12 @@ class Quorum(NodeDriver):
     async def reopen_commit(self) -> None:
         await super().reopen_commit()
         self.children_changed()
+
+    async def begin_writing(self) -> None:
+        await super().begin_writing()
+        if self.metadata is not None and not self.metadata.flags & IN_USE:
+            await self._begin_use()
+            self._tell_unclean()
 
     async def reopen_abort(self) -> None:
         await super().reopen_abort()
@@ -731,7 +815,7 @@ class Quorum(NodeDriver):
             try:
                 async with self.repair.step():
                     if offset + length <= self.size:
-                        rewrite = self.options.rewrite_corrupted and not self.read_only
+                        rewrite = self._rewrites or self.settles
                         await self.repair.compare(offset, length, rewrite=rewrite)
             except (OSError, VhostblkError) as error:
                 logger.warning(
@@ -772,6 +856,17 @@ class Quorum(NodeDriver):
             os.strerror(-ret),
         )
         self.host.emit("QUORUM_FAILURE", {"reference": self.name, **_sectors(offset, length)})
+
+    def report_settled(self, offset: int, length: int) -> None:
+        """No version had a majority, and none was wrong."""
+        self._log.log(
+            logging.WARNING,
+            "quorum '%s': the legs differed in %d bytes at %d after an unclean end; "
+            "one version counts now",
+            self.name,
+            length,
+            offset,
+        )
 
     def _error(self, text: str, parameter: str) -> VhostblkError:
         return VhostblkError(text, data={"code": "bad-quorum", "parameter": parameter})

@@ -27,6 +27,11 @@ one a power cut may leave anything of it. So a flag says that all of it has been
 to then the last file with that flag stays beside it as `….old`. What that says is still true: with
 the first leg that leaves, nobody is told anything before the new file is whole.
 
+Another flag says that the quorum is in use. It is on the disk before the first write reaches a leg,
+and is taken away when all legs have been flushed and nothing more is to come. Found in a file that
+nobody has open it tells of an end after which some legs may have a write and others not. What
+follows from that is in two more flags, until all legs have been compared from end to end.
+
 Without a path the same lives in plain memory, and ends with the node.
 """
 
@@ -64,7 +69,11 @@ _SLOT = struct.Struct("<IIQd")
 _LATE = struct.Struct("<QQQQ")
 _FLAGS_AT = 20
 _GENERATION_AT = 24
-WHOLE = 1  # a flag: all of the file has been on the disk
+# Flags.
+WHOLE = 1  # all of the file has been on the disk
+IN_USE = 2  # a process may be changing the legs, or has not ended in order
+UNCLEAN = 4  # one had not: legs may differ in what was not flushed, and none of them is wrong
+POWER_CUT = 8  # and the host had gone down with it
 
 LateWrite = tuple[int, int, int]
 """Start, end, and the legs (bits) that a write which has been acknowledged has not reached yet."""
@@ -98,8 +107,7 @@ class Recorded:
     legs: list[LegRecord]
     late: list[LateWrite]
     """Writes that were on their way."""
-    whole: bool
-    """It has been on the disk."""
+    flags: int
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ class Metadata:
         region_bits: int,
         legs: Sequence[tuple[str, Sequence[str]]],
         generation: int,
+        flags: int = 0,
     ) -> None:
         """New, in memory or in a file beside `path` that `publish()` puts in its place.
 
@@ -173,7 +182,7 @@ class Metadata:
         """What a power cut would leave is all of it."""
         self._memory = self._map(path)
         self._memory[TEXT_AT : TEXT_AT + len(text)] = text
-        _HEADER.pack_into(self._memory, 0, MAGIC, VERSION, header, len(text), 0, generation)
+        _HEADER.pack_into(self._memory, 0, MAGIC, VERSION, header, len(text), flags, generation)
         self._anchor = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(self._anchor)
 
@@ -224,8 +233,7 @@ class Metadata:
         await self._sync(None if self.whole else self.path)
         if self.whole or self.fd < 0:
             return
-        flags = struct.unpack_from("<I", self._memory, _FLAGS_AT)[0]
-        struct.pack_into("<I", self._memory, _FLAGS_AT, flags | WHOLE)
+        self.flags |= WHOLE
         await self._sync(None)
         if self.fd >= 0:  # else another one has taken its place, and needs the old one
             self.whole = True
@@ -252,6 +260,15 @@ class Metadata:
     def lates(self) -> int:
         """Address of the table of late writes."""
         return self.address + self.layout.lates
+
+    @property
+    def flags(self) -> int:
+        """What is true of all of it."""
+        return int(struct.unpack_from("<I", self._memory, _FLAGS_AT)[0])
+
+    @flags.setter
+    def flags(self, flags: int) -> None:
+        struct.pack_into("<I", self._memory, _FLAGS_AT, flags)
 
     def set_lates(self, writes: Sequence[LateWrite]) -> None:
         """These are on their way, and no others. Before the engine knows any."""
@@ -354,6 +371,7 @@ class Claim:
         """What is known; None if there is no file."""
         self.is_whole = False
         """Whether the file may stay as `….old`."""
+        self._is_torn = False
         try:
             data = self._take(path)
             if data is not None:
@@ -379,9 +397,12 @@ class Claim:
 
     def _understand(self, path: str, data: bytes) -> None:
         recorded = _parsed(path, data) if any(data[:TEXT_AT]) or not data else None
-        if recorded is not None and (recorded.whole or recorded.boot == boot()):
-            self.recorded, self.is_whole = recorded, recorded.whole
-            return
+        if recorded is not None:
+            whole = bool(recorded.flags & WHOLE)
+            if whole or recorded.boot == boot():
+                self.recorded, self.is_whole = recorded, whole
+                return
+        self._is_torn = True
         logger.warning(
             "Quorum metadata '%s' had not been written to the disk when the host went down", path
         )
@@ -391,6 +412,17 @@ class Claim:
             return  # the first one: until it is whole nobody hears that a leg has missed something
         with open(fd, "rb") as file:
             self.recorded = _parsed(f"{path}.old", file.read())
+
+    @property
+    def flags(self) -> int:
+        """UNCLEAN and POWER_CUT, if what it says means that."""
+        flags = 0 if self.recorded is None else self.recorded.flags
+        found = flags & (UNCLEAN | POWER_CUT)
+        if flags & IN_USE or self._is_torn:
+            found |= UNCLEAN
+            if self.recorded is None or self.recorded.boot != boot():
+                found |= POWER_CUT
+        return found
 
     def release(self) -> None:
         """It has been replaced, or is not needed."""
@@ -447,9 +479,7 @@ def _parse(data: bytes) -> Recorded:
         start, end, bits, _ = _LATE.unpack_from(data, at)
         if bits:
             late.append((start, end, bits))
-    return Recorded(
-        size, region_bits, generation, str(text.get("boot")), legs, late, bool(flags & WHOLE)
-    )
+    return Recorded(size, region_bits, generation, str(text.get("boot")), legs, late, flags)
 
 
 def _in_use(path: str) -> VhostblkError:

@@ -57,11 +57,15 @@ class Vote:
     """Those that gave an error, and which."""
     lost: list[tuple[int, int]] = field(default_factory=list)
     """Where there is no majority."""
+    settled: list[tuple[int, int]] = field(default_factory=list)
+    """The same, but one version has been chosen."""
+    others: dict[Leg, list[tuple[int, int]]] = field(default_factory=dict)
+    """Those that have another one there."""
 
     @property
     def differ(self) -> bool:
         """Whether not all of them agree."""
-        return bool(self.losers or self.failed or self.lost)
+        return bool(self.losers or self.failed or self.lost or self.settled)
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Comparison:
     """Bytes that were written."""
     lost: int = 0
     """Bytes of which no version has enough votes."""
+    settled: int = 0
+    """Bytes of which none had, and all legs have one version now."""
 
 
 class Repair:
@@ -128,9 +134,24 @@ class Repair:
     # ---- comparing
 
     async def vote(self, offset: int, length: int) -> Vote:
-        """Ask all legs that are in sync, while nobody writes there."""
-        async with self.locked(offset, length, self._room_to_vote):
-            return await self._vote(offset, length)
+        """Ask all legs that are in sync, while nobody writes there.
+
+        After an unclean end one of several versions is as good as another. A single disk would
+        have one of them, and keep it: so all legs get it, by whole blocks.
+        """
+        first = offset - offset % BLOCK
+        end = min(self._quorum.size, -(-(offset + length) // BLOCK) * BLOCK)
+        async with self.locked(first, end - first, self._room_to_vote):
+            vote = await self._vote(offset, length)
+            if not vote.lost or not self._quorum.unclean:
+                return vote
+            vote = await self._vote(first, end - first, choose=True)
+            if self._quorum.settles:
+                await self._make_right(vote, first, end - first)
+        if vote.winner is not None:
+            self._quorum.report_settled(offset, length)
+            vote.winner = vote.winner[offset - first : offset - first + length]
+        return vote
 
     async def compare(self, offset: int, length: int, *, rewrite: bool) -> Comparison:
         """Find the legs that are wrong, tell, and with `rewrite` make them right."""
@@ -138,10 +159,11 @@ class Repair:
             return Comparison()
         # They may differ only because of a write on its way.
         async with self.locked(offset, length):
-            vote = await self._vote(offset, length)
+            vote = await self._vote(offset, length, choose=rewrite and self._quorum.settles)
             found = Comparison(len(vote.losers) + len(vote.failed))
             self._report(vote, offset, length)
             found.lost = sum(end - start for start, end in vote.lost)
+            found.settled = sum(end - start for start, end in vote.settled)
             if rewrite:
                 found.repaired = await self._make_right(vote, offset, length)
         return found
@@ -155,10 +177,14 @@ class Repair:
             quorum.report_bad(leg, OP_READ, 0, offset + start, end - start)
         for start, end in vote.lost:
             quorum.report_failure(OP_READ, -errno.EIO, offset + start, end - start)
+        for start, end in vote.settled:
+            quorum.report_settled(offset + start, end - start)
 
     async def _make_right(self, vote: Vote, offset: int, length: int) -> int:
         written = 0
-        bad = dict(vote.losers)
+        bad = {leg: [*ranges, *vote.others.pop(leg, ())] for leg, ranges in vote.losers.items()}
+        bad.update(vote.others)
+        self._mark_settled(vote, offset, bad)
         if vote.winner is not None:
             bad.update((leg, [(0, length)]) for leg in vote.failed)
         for leg, ranges in bad.items():
@@ -171,10 +197,19 @@ class Repair:
                 written += end - start if data is not None else 0
         return written
 
+    def _mark_settled(self, vote: Vote, offset: int, bad: dict[Leg, list[tuple[int, int]]]) -> None:
+        """Legs that do not vote may have any version of what has been settled."""
+        for leg in self._quorum.legs:
+            if vote.settled and leg.state is LegState.REBUILDING:
+                bad[leg] = vote.settled
+            elif leg.state is not LegState.IN_SYNC:
+                for start, end in vote.settled:
+                    leg.mark(offset + start, end - start)
+
     async def _winner(self, offset: int, start: int, end: int) -> bytes | None:
         return (await self._vote(offset + start, end - start)).winner
 
-    async def _vote(self, offset: int, length: int) -> Vote:
+    async def _vote(self, offset: int, length: int, *, choose: bool = False) -> Vote:
         legs = self._in_sync()
         answers = await asyncio.gather(
             *(self._read(leg, offset, length) for leg in legs), return_exceptions=True
@@ -193,13 +228,16 @@ class Repair:
         elif len(set(versions.values())) == 1:
             vote.winner = next(iter(versions.values()))
         else:
-            self._vote_by_block(vote, versions, offset, length)
+            self._vote_by_block(vote, versions, offset, length, choose=choose)
         return vote
 
     def _vote_by_block(
-        self, vote: Vote, versions: dict[Leg, bytes], offset: int, length: int
+        self, vote: Vote, versions: dict[Leg, bytes], offset: int, length: int, *, choose: bool
     ) -> None:
-        """Legs that are wrong in different places do not stand in each other's way."""
+        """Legs that are wrong in different places do not stand in each other's way.
+
+        With `choose` what most legs have counts also if these are too few, or the first leg's.
+        """
         whole = bytearray(length)
         start = 0
         while start < length:
@@ -208,13 +246,13 @@ class Repair:
             for leg, version in versions.items():
                 camps.setdefault(version[start:end], []).append(leg)
             data, voters = max(camps.items(), key=lambda camp: len(camp[1]))
-            if len(voters) >= self._quorum.options.vote_threshold:
-                whole[start:end] = data
-                for leg in versions if len(camps) > 1 else ():
-                    if leg not in voters:
-                        _append(vote.losers.setdefault(leg, []), start, end)
-            else:
-                _append(vote.lost, start, end)
+            won = len(voters) >= self._quorum.options.vote_threshold
+            whole[start:end] = data
+            if not won:
+                _append(vote.settled if choose else vote.lost, start, end)
+            for leg in versions if won or choose else ():
+                if leg not in voters:
+                    _append((vote.losers if won else vote.others).setdefault(leg, []), start, end)
             start = end
         if not vote.lost:
             vote.winner = bytes(whole)
