@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import string
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ import pytest
 from crash.tools import plain_environment
 from in_process import MIB, Host, refused, with_host
 
-from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES, REQ_MAY_UNMAP
+from vhostblk.engine import (
+    MAX_CHILDREN,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_WRITE_ZEROES,
+    REQ_MAY_UNMAP,
+)
 
 KIB = 1024
 BLOCK = 64 * KIB
@@ -71,6 +78,21 @@ def test_all_changes_reach_all_legs() -> None:
         assert a[8 * BLOCK : 10 * BLOCK] == bytes(2 * BLOCK)  # QEMU's discards do not get here
         assert await host.read("q", 0, MIB) == a
         assert bad(host) == []
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("pattern", ["quorum", "fifo"])
+@pytest.mark.parametrize("timeout", [0, 30000])
+def test_as_many_legs_as_there_may_be(timeout: int, pattern: str) -> None:
+    async def test(host: Host) -> None:
+        legs = string.ascii_letters.replace("q", "")[:MAX_CHILDREN]
+        await quorum(host, legs, leg_timeout=timeout, read_pattern=pattern)
+        await host.write("q", 0, b"w" * BLOCK)
+        spoil(host, legs[-1], 0)
+        assert await host.read("q", 0, BLOCK) == b"w" * BLOCK
+        if pattern == "quorum":
+            await host.until(lambda: bad(host) == [(legs[-1], "read", False)])
 
     with_host(test)
 

@@ -129,6 +129,12 @@ static uint32_t lowest(uint32_t legs)
     return (uint32_t)__builtin_ctz(legs);
 }
 
+/* Whether `leg` or one behind it is among them. It may be the number behind the last possible. */
+static bool any_from(uint32_t legs, uint32_t leg)
+{
+    return (uint64_t)legs >> leg;
+}
+
 static bool is_change(const struct op *op)
 {
     return op->op != VB_OP_READ;
@@ -249,7 +255,7 @@ static int common_error(const struct op *op)
 
 static void report_failures(const struct op *op)
 {
-    for (uint32_t leg = 0; op->failed >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(op->failed, leg); leg++) {
         if (op->failed & bit(leg)) {
             tell(op, leg, op->parts[leg].ret);
         }
@@ -422,7 +428,7 @@ static void start_change(struct quorum_node *quorum, struct vb_request *request)
     if (write) {
         copy_from_guest(request, data);
     }
-    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
         if (op->asked & bit(leg)) {
             op->parts[leg].iov = (struct iovec){data, write ? op->bytes : 0};
             new_part(op, leg, &op->parts[leg].iov, write);
@@ -455,7 +461,7 @@ static uint32_t like_first(const struct op *op, uint32_t legs)
 {
     uint32_t first = lowest(legs), found = bit(first);
 
-    for (uint32_t leg = first + 1; legs >> leg; leg++) {
+    for (uint32_t leg = first + 1; any_from(legs, leg); leg++) {
         if ((legs & bit(leg)) && same(op, first, leg)) {
             found |= bit(leg);
         }
@@ -481,7 +487,7 @@ static void start_read(struct quorum_node *quorum, struct vb_request *request, b
 /* The first version is in guest memory, and the guest may have changed it. */
 static bool all_like_guest(const struct op *op, uint32_t legs)
 {
-    for (uint32_t leg = 0; legs >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(legs, leg); leg++) {
         if ((legs & bit(leg)) && op->parts[leg].version &&
             !same_as_guest(op->request, op->parts[leg].version)) {
             return false;
@@ -524,7 +530,7 @@ static void compare_in_place(struct op *op)
     const unsigned char *versions[VB_MAX_CHILDREN];
     uint32_t found = 0;
 
-    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
         if (op->asked & bit(leg)) {
             versions[found++] = op->parts[leg].data;
         }
@@ -596,7 +602,7 @@ static void count_votes(struct op *op)
         go_up(op); /* no majority: Python looks at it while nobody writes there */
         return;
     }
-    for (uint32_t leg = 0; legs >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(legs, leg); leg++) {
         if (legs & ~group & bit(leg)) {
             tell(op, leg, 0);
         }
@@ -646,7 +652,7 @@ static void start_read(struct quorum_node *quorum, struct vb_request *request, b
         return;
     }
     op->direct = direct;
-    for (uint32_t leg = 0; op->asked >> leg; leg++) {
+    for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
         struct part *part = &op->parts[leg];
 
         if (!(op->asked & bit(leg))) {
