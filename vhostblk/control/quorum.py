@@ -126,18 +126,13 @@ async def x_blockdev_change(context: Context, arguments: XBlockdevChange) -> Any
         )
     graph = context.backend.graph
     async with context.backend.changing():
-        quorum: NodeDriver = find_quorum(context.backend, arguments.parent)
+        quorum = find_quorum(context.backend, arguments.parent)
         async with graph.change() as change:
             if arguments.node is not None:
-                change.set_child(quorum, _free_role(quorum), graph.node(arguments.node))
+                change.set_child(quorum, quorum.free_role(), graph.node(arguments.node))
             else:
                 change.set_child(quorum, _role_of(quorum, arguments.child or ""), None)
     return {"pause-us": change.pause_us}
-
-
-def _free_role(quorum: NodeDriver) -> str:
-    used = [int(role.partition(".")[2]) for role in quorum.children]
-    return f"children.{max(used, default=-1) + 1}"
 
 
 def _role_of(quorum: NodeDriver, name: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from vhostblk.engine import OP_FLUSH
+from vhostblk.engine import MAX_CHILDREN, OP_FLUSH
 from vhostblk.events import Event
 from vhostblk.jobs.block_job import BlockJob
 from vhostblk.jobs.job import JobStatus
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OVER = (JobStatus.ABORTING, JobStatus.CONCLUDED, JobStatus.NULL)
-_SPARE_PATIENCE = 5.0  # seconds before a spare is tried once more, while a leg hangs
+_SPARE_PATIENCE = 5.0  # seconds between looks at a leg that hangs
+_HANGS = ("leg-busy", "pause-timeout")  # codes of errors that mean one
 _REBUILD_PATIENCE = 5.0  # seconds before a rebuild for which others could not be read is repeated
 _MOST_PATIENCE = 300.0  # what that grows to, doubling
 
@@ -418,38 +419,72 @@ class _Attendant:
 
     async def _replace(self, quorum: str, leg: str) -> None:
         """Put a spare in the place of a leg that has failed."""
+        told = False
         while (found := self._find(quorum, leg)) is not None and found[0].options.spares:
             try:
                 async with self._backend.changing():
                     found = self._find(quorum, leg)
-                    if found is not None:
-                        await self._use_spare(*found)
+                    if found is None or not await self._use_spare(*found):
+                        return
+                await self._take_away(*found)
                 return
             except VhostblkError as error:
-                if (error.data or {}).get("code") not in ("leg-busy", "pause-timeout"):
+                if (error.data or {}).get("code") not in _HANGS:
                     raise
+                if not told:
+                    logger.warning("quorum '%s': the spare has to wait: %s", quorum, error.desc)
+                told = True
             await asyncio.sleep(_SPARE_PATIENCE)
 
-    async def _use_spare(self, quorum: Quorum, leg: Leg) -> None:
+    async def _use_spare(self, quorum: Quorum, leg: Leg) -> bool:
+        """Whether the leg that has failed is still there, beside the spare.
+
+        That it must be as long as it has requests that were given up.
+        """
         from vhostblk.nodes.quorum.legs import LegState
 
         if leg.state is not LegState.FAILED:
-            return
-        role = list(quorum.children)[leg.index]
+            return False
+        role, old = list(quorum.children)[leg.index], leg.node.name
         self._worn.add(leg.node)
         spare = self._free_spare(quorum)
         if spare is None:
-            logger.warning("quorum '%s': no spare is left for leg '%s'", quorum.name, leg.node.name)
-            return
-        old = leg.node.name
+            logger.warning("quorum '%s': no spare is left for leg '%s'", quorum.name, old)
+            return False
+        beside = leg.handle.strays > 0 and len(quorum.children) < MAX_CHILDREN
         async with self._backend.graph.change() as change:
-            change.set_child(quorum, role, spare)
+            change.set_child(quorum, quorum.free_role() if beside else role, spare)
         logger.warning(
-            "quorum '%s': spare '%s' takes the place of leg '%s'", quorum.name, spare.name, old
+            "quorum '%s': spare '%s' takes the place of leg '%s'%s",
+            quorum.name,
+            spare.name,
+            old,
+            ", which goes when it has let go of all requests" if beside else "",
         )
         new = quorum.leg(spare.name)
         if _job_of(self._backend, new) is None:
             start_rebuild(self._backend, quorum, new)
+        return beside
+
+    async def _take_away(self, quorum: Quorum, leg: Leg) -> None:
+        """A spare is there for it: it goes as soon as it can, if nobody wants it back."""
+        while self._is_given_up(quorum, leg):
+            if leg.handle.strays == 0:
+                try:
+                    async with self._backend.changing(), self._backend.graph.change() as change:
+                        if self._is_given_up(quorum, leg):
+                            change.set_child(quorum, list(quorum.children)[leg.index], None)
+                    return
+                except VhostblkError as error:
+                    if (error.data or {}).get("code") not in _HANGS:
+                        raise
+            await asyncio.sleep(_SPARE_PATIENCE)
+
+    def _is_given_up(self, quorum: Quorum, leg: Leg) -> bool:
+        from vhostblk.nodes.quorum.legs import LegState
+
+        is_out = leg in quorum.legs and leg.state is LegState.FAILED
+        return is_out and _job_of(self._backend, leg) is None
 
     def _free_spare(self, quorum: Quorum) -> NodeDriver | None:
         graph = self._backend.graph

@@ -550,6 +550,11 @@ class Quorum(NodeDriver):
         """For I/O on one leg alone."""
         return list(self.children.values())[leg.index]
 
+    def free_role(self) -> str:
+        """For one more leg."""
+        used = [int(role.partition(".")[2]) for role in self.children]
+        return f"children.{max(used, default=-1) + 1}"
+
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = super().child_permissions(role, perm, shared)
         if self._delivering:
