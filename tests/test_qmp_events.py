@@ -55,6 +55,17 @@ def test_nothing_is_lost_at_the_end() -> None:
     assert [number for _, number in sent] == [0, 2]
 
 
+def test_what_a_quorum_reports_is_limited_for_each_leg_and_kind() -> None:
+    bad = "QUORUM_REPORT_BAD"
+    reads = [(0.0, bad, {"node-name": "a", "type": "read"})] * 500
+    others = [(0.0, bad, {"node-name": "a", "type": "write"}),
+              (0.0, bad, {"node-name": "b", "type": "read"})]  # fmt: skip
+    assert [number for _, number in collect(reads + others, 0.0)] == [0, 500, 501, 499]
+    failures = [(0.0, "QUORUM_FAILURE", {"reference": "q"})] * 500
+    others = [(0.0, "QUORUM_FAILURE", {"reference": "r"})]
+    assert [number for _, number in collect(failures + others, 0.0)] == [0, 500, 499]
+
+
 def test_every_event_is_described() -> None:
     """An event someone emits and nobody described would be missing from query-qmp-schema."""
     emitted = set()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import string
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from crash.tools import plain_environment
 from in_process import MIB, Host, refused, with_host
+from quorum_legs import Faulty
+from test_qmp_events import collect
 
 from vhostblk.engine import (
     MAX_CHILDREN,
@@ -133,6 +136,44 @@ def test_no_majority_is_an_error() -> None:
         assert await host.read("q", 4096, 4096) == truth[4096:8192]
 
     with_host(test)
+
+
+def test_a_leg_that_is_bad_again_and_again_is_told_a_few_times() -> None:
+    """As a client sees it: the first time, and the last."""
+    events: list[tuple[float, str, dict[str, Any]]] = []
+
+    async def test(host: Host) -> None:
+        await with_failing_legs(host, "b", ["read"])
+        for block in range(50):
+            await host.read("q", block * 4096, 4096)
+        await host.until(lambda: len(host.named("QUORUM_REPORT_BAD")) >= 50)
+        events.extend((0.0, event.name, event.data) for event in host.events)
+
+    with_host(test)
+    sent = [events[number] for _, number in collect(events, 0.0)]
+    assert [data["sector-num"] for _, name, data in sent if name == "QUORUM_REPORT_BAD"] == [
+        0,
+        49 * 8,
+    ]
+
+
+def test_a_flush_is_with_all_legs_at_the_same_time() -> None:
+    async def test(host: Host) -> None:
+        for leg in "abc":
+            await host.add("file", f"file-{leg}", filename=host.file(leg))
+            await host.add("test-faulty", leg, file=f"file-{leg}")
+        await host.add("quorum", "q", children=list("abc"), vote_threshold=2)
+        event = asyncio.Event()
+        Faulty.hangs.update(dict.fromkeys("abc", event))
+        flush = asyncio.ensure_future(submit(host, OP_FLUSH, 0, 0))
+        await host.until(lambda: {*Faulty.seen} == {*"abc"})  # and none has been answered
+        assert not flush.done()
+        event.set()
+        await flush
+        assert [Faulty.seen[leg] for leg in "abc"] == [[("flush", 0, 0)]] * 3
+
+    Faulty.faults, Faulty.hangs, Faulty.seen = {}, {}, {}
+    with_host(test, Faulty)
 
 
 async def with_failing_legs(host: Host, failing: str, operations: list[str], **options: Any) -> Any:

@@ -24,27 +24,9 @@ MIB = 1 << 20
 LEGS = "abc"
 
 
-# Each write takes as long as it likes.
-JITTER = """
-import asyncio, random
-from vhostblk.filter import Filter, FilterOptions
-
-class Jitter(Filter):
-    driver = "test-jitter"
-    Options = FilterOptions
-    keeps_data = True
-
-    async def write(self, request):
-        await asyncio.sleep(random.choice((0, 0.02, 0.05)))
-        request.forward()
-"""
-
-
 def start(directory: Path, *options: str, slow: str = "delay", ready: bool = True) -> Daemon:
     """Three files, each below a filter that makes it slow and one that makes it fail."""
     words = ["--state", str(directory / "state"), "--control", str(directory / "q.sock")]
-    (directory / "jitter.py").write_text(JITTER)
-    words += ["--plugin", str(directory / "jitter.py")]
     for leg in LEGS:
         words += ["--blockdev", f"file,node-name=file-{leg},filename={directory}/{leg}"]
         words += ["--blockdev", f"{slow},node-name=slow-{leg},file=file-{leg}"]
@@ -228,7 +210,7 @@ def metadata(directory: Path) -> Path:
 def test_killed_with_writes_late_on_every_leg(directory: Path) -> None:
     """Each leg lacks something that a guest relies on; no rebuild would have a source."""
     options = ("write-threshold=2", "auto-rebuild=off")
-    daemon = start(directory, *options, slow="test-jitter")
+    daemon = start(directory, *options, slow="delay,write-ns=1,jitter-ns=50000000")
     try:
         with Device(daemon.socket("e"), timeout=30) as device:
             lacking, end = 0, time.monotonic() + 60
