@@ -19,6 +19,7 @@ from quorum_legs import (
     Faulty,
     content,
     edit_states,
+    leave_late,
     quorum,
     recorded,
     restart,
@@ -196,6 +197,30 @@ def test_a_scrub_that_has_not_come_to_its_end_begins_again() -> None:
         node = await quorum(host)
         await host.until(lambda: not node.unclean)
         assert len({content(host, leg) for leg in LEGS}) == 1
+
+    run(test)
+
+
+def test_late_writes_and_a_power_cut() -> None:
+    """The table may have got to the disk at any time: what it says is true, or does no harm."""
+
+    async def test(host: Host) -> None:
+        await quorum(host, write_threshold=2)
+        await host.write("q", 0, b"0" * MIB)
+        await restart(host)
+        crash(host, power_cut=True)
+        put(host, 0, b"0" * 512, b"1" * 512, b"1" * 512)  # late on a
+        put(host, BLOCK, b"2" * 512, b"0" * 512, b"2" * 512)  # that b had it has been lost
+        # Something that all have got since, and flushed; and nonsense.
+        leave_late(host, (0, 512, 0b001), (BLOCK, BLOCK + 512, 0b010),
+                   (2 * BLOCK, 3 * BLOCK, 0b100), (MIB, 2 * MIB, 0b111),
+                   (5 * BLOCK, 4 * BLOCK, 0b1111000))  # fmt: skip
+        node = await quorum(host, write_threshold=2, auto_rebuild=False)
+        assert states(node) == "iii"
+        [found] = {content(host, leg) for leg in LEGS}
+        assert found[:512] == b"1" * 512 and found[BLOCK : BLOCK + 512] == b"2" * 512
+        assert found.count(b"0") == MIB - 1024
+        assert node.unclean
 
     run(test)
 

@@ -395,11 +395,13 @@ class _Attendant:
 
     async def _settle(self, name: str) -> None:
         """Compare legs that a power cut may have left different."""
+        from vhostblk.nodes.quorum import Quorum
+
         async with self._backend.changing():
-            quorum = find_quorum(self._backend, name)
-            if not quorum.settles or not quorum.options.auto_rebuild:
-                return
-            if _scrub_of(self._backend, quorum, repair=True) is None:
+            quorum = self._backend.graph.nodes.get(name)
+            if not isinstance(quorum, Quorum) or not quorum.settles:
+                return  # it has gone again, or nothing may be written
+            if quorum.options.auto_rebuild and not _scrub_of(self._backend, quorum, repair=True):
                 start_scrub(self._backend, quorum, repair=True)
 
     async def _rebuild(self, quorum_name: str, leg_name: str) -> None:
