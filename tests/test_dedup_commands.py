@@ -17,8 +17,28 @@ from vhostblk.cli import status
 from vhostblk.control.events import EVENTS
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.check import Check, Result
+from vhostblk.dedup.format import Superblock
 from vhostblk.dedup.tables import INDEX_KEY
 from vhostblk.engine import OP_DISCARD
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "ü" * 128])
+def test_names_that_a_disk_cannot_have(name: str) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        with refused("is no name of a disk: these have 1 to 255 bytes"):
+            await open_disk(host, "other", disk=name, size=MIB)
+        await open_disk(host, "other", disk="ü" * 127, size=MIB)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize(("block_bits", "segment_bits"), [(0, 22), (31, 22), (14, 0), (14, 63)])
+def test_superblocks_that_nobody_has_made(block_bits: int, segment_bits: int) -> None:
+    """Their checksum is right all the same."""
+    packed = Superblock(block_bits, segment_bits, "blake3", bytes(16)).pack()
+    with refused("there are none like that"):
+        Superblock.parse(packed)
 
 
 def test_statistics() -> None:
@@ -124,6 +144,38 @@ def first(txn: Any, db: Any) -> tuple[bytes, bytes]:
     with txn.cursor(db) as cursor:
         assert cursor.first()
         return cursor.item()
+
+
+def test_content_is_checked_beside_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In large pieces, each bad block found, and garbage is collected meanwhile."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        store = node.store
+        await host.write("disk", 0, random.Random(4).randbytes(MIB))
+        for number in (100, 101, 200):
+            await host.write("data", store.tables.block(number).offset, b"rotten".ljust(512))
+        began, go_on, lengths = asyncio.Event(), asyncio.Event(), []
+        read = type(node.data).read
+
+        async def slow(self: Any, offset: int, into: Any) -> Any:
+            lengths.append(into)
+            began.set()
+            await go_on.wait()
+            return await read(self, offset, into)
+
+        monkeypatch.setattr(type(node.data), "read", slow)
+        check = asyncio.create_task(host.command("dedup-check", node_name="disk", content=True))
+        await began.wait()
+        await store.collect()
+        go_on.set()
+        found = await check
+        assert found["corruptions"] == 3
+        assert [message.split()[2] for message in found["messages"]] == ["100", "101", "200"]
+        assert sum(lengths) == MIB and len(lengths) < 16
+
+    with_host(test)
 
 
 def test_bad_content_is_found() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
-from in_process import MIB, Host, with_host
+from in_process import MIB, Host, refused, with_host
 
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.format import Superblock
+from vhostblk.dedup.space import FreeSegments
 from vhostblk.dedup.tables import PAGE, Tables
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
 
@@ -68,6 +69,87 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting is not allowed here")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_data_device_grows_under_writes_that_wait() -> None:
+    """Each time that it is full the operator is told; it does not become smaller again."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=3 * MIB, size=8 * MIB)
+        await open_disk(host, on_enospc="hold")
+        content = random.Random(5).randbytes(6 * MIB)
+        writing = asyncio.create_task(host.write("disk", 0, content))
+        for times, size in enumerate([5 * MIB, 16 * MIB], 1):
+            await host.until(lambda n=times: len(host.named("DEDUP_FULL")) == n)  # type: ignore[misc]
+            assert host.named("DEDUP_FULL")[-1]["device"] == "data"
+            assert store_of(host).stats()["full"]
+            await host.backend.block_resize("data", size)
+        await writing
+        assert not store_of(host).stats()["full"]
+        assert await host.read("disk", 0, 6 * MIB) == content
+        with refused("Node 'data' cannot be resized: node 'disk' does not allow it"):
+            await host.backend.block_resize("data", 8 * MIB)
+        await sound(host)
+
+    with_host(test)
+
+
+def test_free_segments() -> None:
+    free = FreeSegments()
+    for number in (5, 1, 3, 1):
+        free.add(number)
+    free.discard(3)
+    free.discard(4)
+    assert (len(free), set(free)) == (2, {1, 5})
+    assert free.pop() == 1
+    free.add(3)
+    free.discard(5)
+    free.add(5)
+    assert [free.pop() for _ in range(2)] == [3, 5]
+    assert len(free) == 0
+
+
+def test_the_operator_hears_of_a_metadata_device_that_becomes_full(
+    small_file_system: Path,
+) -> None:
+    async def test(host: Host) -> None:
+        meta = str(small_file_system / "meta")
+        await create(host, size=64 * MIB, data=64 * MIB, metadata=meta)
+        await open_disk(host, metadata=meta)
+        store_of(host).tuning.changes = 64
+        there = os.statvfs(small_file_system)
+        (small_file_system / "ballast").write_bytes(
+            bytes(there.f_frsize * there.f_bavail * 9 // 10)
+        )
+        rnd = random.Random(6)
+        for at in range(0, MIB, BLOCK):
+            await host.write("disk", at, rnd.randbytes(BLOCK))
+        told = [event for event in host.named("DEDUP_SPACE") if event["device"] == "metadata"]
+        assert told and told[0]["percent"] >= 80
+        assert told[0]["metadata"] == meta
+
+    with_host(test)
+
+
+def test_commands_when_the_metadata_cannot_be_written(small_file_system: Path) -> None:
+    """What needs no room goes on, and the rest says what is missing."""
+
+    async def test(host: Host) -> None:
+        meta = str(small_file_system / "meta")
+        await create(host, size=64 * MIB, data=64 * MIB, metadata=meta)
+        await open_disk(host, metadata=meta)
+        await host.write("disk", 0, random.Random(7).randbytes(MIB))
+        fill_up(small_file_system / "ballast")
+        found = await host.command("query-dedup", node_name="disk")
+        assert found["logical"] == MIB
+        for name in ("dedup-collect", "dedup-check"):
+            with refused("The dedup store", "cannot do it now"):
+                await host.command(name, node_name="disk")
+        (small_file_system / "ballast").unlink()
+        found = await host.command("dedup-check", node_name="disk", content=True)
+        assert found["corruptions"] == found["wrong"] == 0
+
+    with_host(test)
 
 
 @pytest.mark.parametrize("action", ["report", "hold"])
@@ -203,6 +285,23 @@ def test_changes_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await host.read("disk", 0, MIB) == bytes(MIB)
         monkeypatch.undo()
         await sound(host)
+
+    with_host(test)
+
+
+def test_what_waits_for_the_ledger_is_bounded() -> None:
+    """However few blocks change, and though nobody flushes."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        store, rnd = store_of(host), random.Random(8)
+        store.tuning.changes = 64
+        most = 0
+        for _ in range(400):
+            await host.write("disk", 0, rnd.randbytes(BLOCK))
+            most = max(most, store.ledger.waiting)
+        assert 64 <= most < 200
 
     with_host(test)
 

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Coroutine
+from errno import EDQUOT, ENOSPC
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.control.registry import Context, Registry
 from vhostblk.schema import BlockdevRef, Model, OnOff, UInt64, VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.nodes.dedup import Dedup
+
+_Result = TypeVar("_Result")
 
 registry = Registry()
 command = registry.command
@@ -31,7 +36,8 @@ async def query_dedup(context: Context, arguments: DedupNode) -> Any:
     store = node.store
 
     async def query() -> dict[str, Any]:
-        await store.checkpoint()
+        with contextlib.suppress(OSError):  # the numbers are those of the last one, then
+            await store.checkpoint()
         disks = [
             {"disk": name, "size": size, **(await store.fragmentation(number))}
             for number, (size, name) in store.tables.disks().items()
@@ -45,7 +51,7 @@ async def query_dedup(context: Context, arguments: DedupNode) -> Any:
 async def dedup_collect(context: Context, arguments: DedupNode) -> Any:
     """Collect garbage now: empty segments that are three quarters full at most."""
     node = _dedup(context, arguments.node_name)
-    return {"segments": await context.backend.use(node, "dedup-collect", node.store.collect)}
+    return {"segments": await _use(context, node, "dedup-collect", node.store.collect)}
 
 
 class DedupCheck(DedupNode):
@@ -61,7 +67,8 @@ class DedupCheck(DedupNode):
 async def dedup_check(context: Context, arguments: DedupCheck) -> Any:
     """Recompute everything that can be: references, index, places, segments."""
     node = _dedup(context, arguments.node_name)
-    found = await context.backend.use(
+    found = await _use(
+        context,
         node,
         "dedup-check",
         partial(node.store.check, node.data, repair=arguments.repair, content=arguments.content),
@@ -87,7 +94,7 @@ async def dedup_backup(context: Context, arguments: DedupBackup) -> None:
     """Copy the metadata of a store while it is in use."""
     node = _dedup(context, arguments.node_name)
     backup = partial(node.store.backup, node.data, Path(arguments.directory))
-    await context.backend.use(node, "dedup-backup", backup)
+    await _use(context, node, "dedup-backup", backup)
 
 
 class DedupDiskDelete(DedupNode):
@@ -102,7 +109,7 @@ async def dedup_disk_delete(context: Context, arguments: DedupDiskDelete) -> Non
     """Delete a disk of a store, for good, and give its space back."""
     node = _dedup(context, arguments.node_name)
     delete = partial(node.store.delete_disk, node.data, arguments.disk)
-    await context.backend.use(node, "dedup-disk-delete", delete)
+    await _use(context, node, "dedup-disk-delete", delete)
 
 
 class DedupDefragment(DedupNode):
@@ -144,6 +151,20 @@ async def dedup_rebuild(context: Context, arguments: DedupRebuild) -> None:
     id, backend = arguments.job_id, context.backend
     directory = Path(arguments.metadata)
     backend.jobs.start(RebuildJob(id, backend.creator(id), arguments.file, directory))
+
+
+async def _use(
+    context: Context, node: Dedup, what: str, work: Callable[[], Coroutine[Any, Any, _Result]]
+) -> _Result:
+    """Do something with a store whose node stays meanwhile."""
+    try:
+        return await context.backend.use(node, what, work)
+    except OSError as error:
+        hint = "make room for its metadata" if error.errno in (ENOSPC, EDQUOT) else "see the log"
+        raise VhostblkError(
+            f"The dedup store '{node.store.directory}' cannot do it now: {error.strerror}; {hint}",
+            data={"code": "dedup-store", "node-name": node.name},
+        ) from None
 
 
 def _dedup(context: Context, name: str) -> Dedup:

@@ -20,6 +20,10 @@ from vhostblk.schema import VhostblkError
 SUPERBLOCK = 4096
 FIRST_SEGMENT = 64 << 10
 SECTOR = 512
+BLOCK_BITS = range(12, 17)
+"""Blocks have 4 KiB to 64 KiB."""
+SEGMENT_BITS = range(18, 29)
+"""Segments have 256 KiB to 256 MiB."""
 _MAGIC = b"vhostblk dedup\0\0"
 _VERSION = 2
 """Version 1 had no ledger. A store stays what it was made as."""
@@ -81,6 +85,12 @@ class Superblock:
                 f"the dedup store has version {version} and hash {number}; this program knows "
                 f"versions 1 to {_VERSION} and hashes {', '.join(map(str, _HASH_NUMBERS))}",
                 data={"code": "unsupported"},
+            )
+        if block_bits not in BLOCK_BITS or segment_bits not in SEGMENT_BITS:
+            raise VhostblkError(
+                f"the superblock of the dedup store says blocks of 2^{block_bits} bytes and "
+                f"segments of 2^{segment_bits}: there are none like that",
+                data={"code": "corrupt"},
             )
         return cls(block_bits, segment_bits, _HASH_NUMBERS[number], uuid, version)
 
@@ -176,6 +186,10 @@ class Marked(NamedTuple):
     """All frames before this one speak of blocks that are on stable storage."""
 
     frame: int
+
+
+DISK_NAME_MAX = 255
+"""Bytes of UTF-8."""
 
 
 class Disk(NamedTuple):

@@ -285,6 +285,11 @@ class Ledger:
 
     # ---- what there is to write
 
+    @property
+    def waiting(self) -> int:
+        """Frames and other entries that have not been written yet."""
+        return len(self._entries)
+
     def add(self, frame: int, payload: bytes) -> None:
         """A frame of the journal."""
         if not self.state.broken:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vhostblk.dedup.format import SECTOR, Superblock
 
@@ -26,6 +26,37 @@ class NoSpace(OSError):
 
     def __init__(self) -> None:
         super().__init__(errno.ENOSPC, "the data device of the dedup store is full")
+
+
+class FreeSegments:
+    """Numbers of segments, of which the first is taken next."""
+
+    def __init__(self) -> None:
+        self._numbers: set[int] = set()
+        self._heap: list[int] = []  # all of these, and some that have been taken out of the middle
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def add(self, number: int) -> None:
+        """One more is free."""
+        if number not in self._numbers:
+            self._numbers.add(number)
+            heapq.heappush(self._heap, number)
+
+    def discard(self, number: int) -> None:
+        """This one is not, if it was."""
+        self._numbers.discard(number)
+
+    def pop(self) -> int:
+        """The first one, which is not free any more. There must be one."""
+        while (number := heapq.heappop(self._heap)) not in self._numbers:
+            pass
+        self._numbers.remove(number)
+        return number
 
 
 class Space:
@@ -44,7 +75,7 @@ class Space:
         """Where the next block goes, unless it does not fit into the segment."""
         self._moving_head = 0  # the same for blocks that are moved
         self.count = 0
-        self._free: list[int] = []
+        self._free = FreeSegments()
         if head:
             used.setdefault(self._segment_before(head), 0)
         self.resize(size)
@@ -64,8 +95,9 @@ class Space:
         """The data device has this size now."""
         count = self._super.segments(size)
         taken = self.used.keys() | self.ledger
-        self._free += [number for number in range(self.count, count) if number not in taken]
-        heapq.heapify(self._free)
+        for number in range(self.count, count):
+            if number not in taken:
+                self._free.add(number)
         self.count = max(self.count, count)
 
     @property
@@ -99,7 +131,7 @@ class Space:
         if left < block:
             if len(self._free) <= reserve:
                 raise NoSpace
-            segment = heapq.heappop(self._free)
+            segment = self._free.pop()
             self.used[segment] = 0
             head = super.segment_at(segment)
             left = super.segment_size
@@ -125,7 +157,7 @@ class Space:
         """A segment for the ledger."""
         if len(self._free) <= RESERVE:
             raise NoSpace
-        segment = heapq.heappop(self._free)
+        segment = self._free.pop()
         self.ledger.add(segment)
         return segment
 
@@ -133,12 +165,12 @@ class Space:
         """The ledger does not need one any more."""
         assert segment not in self.used
         self.ledger.discard(segment)
-        heapq.heappush(self._free, segment)
+        self._free.add(segment)
 
     def taken(self, segment: int) -> None:
         """The journal says that one is the ledger's."""
         self.ledger.add(segment)
-        self._forget_free(segment)
+        self._free.discard(segment)
 
     def landed(self, offset: int) -> None:
         """What was allocated there is written and recorded, or has failed."""
@@ -165,8 +197,8 @@ class Space:
         for number in self.used:
             self.used[number] = used.get(number, 0)
         self.used.update(used)
-        self._free = [number for number in self._free if number not in used]
-        heapq.heapify(self._free)
+        for number in used:
+            self._free.discard(number)
 
     def empty(self) -> list[int]:
         """Segments that nothing needs and that are not free yet."""
@@ -179,20 +211,15 @@ class Space:
     def release(self, segment: int) -> None:
         """One of those is free from now on."""
         del self.used[segment]
-        heapq.heappush(self._free, segment)
+        self._free.add(segment)
 
     def replayed(self, offset: int, length: int) -> None:
         """The journal has a block there, after what the database knows."""
         segment = self._super.segment_of(offset)
-        self._forget_free(segment)
+        self._free.discard(segment)
         # Blocks are recorded when they are written, in any order: where the log ended is not known.
         self.head = 0
         self.use(offset, length)
-
-    def _forget_free(self, segment: int) -> None:
-        if segment in self._free:
-            self._free.remove(segment)
-            heapq.heapify(self._free)
 
     def worst(self, limit: int) -> list[int]:
         """Segments with at most `limit` bytes in use, the emptiest first."""

@@ -46,6 +46,7 @@ from typing import Any, Protocol, TypeVar
 from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.compression import compress, decompress
 from vhostblk.dedup.format import (
+    DISK_NAME_MAX,
     HASHES,
     LIFE_AT,
     SUPERBLOCK,
@@ -76,12 +77,13 @@ Result_ = TypeVar("Result_")
 
 _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
+_CHECK_PORTION = 128 << 10
 HOLD_INTERVAL = 0.5
 """Seconds until something that failed for want of space is tried again."""
 UNMOVABLE_INTERVAL = 5.0
 """Seconds until a segment that could not be read is tried again."""
 LEVELS = (80, 90, 95)
-"""Per cent of the data device: when more is in use, there is an event."""
+"""Per cent of either device: when more is in use, there is an event."""
 LEAST_SEGMENTS = 8
 """Of a store: what is kept for garbage collection and the ledger, and a few for data."""
 CHANGE_BYTES = 256
@@ -210,8 +212,8 @@ class Store:
         self._durable = 0
         self._dirty = False
         self._journal_failed = False
-        self._told_full = False
-        self._told_level = 0
+        self._full_devices: set[str] = set()  # those of which the operator has been told so
+        self._told_level = {"data": 0, "metadata": 0}
         self._watched = -1  # free segments when _watch() has last looked
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
         self._dump: tuple[Dump, int] | None = None  # what the ledger's snapshot is made of
@@ -434,6 +436,11 @@ class Store:
 
     def set_disk(self, name: str, size: int) -> int:
         """A disk of this name has that size from now on; its number. Durable with a flush."""
+        if not 0 < len(name.encode()) <= DISK_NAME_MAX:
+            raise VhostblkError(
+                f"'{name}' is no name of a disk: these have 1 to {DISK_NAME_MAX} bytes of UTF-8",
+                data={"code": "bad-value", "parameter": "disk"},
+            )
         disks = self.tables.disks()
         known = [number for number, (_, other) in disks.items() if other == name]
         number = known[0] if known else max(disks, default=0) + 1
@@ -655,6 +662,7 @@ class Store:
         while True:
             try:
                 attempt()
+                self._full_devices.discard("metadata")
                 return
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -705,9 +713,9 @@ class Store:
 
     def _full(self, what: str) -> None:
         """Tell the operator, once until there is space again."""
-        if self._told_full:
+        if what in self._full_devices:
             return
-        self._told_full = True
+        self._full_devices.add(what)
         action = "hold" if self.tuning.hold else "report"
         logger.warning(
             "dedup store '%s': the %s device is full: guests' writes %s",
@@ -725,6 +733,10 @@ class Store:
     def resize(self, size: int) -> None:
         """The data device has this size now."""
         self.space.resize(size)
+        self._has_room()
+
+    def _has_room(self) -> None:
+        self._full_devices.discard("data")
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
@@ -785,7 +797,7 @@ class Store:
         """Start what is due."""
         tuning, tables = self.tuning, self.tables
         due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
-        due = due or self.ledger.unsaved
+        due = due or self.ledger.unsaved or self.ledger.waiting >= tuning.changes
         # The space there is changes by whole segments; most writes change nothing of it.
         if not due and self.space.free_segments == self._watched:
             return
@@ -813,12 +825,23 @@ class Store:
     def _watch_space(self) -> None:
         """Tell the operator while there is still time."""
         size = self.space.size
-        percent = 100 * (size - self.space.free) // max(1, size)
+        self._tell_level("data", 100 * (size - self.space.free) // max(1, size))
+        # The database may not be larger than its option says, nor than the directory has room for.
+        there = os.statvfs(self.directory)
+        used = 100 - 100 * there.f_bavail // max(1, there.f_blocks)
+        own = 100 * self.tables.size // self.tuning.metadata_size
+        self._tell_level("metadata", max(used, own))
+
+    def _tell_level(self, device: str, percent: int) -> None:
+        told = self._told_level[device]
         level = max((level for level in LEVELS if percent >= level), default=0)
-        if level > self._told_level:
-            self.emit("DEDUP_SPACE", {"metadata": str(self.directory), "percent": percent})
-        if level > self._told_level or percent < self._told_level - 5:
-            self._told_level = level
+        if level > told:
+            self.emit(
+                "DEDUP_SPACE",
+                {"metadata": str(self.directory), "device": device, "percent": percent},
+            )
+        if level > told or percent < told - 5:
+            self._told_level[device] = level
 
     def _run(self, work: Any) -> None:
         # Not on behalf of the request that happens to be current.
@@ -875,6 +898,7 @@ class Store:
                 self.ledger.unsaved = True
                 raise
             tables.written()
+            self._full_devices.discard("metadata")
             dump_now = self._begin_dump(data, state.frame)
             self.counters.checkpoints += 1
             async with self._flush_lock:
@@ -980,9 +1004,7 @@ class Store:
         if self._readers:
             await asyncio.wait(list(self._readers))
         await self._release(data, empty, self.space.release)
-        self._told_full = False
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        self._has_room()
 
     # ---- check
 
@@ -1004,29 +1026,55 @@ class Store:
             finally:
                 self._still = None
                 still.set_result(None)
-            if content:
-                await self._check_content(data, result)
+        if content:
+            await self._check_content(data, result)
         return result
 
     async def _check_content(self, data: Data, result: Result) -> None:
+        """Guests write meanwhile, and garbage is collected."""
         super = self.super
         numbers = array("Q")
         for segment in range(super.segments(data.size)):
             found = self.tables.places(super.segment_at(segment), super.segment_at(segment + 1))
             numbers.extend(number for _, number in found)
-        for number in numbers:
-            block = self.tables.block(number)
-            if block is None:
-                continue  # overwritten meanwhile
+        most = _CHECK_PORTION >> super.block_bits
+        for at in range(0, len(numbers), most):
+            with self.reading():
+                # What is not there any more has been overwritten meanwhile.
+                here = ((number, self.tables.block(number)) for number in numbers[at : at + most])
+                for run in _neighbours((number, block) for number, block in here if block):
+                    for number, block in await self._wrong_blocks(data, run):
+                        result.corruptions += 1
+                        result.bad.append(number)
+                        result.say(f"stored block {number} at {block.offset} has another content")
+
+    async def _wrong_blocks(
+        self, data: Data, run: list[tuple[int, Block]]
+    ) -> list[tuple[int, Block]]:
+        """Those of blocks that follow each other on the data device that are not what they were."""
+        start, (_, last) = run[0][1].offset, run[-1]
+        try:
+            content = memoryview(await data.read(start, last.offset + last.space - start))
+        except OSError:
+            if len(run) == 1:
+                return run
+            return [wrong for one in run for wrong in await self._wrong_blocks(data, [one])]
+        return await _in_thread(
+            lambda: [
+                (number, block)
+                for number, block in run
+                if not self._has(content[block.offset - start :][: block.length], block)
+            ]
+        )
+
+    def _has(self, content: memoryview, block: Block) -> bool:
+        """Whether a stored block has the content that its fingerprint says."""
+        if block.length < self.super.block_size:
             try:
-                with self.reading():
-                    right = self._hash(await self.read(data, block)) == block.fingerprint
-            except (OSError, VhostblkError):
-                right = False
-            if not right:
-                result.corruptions += 1
-                result.bad.append(number)
-                result.say(f"stored block {number} at {block.offset} has another content")
+                content = memoryview(decompress(bytes(content), self.super.block_size))
+            except VhostblkError:
+                return False
+        return self._hash(content) == block.fingerprint
 
     # ---- what there is
 
@@ -1057,7 +1105,7 @@ class Store:
             "stored-blocks": counters.stored,
             "moved-blocks": counters.moved,
             "checkpoints": counters.checkpoints,
-            "full": self._told_full,
+            "full": bool(self._full_devices),
         }
 
     async def _now_and_then(self) -> None:
@@ -1484,6 +1532,18 @@ async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+def _neighbours(blocks: Iterable[tuple[int, Block]]) -> Iterator[list[tuple[int, Block]]]:
+    """Blocks that follow each other on the data device together."""
+    run: list[tuple[int, Block]] = []
+    for number, block in blocks:
+        if run and run[-1][1].offset + run[-1][1].space != block.offset:
+            yield run
+            run = []
+        run.append((number, block))
+    if run:
+        yield run
 
 
 def _joined(offsets: list[int], contents: list[bytearray]) -> Iterator[tuple[int, bytearray]]:

@@ -21,6 +21,17 @@ class Edge:
         """`file`, `children.0`, `root`, …"""
         return self.child.role
 
+    @property
+    def takes_growth(self) -> bool:
+        """Whether the node may become larger though the parent does not share its size."""
+        return isinstance(self.parent, NodeDriver) and self.parent.takes_growth
+
+    def grown(self) -> None:
+        """The node is larger; tell the parent, which takes that."""
+        assert isinstance(self.parent, NodeDriver)
+        self.child.refresh()
+        self.parent.grown()
+
     def describe(self) -> str:
         """The parent, for messages."""
         if isinstance(self.parent, BlockBackend):

@@ -868,13 +868,20 @@ class Graph:
                 f"Block node '{node.name}' is read-only",
                 data={"code": "read-only", "node": node.name},
             )
-        for edge in self._parents[node]:
+        growing, parents = size > node.size, self._parents[node]
+        for edge in parents:
             _, shared = self._edge_permissions(edge, self._perms)
-            if not shared & Perm.RESIZE:
+            if not shared & Perm.RESIZE and not (growing and edge.takes_growth):
                 raise VhostblkError(
                     f"Node '{node.name}' cannot be resized: {edge.describe()} does not allow it",
                     data={"code": "permission-conflict", "node": node.name},
                 )
+        if growing and node.grows_in_use and parents and all(e.takes_growth for e in parents):
+            # Requests that wait for room would never let a pause begin.
+            await node.truncate(size)
+            for edge in parents:
+                _call(edge.grown, f"grown() of {edge.describe()}")
+            return
         affected = self.below(node)
         async with self.drained(affected):
             try:

@@ -287,6 +287,10 @@ class NodeDriver:
     keeps_data: ClassVar[bool] = False
     """A filter with the very data of its child `file`: an image may name that in its place."""
     child_class: ClassVar[type[Child]] = Child
+    grows_in_use: ClassVar[bool] = False
+    """truncate() to a larger size may run while requests are in flight."""
+    takes_growth: ClassVar[bool] = False
+    """A child may become larger, whatever else is shared of it; grown() is told."""
     reopenable: ClassVar[frozenset[str]] = frozenset(INHERITED)
     """Options that `blockdev-reopen` may change, with QAPI's names; children always may."""
 
@@ -551,6 +555,9 @@ class NodeDriver:
 
     def resized(self) -> None:
         """Something below has another size now. Called inside a drained section."""
+
+    def grown(self) -> None:
+        """A child is larger now (see takes_growth). Requests may be in flight."""
 
     async def truncate(self, size: int) -> None:
         """Change the size. Called inside a drained section."""

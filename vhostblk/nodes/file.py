@@ -329,6 +329,8 @@ class File(NodeDriver):
 
     # ---- changes
 
+    grows_in_use = True
+
     async def truncate(self, size: int) -> None:
         if self.read_only:
             raise VhostblkError(

@@ -7,12 +7,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from vhostblk.dedup.format import Superblock
+from vhostblk.dedup.format import BLOCK_BITS, SEGMENT_BITS, Superblock
 from vhostblk.dedup.store import Data, Store, Tuning
 from vhostblk.schema import BlockdevRef, Model, Size, VhostblkError
-
-MIN_BLOCK, MAX_BLOCK = 4 << 10, 64 << 10
-MIN_SEGMENT, MAX_SEGMENT = 256 << 10, 256 << 20
 
 
 class DedupCreateOptions(Model):
@@ -37,8 +34,8 @@ class DedupCreateOptions(Model):
 
 async def create(options: DedupCreateOptions, data: Data) -> None:
     """Create what the options describe."""
-    _check("block-size", options.block_size, MIN_BLOCK, MAX_BLOCK)
-    _check("segment-size", options.segment_size, MIN_SEGMENT, MAX_SEGMENT)
+    _check("block-size", options.block_size, BLOCK_BITS)
+    _check("segment-size", options.segment_size, SEGMENT_BITS)
     super = Superblock(
         options.block_size.bit_length() - 1,
         options.segment_size.bit_length() - 1,
@@ -56,9 +53,10 @@ async def create(options: DedupCreateOptions, data: Data) -> None:
             await store.close(data)
 
 
-def _check(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most or value & (value - 1):
+def _check(name: str, value: int, bits: range) -> None:
+    if value not in (1 << number for number in bits):
         raise VhostblkError(
-            f"Parameter '{name}': {value} is not a power of two from {least} to {most}",
+            f"Parameter '{name}': {value} is not a power of two from {1 << bits[0]} to "
+            f"{1 << bits[-1]}",
             data={"code": "bad-value", "parameter": name},
         )

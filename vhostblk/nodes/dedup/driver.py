@@ -86,6 +86,7 @@ class Dedup(HookedNode):
     options: DedupOptions
     child_roles: ClassVar[Mapping[str, ChildRole]] = {"file": ChildRole(RoleKind.STORAGE)}
     CreateOptions: ClassVar[type[Model] | None] = DedupCreateOptions
+    takes_growth = True
 
     @classmethod
     async def create(cls, host: CreateHost, options: DedupCreateOptions) -> None:
@@ -211,7 +212,7 @@ class Dedup(HookedNode):
             del _Shared.stores[self._key]
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        # The store's other disks write there, too. Nobody changes its size under us.
+        # The store's other disks write there, too. Nobody makes it smaller under us.
         return (
             Perm.CONSISTENT_READ | Perm.WRITE,
             Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED,
@@ -556,8 +557,10 @@ class Dedup(HookedNode):
         self._size = size
         self.map.set_size(size, 0)
 
-    def resized(self) -> None:
+    def grown(self) -> None:
         self.store.resize(self.child("file").size)
+
+    resized = grown
 
 
 def _nothing() -> None:
