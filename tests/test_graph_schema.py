@@ -25,6 +25,11 @@ from vhostblk.schema import (
 
 class Cache(Model):
     direct: OnOff = False
+    no_flush: OnOff = False
+
+
+class Leg(Model):
+    weight_of: UInt16 = 1
 
 
 class Options(Model):
@@ -35,6 +40,7 @@ class Options(Model):
     num_queues: UInt16 = 1
     iothread: StrOrList | None = None
     file: BlockdevRef | None = None
+    legs: tuple[Leg, ...] = ()
 
 
 def text_of(data: Any, where: str = "") -> str:
@@ -114,6 +120,49 @@ def test_paths_are_dotted_and_suggestions_local() -> None:
     text = text_of({"driver": "file", "cache": {"direkt": True}}, "file")
     assert text.startswith("Parameter 'file.cache.direkt' is unexpected")
     assert "did you mean 'direct'?" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "refused", "meant"),
+    [
+        ({"node_name": "a"}, "node_name", "node-name"),
+        ({"node-name": "a", "node_name": "b"}, "node_name", "node-name"),
+        ({"cache": {"no_flush": "on"}}, "cache.no_flush", "no-flush"),
+        ({"legs": [{}, {"weight_of": 2}]}, "legs.1.weight_of", "weight-of"),
+    ],
+)
+def test_names_of_python_are_no_options(data: dict[str, Any], refused: str, meant: str) -> None:
+    """They would be taken by the model, and by nothing that looks at options before."""
+    text = text_of({"driver": "file", **data})
+    assert text.startswith(f"Parameter '{refused}' is unexpected")
+    assert f"did you mean '{meant}'?" in text
+    assert Options(driver="file", node_name="a") == validate(
+        Options, {"driver": "file", "node-name": "a"}
+    )
+
+
+class Many(Options):
+    a1: int = 0
+    a2: int = 0
+    a3: int = 0
+    a4: int = 0
+    a5: int = 0
+    a6: int = 0
+
+
+def test_a_name_that_is_nowhere_near_is_answered_with_all_there_are() -> None:
+    with pytest.raises(VhostblkError, match=r"'zzz' is unexpected; allowed: driver, .*, a6"):
+        validate(Many, {"driver": "file", "zzz": 1})
+
+
+def test_a_member_is_found_where_it_belongs() -> None:
+    assert "did you mean 'cache.direct'?" in text_of({"driver": "file", "direct": "on"})
+    assert "its members are cache.direct, cache.no-flush" in text_of(
+        {"driver": "file", "cache": "on"}
+    )
+    assert "its members are f.cache.direct, f.cache.no-flush" in text_of(
+        {"driver": "file", "cache": True}, "f"
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,32 @@ def validate(model: type[M], data: Any, where: str = "") -> M:
             data={"code": "bad-type", "parameter": where},
         )
     try:
-        return model.model_validate(data)
+        checked = model.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
         first = min(details, key=lambda detail: _ORDER.get(detail["type"], 2))
         raise _translate(model, first, where) from None
+    _refuse_python_names(checked, data, where)
+    return checked
+
+
+def _refuse_python_names(checked: Any, data: Any, where: str) -> None:
+    """Members have two names for our own code, and one for all others: `node-name`.
+
+    What looks for options before they are checked knows that one only.
+    """
+    if isinstance(checked, Model) and isinstance(data, dict):
+        for name, field in type(checked).model_fields.items():
+            known = field.alias or name
+            if known != name and name in data:
+                parameter = f"{where}.{name}" if where else name
+                raise _unexpected(type(checked), parameter)
+            if known in data:
+                below = f"{where}.{known}" if where else known
+                _refuse_python_names(getattr(checked, name), data[known], below)
+    elif isinstance(checked, list | tuple) and isinstance(data, list | tuple):
+        for index, (entry, given) in enumerate(zip(checked, data, strict=False)):
+            _refuse_python_names(entry, given, f"{where}.{index}")
 
 
 def _translate(model: type[Model], detail: ErrorDetails, where: str) -> VhostblkError:
@@ -64,15 +85,7 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
     kind = detail["type"]
     value = detail.get("input")
     if kind == "extra_forbidden":
-        known = _siblings(model, path)
-        return _error(
-            "unexpected-parameter",
-            parameter,
-            f"Parameter '{parameter}' is unexpected",
-            near=did_you_mean(path[-1], known),
-            allowed=known,
-            list_allowed=len(known) <= 12,
-        )
+        return _unexpected(_model_at(model, path[:-1]), parameter)
     if kind == "missing":
         return _error("missing-parameter", parameter, f"Parameter '{parameter}' is missing")
     if kind == "literal_error":
@@ -89,7 +102,11 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
         )
     if kind == "qapi_type" or kind in _TYPES:
         expected = str(context["expected"]) if kind == "qapi_type" else _TYPES[kind]
-        return wrong_type_error(parameter, expected, str(context.get("hint", "")))
+        hint = str(context.get("hint", ""))
+        if kind in ("model_type", "model_attributes_type"):
+            members = [f"{parameter}.{name}" for name in _names(_model_at(model, path))]
+            hint = f"its members are {', '.join(members)}"
+        return wrong_type_error(parameter, expected, hint)
     expected = str(context["expected"]) if kind == "qapi_value" else detail["msg"]
     if kind != "qapi_value" and expected.startswith("Value error, "):
         expected = expected.removeprefix("Value error, ")
@@ -99,6 +116,21 @@ def _translate(model: type[Model], detail: ErrorDetails, where: str) -> Vhostblk
         "bad-value",
         parameter,
         f"Parameter '{parameter}' expects {expected}, not '{_shown(value)}'",
+    )
+
+
+def _unexpected(model: type[BaseModel], parameter: str) -> VhostblkError:
+    """A name that is none of `model`'s, with the one that was meant or all there are."""
+    name = parameter.rpartition(".")[2]
+    known = _names(model)
+    near = _nested(model, name) or did_you_mean(name, known)
+    return _error(
+        "unexpected-parameter",
+        parameter,
+        f"Parameter '{parameter}' is unexpected",
+        near=near,
+        allowed=known,
+        list_allowed=near is None or len(known) <= 12,
     )
 
 
@@ -142,16 +174,29 @@ def _split_expected(text: str) -> Iterator[str]:
         yield part.strip()
 
 
-def _siblings(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The names that were possible where the last one of `path` stood."""
-    for name in path[:-1]:
+def _names(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nested(model: type[BaseModel], name: str) -> str | None:
+    """Where the members of `model` have one called `name`: `addr.path` for `path`."""
+    for field_name, field in model.model_fields.items():
+        below = _model_in(field.annotation)
+        if below is not None and name in _names(below):
+            return f"{field.alias or field_name}.{name}"
+    return None
+
+
+def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The model of what stands at `path`."""
+    for name in path:
         for field_name, field in model.model_fields.items():
             if name in (field_name, field.alias):
                 below = _model_in(field.annotation)
                 if below is not None:
                     model = below
                 break
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return model
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
