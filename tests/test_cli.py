@@ -24,10 +24,12 @@ from backend_process import BackendProcess
 from frontend import Device, Feature, Type
 
 from vhostblk.cli import COMMANDS, qemu
+from vhostblk.cli.errors import CliError
 from vhostblk.control.client import ControlClient
 
 Start = Callable[..., BackendProcess]
 NODE = "null-co,node-name=n0,size=1M"
+EXPORT = "vhost-user-blk,id=e,node-name=n0,addr.type=unix"
 QEMU = "qemu-system-x86_64"
 needs_qemu = pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")
 
@@ -206,6 +208,35 @@ def test_completion(shell: str, tmp_path: Path) -> None:
         (["serve", "--fd", "9" * 30, "--blk-file", "/etc/hostname", "--read-only"], 1, ["9" * 30]),
         (["serve", "--fd", "3", "--socket-path", "y"], 2, ["not allowed with"]),
         (["serve", "--config", "/nonexistent.yaml"], 1, ["--config /nonexistent.yaml: No such"]),
+        *(
+            (["serve", "x", option, ""], 2, [f"{option}: the value may not be empty"])
+            for option in (
+                *("--state", "--pidfile", "--control", "--control-group", "--name"),
+                *("--socket-path", "--log-file", "--config"),
+            )
+        ),
+        (["status", ""], 2, ["NAME: the value may not be empty"]),
+        (["luks", "list", ""], 2, ["TARGET: the value may not be empty"]),
+        (["serve", "x", "--direct=yes"], 2, ["option --direct takes no value"]),
+        (["run", "x", "--queues", "0", "--", "a", "@VHOSTBLK@"], 2, ["--queues: '0'"]),
+        (["run", "x", "--memory", "1X", "--", "a", "@VHOSTBLK@"], 2, ["--memory: '1X'"]),
+        (["qemu-args", "--queues", "-3"], 2, ["--queues"]),
+        (["qemu-args", "--memory", "1X"], 2, ["--memory: '1X' is not a size"]),
+        (
+            ["serve", "--blockdev", NODE, "--control", "q", "--control-group", "5000000000"],
+            1,
+            ["--control-group 5000000000: There is no group '5000000000'"],
+        ),
+        (
+            ["serve", "--blockdev", NODE, "--control", "q", "--control-group", str(2**32 - 1)],
+            1,
+            [f"There is no group '{2**32 - 1}'"],
+        ),
+        (
+            ["serve", "--blockdev", NODE, "--export", f"{EXPORT},addr.path="],
+            1,
+            ["'addr.path' expects the path of a socket"],
+        ),
         (["run", "disk.img"], 2, ["no command to run"]),
         (["run", "disk.img", "--", "qemu-system-x86_64"], 2, ["@VHOSTBLK@"]),
         (["status", "nobody"], 3, ["No backend named 'nobody' is running"]),
@@ -227,6 +258,109 @@ def test_errors(short_dir: Path, arguments: list[str], status: int, words: list[
     for word in words:
         assert word in done.stderr
     assert [p for p in short_dir.rglob("*") if p.is_socket()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num-queues", "300"], ["--num-queues 300:", "from 1 to 256"]),
+        (["--num-queues", "99999"], ["--num-queues 99999:", "from 1 to 256"]),
+        (["--serial", "x" * 21], ["--serial x", "at most 20"]),
+        (["--fd", "77"], ["--fd 77:", "Bad file descriptor"]),
+        (["--socket-path", "/nonexistent/s"], ["--socket-path /nonexistent/s:", "does not exist"]),
+        (["--log-file", "/nonexistent/l"], ["--log-file /nonexistent/l:", "does not exist"]),
+        (["--pidfile", "/nonexistent/p"], ["--pidfile /nonexistent/p:", "does not exist"]),
+    ],
+)
+def test_errors_name_the_option_they_come_from(
+    short_dir: Path, image: Path, options: list[str], words: list[str]
+) -> None:
+    done = vhostblk("serve", str(image), *options, directory=short_dir)
+    assert done.returncode == 1
+    for word in words:
+        assert word in done.stderr
+    assert done.stderr.startswith(f"vhostblk: {options[0]} ")
+
+
+def test_hints_speak_of_the_options_there_are(
+    start_backend: Start, short_dir: Path, image: Path
+) -> None:
+    """IMAGE has --read-only; read-only=on is what --blockdev takes."""
+    start_backend(str(image))
+    taken = vhostblk("serve", str(image), "--name", "b", directory=short_dir)
+    assert "--blockdev with read-only=on,force-share=on" in taken.stderr
+    node = vhostblk(
+        *["serve", "--blockdev", f"file,node-name=n0,filename={image}"],
+        *["--export", f"{EXPORT},addr.path={short_dir}/s,writable=on"],
+    )
+    assert "or use read-only=on,force-share=on" in node.stderr
+
+
+def test_two_exports_at_one_path(short_dir: Path) -> None:
+    exports = [f"{EXPORT},addr.path={short_dir}/s", f"{EXPORT},addr.path={short_dir}/s"]
+    exports[1] = exports[1].replace("id=e", "id=f")
+    options = [word for export in exports for word in ("--export", export)]
+    done = vhostblk("serve", "--blockdev", NODE, *options)
+    assert done.returncode == 1
+    assert "this process itself listens there already" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--pidfile", "--state"])
+def test_a_full_file_system_is_named(
+    small_disk: Path, short_dir: Path, image: Path, option: str
+) -> None:
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    done = vhostblk("serve", str(image), option, str(small_disk / "f"), directory=short_dir)
+    assert done.returncode == 1
+    assert f"vhostblk: {option} {small_disk}/f: " in done.stderr
+    assert "No space left on device; make room" in done.stderr
+
+
+def test_a_pidfile_is_locked_before_anything_is_opened(
+    start_backend: Start, short_dir: Path
+) -> None:
+    start_backend("--blockdev", NODE, "--pidfile", "{dir}/pid")
+    done = vhostblk(
+        *["serve", "--pidfile", str(short_dir / "pid"), "--blockdev", NODE],
+        *["--blockdev", "file,node-name=f,filename=/nonexistent"],
+    )
+    assert "belongs to a running process" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do anything")
+def test_a_directory_of_others(image: Path) -> None:
+    done = vhostblk("serve", str(image), "--pidfile", "/pid")
+    assert "you may not create files in '/': choose a directory of yours" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["at import", "in open()"])
+def test_a_plugin_that_exits(short_dir: Path, where: str) -> None:
+    """Not only its own process is to know why it ended."""
+    plugin = short_dir / "p.py"
+    plugin.write_text(
+        "import sys\nsys.exit(3)\n"
+        if where == "at import"
+        else "import sys\nfrom vhostblk.filter import Filter\n"
+        "class Leaving(Filter):\n    driver = 'leaving'\n"
+        "    async def open(self):\n        sys.exit(3)\n"
+    )
+    done = vhostblk(
+        *["serve", "--plugin", str(plugin), "--blockdev", NODE],
+        *["--blockdev", "leaving,node-name=f,file=n0"],
+    )
+    assert done.returncode == 1
+    assert "SystemExit: 3 (p.py line " in done.stderr or "SystemExit: 3 (line 2)" in done.stderr
+
+
+def test_addresses_hold_in_any_directory(start_backend: Start, short_dir: Path) -> None:
+    relative = os.path.relpath(short_dir / "s")
+    start_backend(
+        *["--blockdev", NODE, "--export", f"{EXPORT},addr.path={relative}", "--control", "{dir}/q"]
+    )
+    done = vhostblk("qemu-args", "--socket", str(short_dir / "q"))
+    assert f"path={short_dir}/s," in done.stdout
 
 
 def test_broken_pipe() -> None:
@@ -517,6 +651,10 @@ def test_config(start_backend: Start, short_dir: Path) -> None:
         ("blockdevs:\n  - {driver: null-co, size: %s}" % ("9" * 5000), [":2:", "'size'"]),
         ('blockdevs:\n  - {driver: file, filename: "a\\0b"}', [":2:", "NUL"]),
         ("- x", ["names and values"]),
+        ("name: a\nx: \x01", [":2: not a text file"]),
+        ("plugins: [[x]]", ["'plugins' must be a list of text"]),
+        ("plugins: [1, {a: b}]", ["'plugins' must be a list of text"]),
+        ('state: ""', ["'state' may not be empty"]),
         ("x: !!python/object/apply:os.system [true]", []),
     ],
 )
@@ -879,10 +1017,12 @@ def test_command_line_is_understood() -> None:
 def test_reconnect_is_written_for_the_version() -> None:
     export = qemu.Export("e", "/a,b", 4)
     assert "reconnect=1" in " ".join(qemu.arguments([export], qemu_version=(7, 2)))
-    words = qemu.arguments([export], qemu_version=(10, 0), queues=8)
+    words = qemu.arguments([export], qemu_version=(10, 0), queues=4)
     assert "reconnect-ms=1000" in " ".join(words)
     assert "path=/a,,b," in " ".join(words)
     assert words[-1].endswith("num-queues=4")
+    with pytest.raises(CliError, match="--queues 5: export 'e' offers 4"):
+        qemu.arguments([export], queues=5)
 
 
 @needs_qemu

@@ -75,8 +75,9 @@ def load(path: str) -> Config:
         raise CliError(f"--config {path}: not a text file (UTF-8)") from None
     if len(text) > _MAX_SIZE:
         raise CliError(f"--config {path}: larger than {_MAX_SIZE} bytes")
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         config = Config()
         if root is None:
@@ -92,10 +93,17 @@ def load(path: str) -> Config:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise CliError(f"--config {path}{line}: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise CliError(
+            f"--config {path}:{number}: not a text file: control character "
+            f"{ord(text[error.position])}"
+        ) from None
     except yaml.YAMLError as error:
         raise CliError(f"--config {path}: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     # Whatever the order in the file, nodes come before what uses them.
     order = list(_LISTS.values())
     config.steps.sort(key=lambda step: order.index(step.kind))
@@ -122,6 +130,11 @@ def _take(config: Config, path: str, loader: _Loader, key: str, value: yaml.Node
     if not isinstance(setting, _SETTINGS[key]):
         kind = "a list" if _SETTINGS[key] is list else "text"
         raise _at(path, value, f"'{key}' must be {kind}")
+    entries = setting if isinstance(setting, list) else [setting]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise _at(path, value, f"'{key}' must be a list of text")
+    if not all(entries):
+        raise _at(path, value, f"'{key}' may not be empty")
     config.settings[key] = setting
 
 

@@ -27,6 +27,21 @@ IMPLIED_KEYS = {"blockdev": "driver", "object": "qom-type", "export": "type"}
 FORMATS = ("raw", "qcow2", "qed", "auto")
 _SECRET = re.compile(r"\bsecret\b.*\bdata\b", re.DOTALL)
 _ID = re.compile(r"""\bid(?:=|"\s*:\s*")([\w.-]+)""")
+# Parameters of the export, by the options they come from.
+_IMAGE_SOURCES = {
+    "socket-path": "addr",
+    "fd": "addr",
+    "serial": "serial",
+    "num-queues": "num-queues",
+}
+# What errors say of the options of nodes, and what IMAGE has instead of them.
+_IMAGE_WORDS = {
+    "read-only=on,force-share=on": "--blockdev with read-only=on,force-share=on",
+    "read-only=on or auto-read-only=on": "--read-only",
+    "read-only=on": "--read-only",
+    "use cache.direct=off": "leave out --direct",
+    "locking=off does without": "--blockdev with locking=off does without",
+}
 # The first four bytes: qcow2 and QED, as their specifications have them.
 _MAGIC = {b"QFI\xfb": "qcow2", b"QED\0": "qed"}
 
@@ -202,11 +217,13 @@ def image_steps(
         export["serial"] = args.serial
     if getattr(args, "num_queues", None):
         export["num-queues"] = _number("--num-queues", args.num_queues)
-    return [
-        Step(image, "blockdev", file),
-        Step(image, "blockdev", disk),
-        Step(image, "export", export),
-    ]
+    sources = {
+        parameter: f"--{option} {vars(args)[name]}"
+        for option, parameter in _IMAGE_SOURCES.items()
+        if vars(args).get(name := option.replace("-", "_")) is not None
+    }
+    steps = (("blockdev", file), ("blockdev", disk), ("export", export))
+    return [Step(image, kind, given, sources, _IMAGE_WORDS) for kind, given in steps]
 
 
 def _format(path: str, wanted: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from vhostblk.cli.errors import USAGE, CliError
 
 _LONGEST_WAIT = 1e6  # more than a week: nobody means more
+_MOST_DIGITS = 9
+_VALUE_OF_A_FLAG = re.compile(r"argument (\S+): ignored explicit argument ")
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,7 +26,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if given := _VALUE_OF_A_FLAG.match(message):
+            message = f"option {given[1]} takes no value"
         raise CliError(f"{message} (see '{self.prog} --help')", status=USAGE)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # `--state "$UNSET"` is a mistake of the caller, and nowhere is "" a useful value.
+        if not arg_string and action.nargs != argparse.PARSER:
+            raise argparse.ArgumentError(action, "the value may not be empty")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -58,6 +69,15 @@ def seconds(text: str) -> float:
             f"'{text}' is not a number of seconds from 0 to {_LONGEST_WAIT:g}"
         )
     return value
+
+
+def number(text: str) -> int:
+    """A number from 1 on, as a `type` of an option."""
+    if not text.isdecimal() or not text.isascii() or len(text) > _MOST_DIGITS or not int(text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number from 1 on of at most {_MOST_DIGITS} digits"
+        )
+    return int(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import sys
 from typing import NoReturn
 
 from vhostblk.cli.errors import FAILED, CliError
+from vhostblk.creating import why_not
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # What standard error was, if the log is a file; until --daemonize lets the terminal go.
@@ -35,7 +36,7 @@ class Pidfile:
             try:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
-                raise CliError(f"Cannot create pid file '{self.path}': {error.strerror}") from None
+                raise self._error("create", error) from None
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -58,8 +59,14 @@ class Pidfile:
 
     def write(self) -> None:
         """Put our process id into the file: we are ready."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise self._error("write", error) from None
+
+    def _error(self, verb: str, error: OSError) -> CliError:
+        return CliError(f"Cannot {verb} pid file '{self.path}': {why_not(error, self.path)}")
 
     def remove(self) -> None:
         """Remove the file and let go of it."""
@@ -161,7 +168,9 @@ def set_up_logging(program: str, level: str, log_file: str | None) -> None:
         try:
             fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         except OSError as error:
-            raise CliError(f"Cannot open log file '{log_file}': {error.strerror}") from None
+            raise CliError(
+                f"--log-file {log_file}: Cannot open it: {why_not(error, log_file)}"
+            ) from None
         global _caller
         _caller = os.dup(2)
         os.dup2(fd, 2)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -70,6 +71,12 @@ def arguments(
     with the backend; None leaves that to what the command line says already.
     Without `queues` QEMU makes one for each vCPU.
     """
+    for export in served:
+        if queues is not None and queues > export.num_queues:
+            raise CliError(
+                f"--queues {queues}: export '{export.id}' offers {export.num_queues}; start the "
+                "backend with a larger --num-queues"
+            )
     result: list[str] = []
     if memory is not None:
         result += ["-object", f"memory-backend-memfd,id={MEMORY_ID},size={memory},share=on"]
@@ -81,7 +88,7 @@ def arguments(
         chardev = f"vhostblk-{export.id}"
         path = export.path.replace(",", ",,")
         result += ["-chardev", f"socket,id={chardev},path={path},{reconnect}"]
-        count = "" if queues is None else f",num-queues={min(queues, export.num_queues)}"
+        count = "" if queues is None else f",num-queues={queues}"
         result += ["-device", f"vhost-user-blk-pci,chardev={chardev}{count}"]
     return result
 
@@ -125,6 +132,17 @@ class CommandLine:
             elif option.rpartition("/")[2].startswith("qemu-"):
                 program = option
         return cls(program, memory, shared)
+
+
+def memory(text: str) -> str:
+    """A size of memory, as a `type` of an option."""
+    try:
+        size = memory_size(text)
+    except CliError:
+        size = None
+    if size is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size of memory")
+    return size
 
 
 def memory_size(value: str) -> str | None:

@@ -8,8 +8,8 @@ import json
 import shlex
 
 from vhostblk.cli import places, qemu
-from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.errors import CliError
+from vhostblk.cli.parser import Parser, number
 from vhostblk.control.client import ControlClient
 
 DESCRIPTION = """\
@@ -35,10 +35,17 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--socket", metavar="PATH", help="its control socket, instead of NAME")
     parser.add_argument("--export", metavar="ID", help="only this export")
     parser.add_argument(
-        "--memory", metavar="SIZE", default="1G", help="size of the guest's memory (default: 1G)"
+        "--memory",
+        metavar="SIZE",
+        type=qemu.memory,
+        default="1G",
+        help="size of the guest's memory (default: 1G)",
     )
     parser.add_argument(
-        "--queues", metavar="N", type=int, help="virtqueues (default: QEMU makes one for each vCPU)"
+        "--queues",
+        metavar="N",
+        type=number,
+        help="virtqueues (default: QEMU makes one for each vCPU)",
     )
     parser.add_argument(
         "--qemu",
@@ -53,8 +60,6 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    if args.queues is not None and args.queues < 1:
-        raise CliError("--queues: at least one is needed", status=USAGE)
     with ControlClient(places.find_socket(args.name, args.socket)) as client:
         served = qemu.exports(client.execute("query-block-exports"))
     if args.export is not None:
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(f"the backend has no {what}")
     words = qemu.arguments(
         served,
-        memory=qemu.memory_size(args.memory),
+        memory=args.memory,
         queues=args.queues,
         qemu_version=qemu.version(args.qemu),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from vhostblk.cli import options, places, qemu
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser
+from vhostblk.cli.parser import Parser, number
 from vhostblk.cli.process import set_up_logging, terminal
 from vhostblk.cli.serving import Plan, Running, serve
 
@@ -45,11 +45,15 @@ def configure(parser: Parser) -> None:
     group.add_argument(
         "--memory",
         metavar="SIZE",
+        type=qemu.memory,
         default="1G",
         help="memory of the guest if COMMAND has no -m (default: 1G)",
     )
     group.add_argument(
-        "--queues", metavar="N", type=int, help="virtqueues (default: QEMU makes one for each vCPU)"
+        "--queues",
+        metavar="N",
+        type=number,
+        help="virtqueues (default: QEMU makes one for each vCPU)",
     )
 
 
@@ -97,7 +101,7 @@ async def _run_command(args: argparse.Namespace, running: Running) -> int:
     told = qemu.CommandLine.read(words)
     insert = qemu.arguments(
         served,
-        memory=None if told.shared_already else (told.memory or qemu.memory_size(args.memory)),
+        memory=None if told.shared_already else told.memory or args.memory,
         queues=args.queues,
         qemu_version=await asyncio.to_thread(qemu.version, told.program),
     )

@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.cli.errors import CliError
 from vhostblk.cli.places import Place
 from vhostblk.cli.process import Background, Pidfile
-from vhostblk.control.listen import inherited, listen, unlink
+from vhostblk.control.listen import group_id, inherited, listen, unlink
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -44,6 +45,25 @@ class Step:
     where: str  # the option as written, for messages
     kind: str  # object, blockdev or export
     options: dict[str, Any]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that come from an option of their own, and that option as written."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """What errors say of nodes' options, and what to say instead: IMAGE has others."""
+
+    def error(self, error: VhostblkError) -> CliError:
+        """`error` as it is told to who wrote the option."""
+        data = dict(error.data or {})
+        parameter = str(data.get("parameter", "")).partition(".")[0]
+        if "hint" in data:
+            data["hint"] = self._in_words(data["hint"])
+        text = self._in_words(error.desc)
+        return CliError(f"{self.sources.get(parameter, self.where)}: {text}", data=data)
+
+    def _in_words(self, text: str) -> str:
+        if not self.words:
+            return text
+        known = "|".join(map(re.escape, self.words))
+        return re.sub(known, lambda found: self.words[found[0]], text)
 
 
 @dataclass(frozen=True)
@@ -57,14 +77,15 @@ class Control:
 
     def open(self) -> tuple[str | None, socket.socket]:
         """The path to remove at the end, and the socket."""
-        try:
+        if self.group is not None:
+            with _said_by(f"--control-group {self.group}"):
+                group_id(self.group)
+        with _said_by(self.where):
             if self.fd is not None:
                 return None, inherited(self.fd)
             assert self.path is not None
             path = os.path.abspath(self.path)
             return path, listen(path, self.group)
-        except VhostblkError as error:
-            raise _at(self.where, error) from None
 
 
 @dataclass
@@ -153,11 +174,15 @@ class _Life:
 
         plan = self._plan
         if plan.state is not None:
-            self._state = _open_state(plan.state)
+            with _said_by(self._where_state):
+                self._state = _open_state(plan.state)
         if plan.place is not None:
             plan.place.create()
             self._pidfiles.append(_lock_place(plan.place))
             self._pidfiles[0].write()
+        if plan.pidfile is not None:
+            with _said_by(f"--pidfile {plan.pidfile}"):
+                self._pidfiles.append(Pidfile(plan.pidfile))
         # Bound now, so that a path that cannot be had is an error before anything
         # is served; answered when ready, so that nobody sees half a tree.
         for control in plan.controls:
@@ -171,11 +196,12 @@ class _Life:
                     return 0
                 await apply(backend, step)
             if self._state is not None:
-                await self._restored(backend.keep_state(self._state))
+                with _said_by(self._where_state):
+                    await backend.keep_state(self._state)
             await self._open_control(backend)
             if plan.pidfile is not None:
-                self._pidfiles.append(Pidfile(plan.pidfile))
-                self._pidfiles[-1].write()
+                with _said_by(f"--pidfile {plan.pidfile}"):
+                    self._pidfiles[-1].write()
             self._announce(backend)
             return await self._while_ready(Running(backend, self._stop))
         finally:
@@ -188,11 +214,9 @@ class _Life:
             return steps
         from vhostblk.state import Document
 
-        try:
+        with _said_by(self._where_state):
             text = self._state.read()
             document = None if text is None else Document.parse(text, self._state)
-        except VhostblkError as error:
-            raise _at(self._where_state, error) from None
         if document is None:
             return steps
         ignored = 0
@@ -204,14 +228,9 @@ class _Life:
                 ignored += 1
         if ignored:
             logger.info("the tree is that of state file '%s'", self._state.path)
-        await self._restored(backend.restore_state(document, self._state))
+        with _said_by(self._where_state):
+            await backend.restore_state(document, self._state)
         return []
-
-    async def _restored(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except VhostblkError as error:
-            raise _at(self._where_state, error) from None
 
     @property
     def _where_state(self) -> str:
@@ -271,10 +290,7 @@ class _Life:
 def _open_state(path: str) -> StateFile:
     from vhostblk.state import StateFile
 
-    try:
-        return StateFile(path)
-    except VhostblkError as error:
-        raise _at(f"--state {path}", error) from None
+    return StateFile(path)
 
 
 def _lock_place(place: Place) -> Pidfile:
@@ -299,11 +315,16 @@ async def apply(backend: Backend, step: Step) -> None:
     try:
         await actions[step.kind](step.options)
     except VhostblkError as error:
-        raise _at(step.where, error) from None
+        raise step.error(error) from None
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         raise CliError(f"{step.where}: {name}{error.strerror or error}") from None
 
 
-def _at(where: str, error: VhostblkError) -> CliError:
-    return CliError(f"{where}: {error.desc}", data=error.data)
+@contextlib.contextmanager
+def _said_by(where: str) -> Iterator[None]:
+    """What goes wrong inside comes from this option."""
+    try:
+        yield
+    except VhostblkError as error:
+        raise CliError(f"{where}: {error.desc}", data=error.data) from None

@@ -9,10 +9,14 @@ import os
 import socket
 import stat
 
+from vhostblk.creating import why_not
 from vhostblk.schema import VhostblkError
 
 # sun_path has 108 bytes, one of them for the end.
 MAX_PATH = 107
+# To the kernel, "leave the group as it is": 32 bits of ones.
+_NO_GROUP = (1 << 32) - 1
+_MAX_DIGITS = 10
 
 
 def listen(path: str, group: str | None = None) -> socket.socket:
@@ -39,7 +43,7 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     except OSError as error:
         listener.close()
         raise VhostblkError(
-            f"Cannot create socket '{path}': {error.strerror}",
+            f"Cannot create socket '{path}': {why_not(error, path)}",
             data={"code": "socket", "path": path},
         ) from None
     finally:
@@ -83,8 +87,10 @@ def inherited(fd: int) -> socket.socket:
 
 def group_id(group: str) -> int:
     """The number of a group given by name or number."""
-    if group.isdecimal():
-        return int(group)
+    if group.isdecimal() and group.isascii() and len(group) <= _MAX_DIGITS:
+        gid = int(group)
+        if gid < _NO_GROUP:
+            return gid
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:

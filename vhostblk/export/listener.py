@@ -12,10 +12,12 @@ import errno
 import os
 import socket
 import stat
+import struct
 from typing import Literal
 
 from pydantic import Field
 
+from vhostblk.creating import why_not
 from vhostblk.schema import Model, VhostblkError
 
 # struct sockaddr_un has 108 bytes for the path, the terminating zero included.
@@ -86,6 +88,8 @@ def listen(address: SocketAddress) -> Listener:
 
 
 def _listen_at(path: str) -> Listener:
+    if not path:  # to the kernel, a name that it makes up
+        raise _error("Parameter 'addr.path' expects the path of a socket, not ''", "addr.path")
     if len(os.fsencode(path)) > MAX_PATH:
         raise _error(
             f"Socket path '{path}' is too long: {len(os.fsencode(path))} bytes, "
@@ -105,12 +109,10 @@ def _listen_at(path: str) -> Listener:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        hint = ""
-        if error.errno == errno.ENOENT:
-            hint = f"; the directory '{os.path.dirname(path) or '.'}' does not exist"
-        elif error.errno == errno.EADDRINUSE:
-            hint = "; somebody else has just started to listen there"
-        raise _error(f"Failed to listen on '{path}': {error.strerror}{hint}", "addr.path") from None
+        reason = why_not(error, path)
+        if error.errno == errno.EADDRINUSE:
+            reason = "somebody else has just started to listen there"
+        raise _error(f"Failed to listen on '{path}': {reason}", "addr.path") from None
     except BaseException:
         sock.close()
         raise
@@ -139,11 +141,17 @@ def _remove_stale(path: str) -> None:
             return
         except OSError:
             pass  # full backlog, no permission: somebody listens
+        owner = "another process" if _listener_of(probe) != os.getpid() else "this process itself"
     raise _error(
-        f"Failed to listen on '{path}': another process listens there; stop it or choose "
-        "another path",
+        f"Failed to listen on '{path}': {owner} listens there already; choose another path",
         "addr.path",
     )
+
+
+def _listener_of(connected: socket.socket) -> int:
+    """The process that listens at the other end; 0 if the kernel does not say."""
+    raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    return int(struct.unpack("iII", raw)[0])
 
 
 def _inherit(text: str) -> Listener:
@@ -155,12 +163,10 @@ def _inherit(text: str) -> Listener:
     fd = int(text)
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise _error(f"File descriptor {fd} (addr.str) is not a socket", "addr.str")
+            raise _error(f"File descriptor {fd} is not a socket", "addr.str")
         sock = socket.socket(fileno=os.dup(fd))
     except OSError as error:
-        raise _error(
-            f"File descriptor {fd} (addr.str) cannot be used: {error.strerror}", "addr.str"
-        ) from None
+        raise _error(f"File descriptor {fd} cannot be used: {error.strerror}", "addr.str") from None
     os.set_inheritable(sock.fileno(), False)
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
@@ -170,7 +176,7 @@ def _inherit(text: str) -> Listener:
             return Connection(sock, None)
     sock.close()
     raise _error(
-        f"File descriptor {fd} (addr.str) is not a UNIX stream socket that listens or is connected",
+        f"File descriptor {fd} is not a UNIX stream socket that listens or is connected",
         "addr.str",
     )
 

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import logging
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vhostblk.engine import SERIAL_SIZE, EngineError, ExportHandle, IOThread, NodeHandle, Stats
 from vhostblk.export import Export
@@ -24,13 +24,15 @@ from vhostblk.nodes.driver import Perm
 from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.objects.throttle_group import ThrottleGroup
 from vhostblk.ratelimit import RateLimitedLog
-from vhostblk.schema import Identifier, Model, OnOff, StrOrList, UInt16, UInt32, VhostblkError
+from vhostblk.schema import Identifier, Model, OnOff, StrOrList, UInt32, VhostblkError, in_range
 
 logger = logging.getLogger(__name__)
 
 SECTOR = 512
-# QEMU asks for one queue per vCPU, and fails to start if fewer are offered.
-DEFAULT_QUEUES = 64
+MAX_QUEUES = 256
+# QEMU asks for one queue per vCPU, and fails to start if fewer are offered. One that is offered
+# and not used costs 4 KiB while somebody is connected.
+DEFAULT_QUEUES = MAX_QUEUES
 _ACCEPT_RETRY = 0.5
 
 
@@ -50,7 +52,7 @@ class VhostUserBlkOptions(Model):
     """Make every write durable, until the guest turns its write cache on."""
     logical_block_size: UInt32 = 512
     """The guest's sector size: a power of two from 512 to 32768."""
-    num_queues: UInt16 = DEFAULT_QUEUES
+    num_queues: Annotated[int, in_range(1, MAX_QUEUES)] = DEFAULT_QUEUES
     """Virtqueues offered; a front-end uses as many of them as it likes."""
     serial: str = ""
     """Serial number that the guest sees; at most 20 bytes."""
@@ -143,8 +145,6 @@ class VhostUserBlkExport(Export):
         size = self.options.logical_block_size
         if not SECTOR <= size <= 32768 or size & (size - 1):
             raise _bad("logical-block-size", f"a power of two from {SECTOR} to 32768", size)
-        if not 1 <= self.options.num_queues <= 256:
-            raise _bad("num-queues", "a value from 1 to 256", self.options.num_queues)
         serial = self.options.serial
         if not serial.isascii() or not serial.isprintable() or len(serial) > SERIAL_SIZE:
             raise _bad("serial", f"at most {SERIAL_SIZE} printable ASCII characters", serial)
@@ -351,7 +351,7 @@ class VhostUserBlkExport(Export):
             "type": self.export_type,
             "node-name": self.backend.root.name,
             "shutting-down": self.shutting_down,
-            "addr": self.options.addr.model_dump(by_alias=True, exclude_none=True),
+            "addr": _absolute(self.options.addr.model_dump(by_alias=True, exclude_none=True)),
             "writable": self.options.writable,
             "size": _capacity(self.backend.root.size),
             "logical-block-size": self.options.logical_block_size,

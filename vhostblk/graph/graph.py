@@ -528,7 +528,7 @@ class Graph:
     ) -> NodeDriver:
         if isinstance(reference, str):
             return self.node(reference)
-        if kind is RoleKind.BACKING and "read_only" not in reference:
+        if kind is RoleKind.BACKING:
             # Overlays live from a backing file's not changing.
             reference = {"read-only": True, **reference}
         options, inherited = inherit(reference, parent)

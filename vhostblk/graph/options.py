@@ -22,7 +22,7 @@ def sentence(text: str, code: str, node: NodeDriver) -> Iterator[None]:
         yield
     except VhostblkError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         logger.debug("%s", text, exc_info=True)
         reason = str(error)
         if not isinstance(error, OSError):

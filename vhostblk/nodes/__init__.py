@@ -65,7 +65,7 @@ class DriverRegistry:
         except FileNotFoundError:
             del sys.modules[name]
             raise _plugin_error(path, "there is no such file") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             where = _line_in(error, path)
             text = f"{type(error).__name__}: {error}{where}"
@@ -146,7 +146,7 @@ class DriverRegistry:
         for point in entry_points(group=ENTRY_POINTS):
             try:
                 loaded = point.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Somebody else's broken package must not keep ours from working.
                 import logging
 
@@ -177,7 +177,7 @@ def _line_in(error: BaseException, path: Path) -> str:
     line = None
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
             line = trace.tb_lineno
         trace = trace.tb_next
     if line is None:

@@ -27,6 +27,7 @@ from vhostblk.schema.model import (
     UInt63,
     UInt64,
     id_wellformed,
+    in_range,
     json_types,
     parse_size,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "VhostblkError",
     "did_you_mean",
     "id_wellformed",
+    "in_range",
     "json_types",
     "parse_size",
     "validate",

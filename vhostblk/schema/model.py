@@ -94,6 +94,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def in_range(low: int, high: int) -> BeforeValidator:
+    """What makes an integer of a value, and refuses those outside."""
+    return BeforeValidator(lambda value: _integer(value, low, high))
+
+
 def _to_size(value: Any) -> Any:
     if isinstance(value, str):
         try:
@@ -120,26 +125,6 @@ def _integer(value: Any, low: int, high: int) -> int:
     if not low <= value <= high:
         raise wrong_value(f"a value from {low} to {high}")
     return value
-
-
-def _to_int(value: Any) -> Any:
-    return _integer(value, -(1 << 63), (1 << 63) - 1)
-
-
-def _to_uint16(value: Any) -> Any:
-    return _integer(value, 0, (1 << 16) - 1)
-
-
-def _to_uint32(value: Any) -> Any:
-    return _integer(value, 0, (1 << 32) - 1)
-
-
-def _to_uint63(value: Any) -> Any:
-    return _integer(value, 0, (1 << 63) - 1)
-
-
-def _to_uint64(value: Any) -> Any:
-    return _integer(value, 0, (1 << 64) - 1)
 
 
 def _to_bool(value: Any) -> Any:
@@ -199,12 +184,12 @@ Size = Annotated[int, BeforeValidator(_to_size)]
 OnOff = Annotated[bool, BeforeValidator(_to_bool)]
 """A boolean; `on` and `off` when written as key=value."""
 
-Int = Annotated[int, BeforeValidator(_to_int)]
-UInt16 = Annotated[int, BeforeValidator(_to_uint16)]
-UInt32 = Annotated[int, BeforeValidator(_to_uint32)]
-UInt63 = Annotated[int, BeforeValidator(_to_uint63)]
+Int = Annotated[int, in_range(-(1 << 63), (1 << 63) - 1)]
+UInt16 = Annotated[int, in_range(0, (1 << 16) - 1)]
+UInt32 = Annotated[int, in_range(0, (1 << 32) - 1)]
+UInt63 = Annotated[int, in_range(0, (1 << 63) - 1)]
 """QAPI's `int` where it may not be negative."""
-UInt64 = Annotated[int, BeforeValidator(_to_uint64)]
+UInt64 = Annotated[int, in_range(0, (1 << 64) - 1)]
 
 NodeName = Annotated[str, BeforeValidator(_to_node_name)]
 """A name for a new node, by QEMU's rules."""

@@ -18,6 +18,7 @@ import fcntl
 import os
 import stat
 
+from vhostblk.creating import why_not
 from vhostblk.fault import fault_point
 from vhostblk.schema import VhostblkError
 
@@ -40,7 +41,7 @@ class StateFile:
         try:
             fd = os.open(path, flags, 0o600)
         except OSError as error:
-            raise self._error(f"Cannot create '{path}': {error.strerror}") from None
+            raise self._error(f"Cannot create '{path}': {why_not(error, path)}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -58,8 +59,12 @@ class StateFile:
                 f"Cannot lock '{path}': {error.strerror}",
                 hint="choose a file on a file system with locks",
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            raise self._error(f"Cannot write '{path}': {why_not(error, path)}") from None
         return fd
 
     def close(self) -> None:
@@ -143,7 +148,8 @@ class StateFile:
                     self._write_temporary(previous)
                     os.rename(self._temporary, self.path)
             raise self._error(
-                f"Cannot write state file '{self.path}': {error.strerror}", code="state-unwritten"
+                f"Cannot write state file '{self.path}': {why_not(error, self.path)}",
+                code="state-unwritten",
             ) from None
         fault_point("state-safe")
         self._written = text

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Why a file or socket cannot be created, in words that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+def why_not(error: OSError, path: str) -> str:
+    """What the kernel said when something was to be created at `path`, and the remedy."""
+    directory = os.path.dirname(path) or "."
+    hint = ""
+    if error.errno == errno.ENOENT and not os.path.isdir(directory):
+        hint = f"; the directory '{directory}' does not exist"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        hint = "; you may not write to it: remove it, or choose another path"
+        if not os.path.lexists(path):
+            hint = f"; you may not create files in '{directory}': choose a directory of yours"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "; make room there, or choose another path"
+    return f"{error.strerror}{hint}"
