@@ -988,6 +988,95 @@ def test_doctor_finds_problems(start_backend: Start, short_dir: Path, image: Pat
     assert stat.S_IMODE(os.stat(left / "qmp.sock").st_mode) == 0o666
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize(
+    ("directory", "remedy"),
+    [
+        ("/root", "'unset XDG_RUNTIME_DIR': that directory is another user's"),
+        ("/root/x", "'unset XDG_RUNTIME_DIR': you cannot reach that directory"),
+        ("/nonexistent/x", "'install -d -m 0700 -o 65534 /nonexistent/x'"),
+    ],
+)
+def test_doctor_harms_nobody(directory: str, remedy: str) -> None:
+    """After su, XDG_RUNTIME_DIR is still that of somebody else, and stays theirs."""
+    nobody = 65534
+    if os.stat("/root").st_mode & 0o001:
+        pytest.skip("/root is open to all")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "vhostblk", "doctor", "--json"],
+            capture_output=True,
+            text=True,
+            user=nobody,
+            env={"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": directory},
+            check=False,
+        )
+        findings = json.loads(done.stdout)
+    except (OSError, ValueError):
+        pytest.skip("other users cannot reach this Python")
+    [finding] = [f for f in findings if f["check"] == "sockets" and f["state"] == "problem"]
+    assert remedy in finding["remedy"]
+
+
+MEMORY = ["-object", "memory-backend-memfd,id=m,size=1G,share=on", "-machine", "memory-backend=m"]
+DISK = ["-chardev", "socket,id=c,path=/s,reconnect=1", "-device", "vhost-user-blk-pci,chardev=c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shared", "guest", "unsteady"),
+    [
+        ([*MEMORY, *DISK], ("m",), ("m",), ()),
+        (["-object", "memory-backend-file,id=m,mem-path=/x,share=yes", *DISK], ("m",), (), ()),
+        (["-object", "memory-backend-file,id=m,mem-path=/x", *DISK], (), (), ()),
+        (["-object", "memory-backend-memfd,id=m,size=1G", *DISK], ("m",), (), ()),
+        (["-object", "memory-backend-memfd,id=m,size=1G,share=off", *DISK], (), (), ()),
+        (
+            [
+                *["-object", '{"qom-type": "memory-backend-file", "id": "m", "share": true}'],
+                *["-numa", "node,memdev=m", "-M", "q35", *DISK],
+            ],
+            ("m",),
+            ("m",),
+            (),
+        ),
+        (
+            [
+                *[*MEMORY, "-chardev", "socket,id=c,path=/s", "-chardev", "socket,id=d,path=/t"],
+                *["-device", '{"driver": "vhost-user-blk-pci", "chardev": "c"}'],
+            ],
+            ("m",),
+            ("m",),
+            ("c",),
+        ),
+        ([*MEMORY, *DISK[:1], "socket,id=c,path=/s,reconnect-ms=0", *DISK[2:]], *2 * [("m",)], "c"),
+    ],
+)
+def test_what_a_running_qemu_was_told(
+    words: list[str], shared: Sequence[str], guest: Sequence[str], unsteady: Sequence[str]
+) -> None:
+    told = qemu.RunningDisks.read(["qemu-system-x86_64", "-m", "1G", *words])
+    assert told == qemu.RunningDisks(1, tuple(shared), tuple(guest), tuple(unsteady))
+    assert qemu.RunningDisks.read(["grep", "vhost-user-blk-pci"]).count == 0
+
+
+@needs_qemu
+def test_doctor_looks_at_running_guests(start_backend: Start, short_dir: Path, image: Path) -> None:
+    start_backend(str(image))
+    words = json.loads(
+        vhostblk("qemu-args", "--memory", "64M", "--json", directory=short_dir).stdout
+    )
+    words = [word.replace(",reconnect=1", "").replace(",reconnect-ms=1000", "") for word in words]
+    command = [QEMU, "-S", "-nodefaults", "-display", "none", "-m", "64M", *words]
+    guest = subprocess.Popen(command)
+    try:
+        findings = json.loads(vhostblk("doctor", "--json", directory=short_dir).stdout)
+        about = [f for f in findings if f"QEMU (pid {guest.pid})" in f["text"]]
+        assert [f["check"] for f in about] == ["reconnect"]
+    finally:
+        guest.kill()
+        guest.wait()
+
+
 # ---- QEMU --------------------------------------------------------------------------------------
 
 

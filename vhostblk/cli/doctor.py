@@ -216,7 +216,7 @@ def check_files() -> Found:
 def check_sockets() -> Found:
     """Where sockets are made, and who may use those there are."""
     base = places.runtime_dir()
-    creates = base if base.exists() else base.parent
+    creates = base if os.path.exists(base) else base.parent
     if os.access(creates, os.W_OK | os.X_OK):
         yield Finding("sockets", OK, f"are made in {base}/vhostblk")
     else:
@@ -224,8 +224,7 @@ def check_sockets() -> Found:
             "sockets",
             PROBLEM,
             f"cannot be made in {base}",
-            f"log in so that XDG_RUNTIME_DIR exists, or 'install -d -m 0700 -o "
-            f"{os.geteuid()} {base}'",
+            _remedy_for(base),
         )
     for place in places.running_places():
         mode = stat.S_IMODE(os.stat(place.control_socket).st_mode)
@@ -249,6 +248,20 @@ def check_sockets() -> Found:
             + (f" (members: {', '.join(members)})" if members else ""),
             f"'usermod -aG kvm {_user()}' and a new login, if another user runs QEMU",
         )
+
+
+def _remedy_for(base: Path) -> str:
+    """Sockets cannot be made in this directory, which a variable names: nobody else does."""
+    variable = places.runtime_variable() or "XDG_RUNTIME_DIR"
+    try:
+        owner = base.stat().st_uid
+    except FileNotFoundError:
+        return f"'install -d -m 0700 -o {os.geteuid()} {base}', or 'unset {variable}'"
+    except OSError:
+        return f"'unset {variable}': you cannot reach that directory"
+    if owner == os.geteuid():
+        return f"'chmod u+rwx {base}'"
+    return f"'unset {variable}': that directory is another user's"
 
 
 def _my_groups() -> set[str]:
@@ -330,19 +343,11 @@ def check_shared_memory() -> Found:
 
     seen = 0
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if not any(word.startswith("vhost-user-blk-") for word in words):
+        disks = qemu.RunningDisks.read(process.info["cmdline"] or [])
+        if not disks.count:
             continue
         seen += 1
-        if not any("share=on" in word or '"share":true' in word for word in words):
-            yield Finding(
-                "shared memory",
-                PROBLEM,
-                f"QEMU (pid {process.pid}) has a vhost-user-blk device but no shared memory",
-                f"add '-object memory-backend-memfd,id={qemu.MEMORY_ID},size=SIZE,share=on "
-                f"-machine memory-backend={qemu.MEMORY_ID}' with the SIZE of -m "
-                "('vhostblk qemu-args' prints it)",
-            )
+        yield from _check_running(process.pid, disks)
     shm = Path("/dev/shm")
     if not hasattr(os, "memfd_create"):
         yield Finding(
@@ -357,6 +362,36 @@ def check_shared_memory() -> Found:
             "shared memory",
             OK,
             f"memfd works; {seen} QEMU with vhost-user-blk running" if seen else "memfd works",
+        )
+
+
+def _check_running(pid: int, disks: qemu.RunningDisks) -> Found:
+    who = f"QEMU (pid {pid})"
+    if not disks.shared:
+        yield Finding(
+            "shared memory",
+            PROBLEM,
+            f"{who} has a vhost-user-blk device but no shared memory",
+            f"add '-object memory-backend-memfd,id={qemu.MEMORY_ID},size=SIZE,share=on "
+            f"-machine memory-backend={qemu.MEMORY_ID}' with the SIZE of -m "
+            "('vhostblk qemu-args' prints it)",
+        )
+    elif not disks.guest or not set(disks.guest) <= set(disks.shared):
+        yield Finding(
+            "shared memory",
+            PROBLEM,
+            f"{who} has shared memory, but the guest's is elsewhere",
+            f"add '-machine memory-backend={disks.shared[0]}' (or '-numa node,memdev=…' for each "
+            "node), with the size of -m",
+        )
+    for chardev in disks.unsteady:
+        yield Finding(
+            "reconnect",
+            PROBLEM,
+            f"{who} does not connect chardev '{chardev}' again: a restart of the backend leaves "
+            "the guest without its disk",
+            "add 'reconnect=1' to the chardev, or 'reconnect-ms=1000' from QEMU 9.2 on "
+            "('vhostblk qemu-args' prints it)",
         )
 
 

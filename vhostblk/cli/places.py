@@ -33,13 +33,20 @@ _OVERRIDE = "VHOSTBLK_RUNTIME_DIR"
 
 def runtime_dir() -> Path:
     """The directory for sockets of this user."""
-    for variable in (_OVERRIDE, "XDG_RUNTIME_DIR"):
-        given = os.environ.get(variable)
-        if given and os.path.isabs(given):
-            return Path(given)
+    variable = runtime_variable()
+    if variable is not None:
+        return Path(os.environ[variable])
     if os.geteuid() == 0:
         return Path("/run")
     return Path(f"/tmp/vhostblk-{os.geteuid()}")
+
+
+def runtime_variable() -> str | None:
+    """The variable that names it."""
+    for variable in (_OVERRIDE, "XDG_RUNTIME_DIR"):
+        if os.path.isabs(os.environ.get(variable, "")):
+            return variable
+    return None
 
 
 def search_dirs() -> list[Path]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -11,13 +13,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vhostblk import keyval
 from vhostblk.cli.errors import CliError
+from vhostblk.schema import VhostblkError
 
 DEFAULT_QEMU = "qemu-system-x86_64"
 MARK = "@VHOSTBLK@"
 # From here on milliseconds are written, and `reconnect` is deprecated.
 _RECONNECT_MS = (9, 2)
 MEMORY_ID = "vhostblk-mem"
+# QEMU's options that say how a vhost-user device is used, and the key each may leave out.
+_IMPLIED = {
+    "device": "driver",
+    "object": "qom-type",
+    "chardev": "backend",
+    "machine": "type",
+    "numa": "type",
+}
+_SHARED_ANYWAY = ("memory-backend-memfd", "memory-backend-shm")
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,58 @@ class CommandLine:
             elif option.rpartition("/")[2].startswith("qemu-"):
                 program = option
         return cls(program, memory, shared)
+
+
+@dataclass(frozen=True)
+class RunningDisks:
+    """How the vhost-user-blk devices of a running QEMU were asked for."""
+
+    count: int
+    shared: tuple[str, ...]  # ids of memory that others may map
+    guest: tuple[str, ...]  # ids of what the guest's memory is said to be
+    unsteady: tuple[str, ...]  # chardevs that do not connect again
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> RunningDisks:
+        """Look through a command line."""
+        given: dict[str, list[dict[str, Any]]] = {}
+        for option, value in itertools.pairwise(words):
+            name = option.lstrip("-") if option.startswith("-") else ""
+            name = "machine" if name == "M" else name
+            if name in _IMPLIED:
+                with contextlib.suppress(VhostblkError):  # QEMU understood it, or does not run
+                    parsed = keyval.parse(value, implied_key=_IMPLIED[name])
+                    given.setdefault(name, []).append(parsed.options)
+        disks = [
+            device
+            for device in given.get("device", [])
+            if str(device.get("driver", "")).startswith("vhost-user-blk")
+        ]
+        used = {device.get("chardev") for device in disks}
+        memory = [entry.get("memory-backend") for entry in given.get("machine", [])]
+        memory += [entry.get("memdev") for entry in given.get("numa", [])]
+        return cls(
+            len(disks),
+            tuple(str(entry.get("id")) for entry in given.get("object", []) if _is_shared(entry)),
+            tuple(str(id) for id in memory if id is not None),
+            tuple(
+                str(chardev["id"])
+                for chardev in given.get("chardev", [])
+                if chardev.get("id") in used and not _reconnects(chardev)
+            ),
+        )
+
+
+def _is_shared(options: dict[str, Any]) -> bool:
+    kind = str(options.get("qom-type", ""))
+    if not kind.startswith("memory-backend-"):
+        return False
+    return options.get("share", kind in _SHARED_ANYWAY) in (True, "on", "yes", "true", "y")
+
+
+def _reconnects(chardev: dict[str, Any]) -> bool:
+    times = (chardev.get("reconnect", 0), chardev.get("reconnect-ms", 0))
+    return any(str(time) != "0" for time in times)
 
 
 def memory(text: str) -> str:
