@@ -169,6 +169,11 @@ def test_completion(shell: str, tmp_path: Path) -> None:
         (["serve", "x", "--stop-timeout", "nan"], 2, ["--stop-timeout", "'nan'"]),
         (["serve", "x", "--stop-timeout", "-1"], 2, ["--stop-timeout", "'-1'"]),
         (["status", "--interval", "abc"], 2, ["--interval", "'abc'"]),
+        (
+            ["serve", *["--object", "iothread,id=t"] * 2],
+            1,
+            ["--object iothread,id=t: An object with id 't' exists already"],
+        ),
         (["serve", "--object", "iothread,id=a b"], 1, ["'id' expects an identifier", "'a b'"]),
         (
             ["serve", "--export", "vhost-user-blk,id=,node-name=n,addr.type=unix,addr.path=x"],
@@ -288,7 +293,7 @@ def test_hints_speak_of_the_options_there_are(
     """IMAGE has --read-only; read-only=on is what --blockdev takes."""
     start_backend(str(image))
     taken = vhostblk("serve", str(image), "--name", "b", directory=short_dir)
-    assert "--blockdev with read-only=on,force-share=on" in taken.stderr
+    assert "]? Stop the other process, or use --blockdev with read-only=on" in taken.stderr
     node = vhostblk(
         *["serve", "--blockdev", f"file,node-name=n0,filename={image}"],
         *["--export", f"{EXPORT},addr.path={short_dir}/s,writable=on"],
@@ -453,6 +458,22 @@ def test_a_filter_that_holds_requests_for_ever_does_not_prevent_the_end(
     assert not (short_dir / "pid").exists()
 
 
+def test_an_empty_image_is_said_to_be_one(start_backend: Start, image: Path) -> None:
+    os.truncate(image, 0)
+    process = start_backend(str(image))
+    [warning] = [line for line in process.log if "warning" in line]
+    assert "node 'disk' is empty: the guest sees a disk of 0 bytes" in warning
+
+
+def test_help_of_a_filter_is_its_own(short_dir: Path) -> None:
+    plugin = short_dir / "p.py"
+    plugin.write_text(
+        "from vhostblk.filter import Filter\nclass Mine(Filter):\n    driver = 'mine'\n"
+    )
+    done = vhostblk("serve", "--plugin", str(plugin), "--blockdev", "mine,help")
+    assert done.stdout.startswith("mine\n\noptions:\n"), done.stdout
+
+
 def test_options_are_done_in_order(short_dir: Path) -> None:
     done = vhostblk(
         "serve",
@@ -519,6 +540,25 @@ def test_backends_of_others_are_no_choice(
     assert "disk" not in ask("ls").stdout
     assert "No backend is running here" in ask("status").stderr
     assert "You may not use the control socket" in ask("status", "disk").stderr
+
+
+@pytest.mark.parametrize("words", [["status"], ["qmp", "query-status"]])
+def test_the_other_socket_is_not_waited_for(
+    start_backend: Start, short_dir: Path, image: Path, words: list[str]
+) -> None:
+    """It is QEMU's, and has room for one."""
+    start_backend(str(image))
+    place = short_dir / "vhostblk/disk"
+    done = vhostblk(*words, "--socket", str(place / "vhost.sock"))
+    assert done.returncode == 2
+    assert f"is for QEMU; the control socket is '{place}/qmp.sock'" in done.stderr
+
+
+def test_a_socket_that_does_not_greet(start_backend: Start, short_dir: Path) -> None:
+    start_backend("--blockdev", NODE, "--export", f"{EXPORT},addr.path={{dir}}/s")
+    done = vhostblk("status", "--socket", str(short_dir / "s"))
+    assert done.returncode == 124
+    assert "said nothing within 5 s" in done.stderr and "an export's" in done.stderr
 
 
 def test_control_socket_in_use(start_backend: Start, short_dir: Path) -> None:
@@ -932,6 +972,10 @@ def test_ls_status_and_qmp(start_backend: Start, short_dir: Path, image: Path) -
     done = vhostblk("qmp", "blockdev-del", "node-name=x", directory=short_dir)
     assert done.returncode == 4 and "'x'" in done.stderr
     assert "query-status" in vhostblk("qmp", "--list", directory=short_dir).stdout.split()
+    done = vhostblk("qmp", "--list", "--json", directory=short_dir)
+    assert "query-status" in json.loads(done.stdout)
+    done = vhostblk("qmp", "query-status", "--json", directory=short_dir)
+    assert json.loads(done.stdout)["running"]
     done = vhostblk("status", "dsik", directory=short_dir)
     assert done.returncode == 3 and "did you mean 'disk'?" in done.stderr
     done = vhostblk("qmp", "quit", directory=short_dir)

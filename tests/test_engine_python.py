@@ -158,7 +158,7 @@ def test_objects() -> None:
             await backend.qom_set("io", "poll-max-ns", -1)
         with pytest.raises(DeviceNotFound, match="did you mean"):
             backend.qom_get("/objects/iO", "type")
-        with refused("duplicate"):
+        with refused("exists already"):
             await backend.object_add({"qom-type": "iothread", "id": "io"})
         with refused("Parameter 'qom-type' does not accept value 'iothred'", "'iothread'?"):
             await backend.object_add({"qom-type": "iothred", "id": "io2"})
@@ -183,6 +183,8 @@ def test_both_ways_of_file_io(aio: str) -> None:
             assert await guest.read(0, 65536) == b"x" * 65536
         (thread,) = [t for t in host.backend.query_iothreads() if t["id"] == "io"]
         assert thread["aio"] == aio
+        # A node is used by all threads above it: what it was told, for QEMU's sake, says nothing.
+        assert not any("aio" in node for node in host.backend.query_named_block_nodes())
 
     with_host(test)
 

@@ -490,6 +490,21 @@ def test_a_stopped_vm_does_not_wait_for_what_a_filter_holds() -> None:
     with_host(test)
 
 
+def test_delay_by_jitter_alone() -> None:
+    async def test(host: Host) -> None:
+        await host.null("n")
+        node = await host.add("delay", "d", file="n", **{"jitter-ns": 10**16})
+        await host.export("d")
+        async with host.device() as guest:
+            writes = [guest.device.submit(1, 0, b"x" * 512) for _ in range(5)]
+            await host.until(lambda: len(node._held) == 5)
+            async with host.backend.graph.drained([node]):
+                pass
+            await guest.wait(*writes)
+
+    with_host(test)
+
+
 def test_delay_without_a_delay_costs_nothing() -> None:
     async def test(host: Host) -> None:
         await host.null("n")

@@ -54,7 +54,7 @@ def show(kind: str, options: Mapping[str, Any], plugins: Sequence[str] = ()) -> 
             f"--{kind} {name},help: there is no '{name}' among the {what}{hint}", status=USAGE
         )
     model, text = known[name]
-    print(f"{name}: {text}\n\noptions:")
+    print(f"{name}: {text}" if text else name, end="\n\noptions:\n")
     for line in _options(model, ""):
         print(line)
     return 0
@@ -76,7 +76,7 @@ async def _known(kind: str, plugins: Sequence[str]) -> dict[str, tuple[type[Mode
 
 
 def _summary(documented: type) -> str:
-    text = inspect.getdoc(documented) or ""
+    text = inspect.cleandoc(documented.__doc__ or "")  # its own: not that of a base class
     return text.split("\n\n")[0].replace("\n", " ").rstrip(".")
 
 

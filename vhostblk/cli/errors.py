@@ -28,5 +28,5 @@ def error_text(error: VhostblkError) -> str:
     text = error.desc
     hint = (error.data or {}).get("hint")
     if isinstance(hint, str) and hint not in text:
-        text = f"{text}; {hint}"
+        text = f"{text} {hint[:1].upper()}{hint[1:]}" if text.endswith("?") else f"{text}; {hint}"
     return text

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vhostblk.cli.errors import NOT_RUNNING, CliError
+from vhostblk.cli.errors import NOT_RUNNING, USAGE, CliError
 from vhostblk.control.listen import is_alive
 from vhostblk.schema import did_you_mean
 
@@ -129,7 +129,7 @@ def check_name(name: str) -> str:
         raise CliError(
             f"Invalid name '{name}': use a letter followed by up to 25 letters, digits, "
             "'-', '_' or '.'",
-            status=2,
+            status=USAGE,
         )
     return name
 
@@ -163,10 +163,10 @@ def _is_ours(place: Place) -> bool:
 
 def find_socket(name: str | None, socket_path: str | None) -> str:
     """The control socket of one backend: by path, by name, or the only one running."""
-    if socket_path is not None:
-        return socket_path
-    if name is not None and "/" in name:
-        return name
+    path = name if socket_path is None and name is not None and "/" in name else socket_path
+    if path is not None:
+        _refuse_vhost_socket(path)
+        return path
     running = running_places()
     if name is not None:
         for found in running:
@@ -190,7 +190,14 @@ def find_socket(name: str | None, socket_path: str | None) -> str:
             status=NOT_RUNNING,
         )
     names = ", ".join(found.name for found in running)
-    raise CliError(f"Several backends are running: name one of {names}", status=2)
+    raise CliError(f"Several backends are running: name one of {names}", status=USAGE)
+
+
+def _refuse_vhost_socket(path: str) -> None:
+    """To connect to it would keep QEMU out, and nobody there would answer."""
+    beside = os.path.join(os.path.dirname(path), CONTROL_SOCKET)
+    if os.path.basename(path) == VHOST_SOCKET and os.path.exists(beside):
+        raise CliError(f"'{path}' is for QEMU; the control socket is '{beside}'", status=USAGE)
 
 
 def _running_hint(running: list[Place]) -> str:

@@ -43,6 +43,9 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--name", help="the backend (see 'vhostblk ls')")
     parser.add_argument("--socket", metavar="PATH", help="its control socket, instead of --name")
     parser.add_argument("--list", action="store_true", help="list the commands there are")
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON: with --list; results are JSON anyway"
+    )
     parser.add_argument("--compact", action="store_true", help="the result on one line")
     parser.add_argument(
         "--timeout",
@@ -60,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     arguments = parse_arguments(args.arguments)
     with ControlClient(places.find_socket(args.name, args.socket), args.timeout) as client:
         if args.list:
-            for command in sorted(entry["name"] for entry in client.execute("query-commands")):
-                print(command)
+            names = sorted(entry["name"] for entry in client.execute("query-commands"))
+            print(json.dumps(names) if args.json else "\n".join(names))
             return 0
         result = client.execute(args.name_of_command, arguments)
     print(json.dumps(result, indent=None if args.compact else 2))

@@ -13,6 +13,9 @@ from typing import Any, Self
 
 from vhostblk.schema import VhostblkError
 
+# A backend greets as soon as it accepts.
+_GREETING_SECONDS = 5.0
+
 
 class NotRunning(VhostblkError):
     """Nobody answers at this socket."""
@@ -29,7 +32,7 @@ class ControlClient:
         self.path = path
         self.events: list[dict[str, Any]] = []
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = 0.0
         self._lines = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
@@ -41,7 +44,7 @@ class ControlClient:
         except OSError as error:
             self._socket.close()
             raise NotRunning(f"Cannot connect to '{path}': {error.strerror}") from None
-        greeting = self._receive()
+        greeting = self._greeting()
         if not isinstance(greeting.get("QMP"), dict):
             raise NotRunning(f"'{path}' is not a control socket")
         self.greeting: dict[str, Any] = greeting["QMP"]
@@ -57,6 +60,19 @@ class ControlClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _greeting(self) -> dict[str, Any]:
+        """A control socket speaks first, and at once; elsewhere that is the caller's turn."""
+        wait = min(self._timeout, _GREETING_SECONDS)
+        self._deadline = time.monotonic() + wait
+        try:
+            return self._receive()
+        except TimeoutError:
+            self._socket.close()
+            raise TimeoutError(
+                f"'{self.path}' said nothing within {wait:g} s: the backend is stuck, or this is "
+                "not its control socket but an export's, which is QEMU's"
+            ) from None
 
     def close(self) -> None:
         """Hang up."""

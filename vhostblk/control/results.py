@@ -124,7 +124,6 @@ class BlockDeviceInfo(Model):
     children: list[NodeChild]
     parents: list[NodeParent]
     permissions: NodePermissions
-    aio: str | None = None
 
 
 class DriveInfo(Model):

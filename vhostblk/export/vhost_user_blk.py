@@ -116,6 +116,12 @@ class VhostUserBlkExport(Export):
             self.graph.detach(backend)
             raise
         self.backend = backend
+        if not _capacity(root.size):
+            logger.warning(
+                "export '%s': node '%s' is empty: the guest sees a disk of 0 bytes",
+                self.id,
+                root.name,
+            )
         for entry in self._thread_objects:
             entry.users.append(self._user)
         self._start_accepting()

@@ -26,7 +26,7 @@ class DelayOptions(FilterOptions):
     discard_ns: UInt64 = 0
     """Delay of discards."""
     jitter_ns: UInt64 = 0
-    """A random time up to this is added."""
+    """A random time up to this is added to each, also where the delay is 0."""
 
 
 class Delay(Filter):
@@ -50,7 +50,7 @@ class Delay(Filter):
             "flush": options.flush_ns,
             "discard": options.discard_ns,
         }
-        return {name for name, delay in delays.items() if delay}
+        return {name for name, delay in delays.items() if delay or options.jitter_ns}
 
     async def read(self, request: Request) -> None:
         await self._hold(self.options.read_ns)

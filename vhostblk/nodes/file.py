@@ -40,7 +40,7 @@ class FileOptions(NodeOptions):
     filename: str
     """Path of the file or block device."""
     aio: Literal["threads", "native", "io_uring"] = "threads"
-    """Accepted for QEMU's sake: how I/O is done is decided by the I/O thread (object iothread)."""
+    """Accepted for QEMU's sake: I/O threads decide how I/O is done; query-iothreads says how."""
     aio_max_batch: UInt32 = 0
     """Accepted for QEMU's sake."""
     locking: Literal["auto", "on", "off"] = "auto"
@@ -170,9 +170,6 @@ class File(NodeDriver):
     def state_options(self) -> dict[str, Any]:
         options = super().state_options()
         return {**options, "filename": os.path.abspath(self.options.filename)}
-
-    def describe(self) -> dict[str, Any]:
-        return {"aio": self.options.aio}
 
     def allocated(self) -> int | None:
         return os.fstat(self._fd).st_blocks * 512

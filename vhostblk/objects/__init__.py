@@ -124,7 +124,7 @@ class ObjectStore:
         checked = validate(kind.Options, options)
         if checked.id in self._objects:
             raise VhostblkError(
-                f"attempt to add duplicate property '{checked.id}' to object (type 'container')",
+                f"An object with id '{checked.id}' exists already; choose another id",
                 data={"code": "duplicate-object", "id": checked.id},
             )
         made = kind(self, checked)
