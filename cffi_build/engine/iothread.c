@@ -214,6 +214,16 @@ static void sleep_until_woken(struct vb_iothread *thread)
     atomic_store_explicit(&thread->mailbox.asleep, false, memory_order_relaxed);
 }
 
+/* This is a loop that waits: let the CPU's other thread go first. */
+static void pause_cpu(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* `idle_ns`: from the last thing done to the next, spinning included. */
 static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
 {
@@ -275,7 +285,7 @@ static void loop(struct vb_iothread *thread)
             continue;
         }
         if (thread->now_ns - idle_since < spin_limit(thread)) {
-            __builtin_ia32_pause();
+            pause_cpu();
             continue;
         }
         vb_iothread_set_spinning(thread, false);
