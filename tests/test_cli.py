@@ -55,6 +55,22 @@ def vhostblk(
     )
 
 
+NOBODY = 65534
+
+
+def as_nobody(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The same as another user, who has no environment but this."""
+    if os.geteuid() != 0:
+        pytest.skip("needs another user")
+    command = [sys.executable, "-m", "vhostblk"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "env": env}
+    try:
+        subprocess.run([*command, "--version"], user=NOBODY, check=True, **options)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("other users cannot reach this Python")
+    return subprocess.run([*command, *arguments], user=NOBODY, check=False, **options)
+
+
 @pytest.fixture
 def image(short_dir: Path) -> Path:
     path = short_dir / "disk.img"
@@ -334,22 +350,23 @@ def test_a_pidfile_is_locked_before_anything_is_opened(
     assert "belongs to a running process" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do anything")
-def test_a_directory_of_others(image: Path) -> None:
-    done = vhostblk("serve", str(image), "--pidfile", "/pid")
+@pytest.mark.parametrize("option", ["--pidfile", "--log-file", "--control", "--state"])
+def test_a_directory_of_others(option: str) -> None:
+    done = as_nobody("serve", "--blockdev", NODE, option, "/new")
+    assert done.stderr.startswith(f"vhostblk: {option} /new: ")
     assert "you may not create files in '/': choose a directory of yours" in done.stderr
 
 
-@pytest.mark.parametrize("where", ["at import", "in open()"])
+@pytest.mark.parametrize("where", ["import", "open", "hooked_operations"])
 def test_a_plugin_that_exits(short_dir: Path, where: str) -> None:
-    """Not only its own process is to know why it ended."""
+    """The process may end; its operator is to know why."""
     plugin = short_dir / "p.py"
     plugin.write_text(
         "import sys\nsys.exit(3)\n"
-        if where == "at import"
+        if where == "import"
         else "import sys\nfrom vhostblk.filter import Filter\n"
         "class Leaving(Filter):\n    driver = 'leaving'\n"
-        "    async def open(self):\n        sys.exit(3)\n"
+        f"    {'async ' * (where == 'open')}def {where}(self):\n        sys.exit(3)\n"
     )
     done = vhostblk(
         *["serve", "--plugin", str(plugin), "--blockdev", NODE],
@@ -357,6 +374,20 @@ def test_a_plugin_that_exits(short_dir: Path, where: str) -> None:
     )
     assert done.returncode == 1
     assert "SystemExit: 3 (p.py line " in done.stderr or "SystemExit: 3 (line 2)" in done.stderr
+
+
+def test_a_plugin_that_exits_at_the_end(start_backend: Start, short_dir: Path) -> None:
+    (short_dir / "p.py").write_text(
+        "import sys\nfrom vhostblk.filter import Filter\n"
+        "class Leaving(Filter):\n    driver = 'leaving'\n"
+        "    async def close(self):\n        sys.exit(3)\n"
+    )
+    process = start_backend(
+        *["--plugin", "{dir}/p.py", "--blockdev", NODE],
+        *["--blockdev", "leaving,node-name=f,file=n0"],
+    )
+    assert process.stop() == 0
+    assert any("closing node 'f' (leaving) failed: SystemExit: 3" in line for line in process.log)
 
 
 def test_addresses_hold_in_any_directory(start_backend: Start, short_dir: Path) -> None:
@@ -513,33 +544,21 @@ def test_two_processes_and_one_pidfile(start_backend: Start, short_dir: Path) ->
     assert (short_dir / "pid").read_text() == f"{process.process.pid}\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 def test_backends_of_others_are_no_choice(
     start_backend: Start, short_dir: Path, image: Path
 ) -> None:
     """An ordinary user is not asked to choose among root's, and told whose a named one is."""
-    nobody = 65534
-    try:
-        subprocess.run([sys.executable, "-m", "vhostblk", "--version"], user=nobody, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("other users cannot reach this Python")
     start_backend(str(image))
     short_dir.chmod(0o755)
 
     def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "vhostblk", *words],
-            env={"VHOSTBLK_RUNTIME_DIR": str(short_dir)},
-            user=nobody,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        return as_nobody(*words, VHOSTBLK_RUNTIME_DIR=str(short_dir))
 
     assert "disk" not in ask("ls").stdout
     assert "No backend is running here" in ask("status").stderr
     assert "You may not use the control socket" in ask("status", "disk").stderr
+    path = str(short_dir / "vhostblk/disk/qmp.sock")
+    assert "ask as its user" in ask("status", "--socket", path).stderr
 
 
 @pytest.mark.parametrize("words", [["status"], ["qmp", "query-status"]])
@@ -1032,32 +1051,19 @@ def test_doctor_finds_problems(start_backend: Start, short_dir: Path, image: Pat
     assert stat.S_IMODE(os.stat(left / "qmp.sock").st_mode) == 0o666
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 @pytest.mark.parametrize(
     ("directory", "remedy"),
     [
         ("/root", "'unset XDG_RUNTIME_DIR': that directory is another user's"),
         ("/root/x", "'unset XDG_RUNTIME_DIR': you cannot reach that directory"),
-        ("/nonexistent/x", "'install -d -m 0700 -o 65534 /nonexistent/x'"),
+        ("/nonexistent/x", f"'install -d -m 0700 -o {NOBODY} /nonexistent/x'"),
     ],
 )
 def test_doctor_harms_nobody(directory: str, remedy: str) -> None:
     """After su, XDG_RUNTIME_DIR is still that of somebody else, and stays theirs."""
-    nobody = 65534
     if os.stat("/root").st_mode & 0o001:
         pytest.skip("/root is open to all")
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "vhostblk", "doctor", "--json"],
-            capture_output=True,
-            text=True,
-            user=nobody,
-            env={"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": directory},
-            check=False,
-        )
-        findings = json.loads(done.stdout)
-    except (OSError, ValueError):
-        pytest.skip("other users cannot reach this Python")
+    findings = json.loads(as_nobody("doctor", "--json", XDG_RUNTIME_DIR=directory).stdout)
     [finding] = [f for f in findings if f["check"] == "sockets" and f["state"] == "problem"]
     assert remedy in finding["remedy"]
 

@@ -107,7 +107,13 @@ def guarded(program: str, action: Callable[[], int]) -> int:
             return action()
         finally:
             sys.stdout.flush()
-    except SystemExit as error:  # argparse, after --help
+    except SystemExit as error:
+        if not error.code:  # argparse, after --help
+            return 0
+        # Nothing of ours does that: a plugin, and whoever looks for the reason finds it here.
+        from vhostblk.origin import origin
+
+        print(f"{program}: ended by sys.exit({error.code!r}){origin(error)}", file=sys.stderr)
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

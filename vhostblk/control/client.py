@@ -41,6 +41,12 @@ class ControlClient:
         except (ConnectionRefusedError, FileNotFoundError):
             self._socket.close()
             raise NotRunning(f"No backend answers at '{path}'; is it running?") from None
+        except PermissionError:
+            self._socket.close()
+            raise NotRunning(
+                f"Cannot connect to '{path}': Permission denied; ask as its user, or start the "
+                "backend with --control-group"
+            ) from None
         except OSError as error:
             self._socket.close()
             raise NotRunning(f"Cannot connect to '{path}': {error.strerror}") from None

@@ -576,7 +576,7 @@ class Graph:
                 self._active.discard(node)
                 await self._settle([node])
                 await node.deactivate()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _log_failure(f"closing node '{node.name}' ({node.driver})", error)
         finally:
             for child in children.values():
@@ -902,7 +902,7 @@ class Graph:
             backend.refresh_size()
 
 
-def _log_failure(what: str, error: Exception) -> None:
+def _log_failure(what: str, error: BaseException) -> None:
     """One line for the operator; the traceback for who wants it."""
     text = f"{type(error).__name__}: {error}{origin(error)}"
     logger.error("%s failed: %s", what, text, exc_info=logger.isEnabledFor(logging.DEBUG))
@@ -912,7 +912,7 @@ def _call(method: Callable[[], None], what: str) -> None:
     """Call what may be somebody else's code; its mistakes must not stop ours."""
     try:
         method()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _log_failure(what, error)
 
 
