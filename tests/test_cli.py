@@ -309,7 +309,7 @@ def test_hints_speak_of_the_options_there_are(
     """IMAGE has --read-only; read-only=on is what --blockdev takes."""
     start_backend(str(image))
     taken = vhostblk("serve", str(image), "--name", "b", directory=short_dir)
-    assert "]? Stop the other process, or use --blockdev with read-only=on" in taken.stderr
+    assert "]? Stop the other process, or use 'vhostblk serve --blockdev' with read" in taken.stderr
     node = vhostblk(
         *["serve", "--blockdev", f"file,node-name=n0,filename={image}"],
         *["--export", f"{EXPORT},addr.path={short_dir}/s,writable=on"],

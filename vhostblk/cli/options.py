@@ -36,11 +36,11 @@ _IMAGE_SOURCES = {
 }
 # What errors say of the options of nodes, and what IMAGE has instead of them.
 _IMAGE_WORDS = {
-    "read-only=on,force-share=on": "--blockdev with read-only=on,force-share=on",
+    "read-only=on,force-share=on": "'vhostblk serve --blockdev' with read-only=on,force-share=on",
     "read-only=on or auto-read-only=on": "--read-only",
     "read-only=on": "--read-only",
     "use cache.direct=off": "leave out --direct",
-    "locking=off does without": "--blockdev with locking=off does without",
+    "locking=off does without": "'vhostblk serve --blockdev' with locking=off does without",
 }
 # The first four bytes: qcow2 and QED, as their specifications have them.
 _MAGIC = {b"QFI\xfb": "qcow2", b"QED\0": "qed"}
