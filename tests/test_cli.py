@@ -1107,6 +1107,8 @@ def test_what_a_running_qemu_was_told(
     told = qemu.RunningDisks.read(["qemu-system-x86_64", "-m", "1G", *words])
     assert told == qemu.RunningDisks(1, tuple(shared), tuple(guest), tuple(unsteady))
     assert qemu.RunningDisks.read(["grep", "vhost-user-blk-pci"]).count == 0
+    odd = ["-device", '{"driver": "vhost-user-blk-pci", "chardev": {}}', "-chardev", "socket"]
+    assert qemu.RunningDisks.read(odd).count == 1
 
 
 @needs_qemu

@@ -251,8 +251,10 @@ def check_sockets() -> Found:
 
 
 def _remedy_for(base: Path) -> str:
-    """Sockets cannot be made in this directory, which a variable names: nobody else does."""
-    variable = places.runtime_variable() or "XDG_RUNTIME_DIR"
+    """Sockets cannot be made in this directory."""
+    variable = places.runtime_variable()
+    if variable is None:
+        return "'export XDG_RUNTIME_DIR=DIRECTORY' with a directory of yours"
     try:
         owner = base.stat().st_uid
     except FileNotFoundError:

@@ -54,6 +54,7 @@ class Pidfile:
             except FileNotFoundError:
                 same = False
             if same:
+                os.ftruncate(fd, 0)  # a dead process is not the one that owns it now
                 return fd
             os.close(fd)
 

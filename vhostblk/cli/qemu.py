@@ -172,7 +172,7 @@ class RunningDisks:
             for device in given.get("device", [])
             if str(device.get("driver", "")).startswith("vhost-user-blk")
         ]
-        used = {device.get("chardev") for device in disks}
+        used = [device["chardev"] for device in disks if "chardev" in device]
         memory = [entry.get("memory-backend") for entry in given.get("machine", [])]
         memory += [entry.get("memdev") for entry in given.get("numa", [])]
         return cls(
