@@ -154,11 +154,16 @@ def test_where_there_is_no_debian_all_that_lacks_is_named(scripts: Path) -> None
     assert f": {lacking}" in error
     assert "python3-venv python3-dev gcc libc6-dev liburing-dev libssl-dev" in error
     assert "qemu-system" not in error
+    assert "and unpack QEMU's source, 10.0.13 or later, and set VHOSTBLK_QEMU_SRC" in error
     assert not (scripts.parent / "build").exists() and not (scripts.parent / ".venv").exists()
 
     _, _, error = elsewhere(scripts.parent, "sh", scripts / "setup", "--with=qemu", **given)
     assert f": {lacking} qemu-system-x86_64 qemu-img" in error
     assert "qemu-system-x86 qemu-utils" in error
+
+    given["VHOSTBLK_QEMU_SRC"] = "/somewhere"
+    _, _, error = elsewhere(scripts.parent, "sh", scripts / "setup", **given)
+    assert f": {lacking}" in error and "VHOSTBLK_QEMU_SRC" not in error
 
 
 def test_where_there_is_no_debian_nothing_is_fetched(scripts: Path, tmp_path: Path) -> None:
