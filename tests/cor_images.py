@@ -89,11 +89,13 @@ def make_chain(
     name: str = "image",
     base_format: str = "raw",
     base_size: int | None = None,
+    header: bytes = b"",
     **options: Any,
 ) -> Chain:
     """A base with data, then an overlay of each format; those in between have data, too."""
     rnd = random.Random(seed)
     data = some_data(size if base_size is None else base_size, seed)
+    data[: len(header)] = header
     base = Path(host.path(f"{name}.base"))
     if base_format == "raw":
         write_sparse(base, data)

@@ -78,6 +78,13 @@ class Memory:
         return bytes(content)
 
 
+def header(passphrase: str, options: dict[str, Any]) -> bytes:
+    """All that is before the data of a new volume."""
+    memory = Memory()
+    volume = run(luks.create(memory, passphrase.encode(), luks.CreateOptions(**options)))
+    return bytes(memory.content).ljust(volume.segment.offset, b"\0")
+
+
 def _put(content: bytearray, offset: int, data: bytes) -> None:
     if len(content) < offset + len(data):
         content.extend(bytes(offset + len(data) - len(content)))

@@ -16,8 +16,10 @@ from cor_images import KIB, MIB, NEEDS_TOOLS, Chain, image_map, in_top, make_cha
 from cow_driver import Cow
 from graph_changes import Through, act, load
 from in_process import Host, refused, with_host
+from luks_headers import CHEAP1, header
 
 from vhostblk.engine import OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_ZEROES
+from vhostblk.filter import Filter, Request
 from vhostblk.image import Extent
 from vhostblk.nodes.driver import Perm
 
@@ -464,6 +466,69 @@ def test_filters_and_an_offset_between() -> None:
         chain.check()
 
     with_host(test, Through)
+
+
+@pytest.mark.parametrize("bottom", [None, "base"])
+def test_holes_are_noise_in_an_encrypted_disk(bottom: str | None) -> None:
+    """Zeroes of the image are not the guest's: they are copied like any data."""
+    begin = header("words", CHEAP1)
+
+    async def test(host: Host) -> None:
+        await host.backend.object_add({"qom-type": "secret", "id": "s", "data": "words"})
+        chain = make_chain(host, "qcow2", size=4 * MIB, base_size=3 * MIB, header=begin)
+        await host.add("file", "base", filename=str(chain.paths[0]), read_only=True)
+        await chain.open(backing="base")
+        luks = await host.add("luks", "luks", file="top", key_secret="s")
+        before = await host.read("luks", 0, luks.size)
+        options = {} if bottom is None else {"bottom": bottom}
+        node = await cor(host, "luks", **options)
+        assert node.describe() == {"copies-into": ["top"]}
+        for _ in range(2):
+            assert await host.read("cor", 0, luks.size) == before
+        for name in ("cor", "luks", "top"):
+            await host.backend.blockdev_del(name)
+        end = 4 * MIB if bottom is None else 3 * MIB
+        assert in_top(chain.top, "qcow2") >= set(range(len(begin) // 4096 + 1, end // 4096))
+        chain.check()
+
+    with_host(test)
+
+
+def test_where_a_filter_shows_other_data_zeroes_mean_nothing() -> None:
+    """A filter in Python that does not say that it keeps the data may do anything to them."""
+
+    class Inverted(Filter):
+        driver = "inverted"
+
+        async def read(self, request: Request) -> None:
+            data = bytearray(request.length)
+            await self.file.read(request.offset, data)
+            request.fill(_inverted(data))
+
+        async def write(self, request: Request) -> None:
+            await self.file.write(request.offset, _inverted(request.data()))
+
+        async def write_zeroes(self, request: Request) -> None:
+            await self.file.write(request.offset, b"\xff" * request.length)
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        await chain.open()
+        await host.add("inverted", "inverted", file="top")
+        answer = await host.command("block-image-map", device="inverted")
+        assert not any(extent["zero"] for extent in answer["extents"])
+        await cor(host, "inverted")
+        for _ in range(2):
+            assert await host.read("cor", 0, len(chain.data)) == _inverted(chain.data)
+        for name in ("cor", "inverted", "top"):
+            await host.backend.blockdev_del(name)
+        chain.check()
+
+    with_host(test, Inverted)
+
+
+def _inverted(data: bytes | bytearray) -> bytes:
+    return bytes(data).translate(bytes(range(255, -1, -1)))
 
 
 # ---- errors

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from cor_images import tools
+from cor_images import some_data, tools, write_sparse
 from dedup_lab import new_store, sound
 from frontend import Request, Type
 from hypothesis import HealthCheck, Phase, note, settings
@@ -36,7 +36,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from in_process import MIB, Host
-from luks_headers import CHEAP1, Memory
+from luks_headers import CHEAP1, Memory, header
 
 from vhostblk import luks
 from vhostblk.dedup import store
@@ -58,27 +58,43 @@ STEPS = 12
 
 
 class Images:
-    """What all stacks begin with: an overlay on a file with data, encrypted or not, or empty."""
+    """What all stacks begin with: an overlay on data with holes, encrypted or not, or on none."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        memory = Memory()
-        options = luks.CreateOptions(**CHEAP1)
-        volume = asyncio.run(luks.create(memory, PASSPHRASE.encode(), options))
-        header = bytes(memory.content).ljust(volume.segment.offset, b"\0")
-        content = random.Random(1).randbytes(DISK)
+        content = some_data(DISK, seed=7)  # whole clusters of it are zeroes
         self._make("plain", content)
-        self._make("luks", header + content)
+        self._make("luks", header(PASSPHRASE, CHEAP1) + content)
         self._make("empty", bytes(STORE))
         memory = Memory()
+        options = luks.CreateOptions(**CHEAP1)
         asyncio.run(luks.create(memory, PASSPHRASE.encode(), options, detached=True))
         (directory / "header").write_bytes(memory.content)
+        self.contents = {"plain": content, "empty": bytes(STORE)}
+        self.contents["luks"] = asyncio.run(self._decrypted("luks"))
+        self.contents["luks, empty"] = asyncio.run(self._decrypted("empty", header="header"))
 
     def _make(self, name: str, content: bytes) -> None:
         raw = self.directory / f"{name}.raw"
-        raw.write_bytes(content)
+        write_sparse(raw, content)
         path = self.directory / f"{name}.qcow2"
         tools().create(path, len(content), "qcow2", backing=raw, backing_format="raw")
+
+    async def _decrypted(self, name: str, **header: str) -> bytes:
+        """What a guest sees, read where no other filter is."""
+        host = Host(self.directory, ())
+        await host.backend.start()
+        try:
+            await host.backend.object_add({"qom-type": "secret", "id": "s", "data": PASSPHRASE})
+            files = {"file": f"{name}.raw", **header}
+            nodes = {
+                role: {"driver": "file", "filename": host.path(file), "read-only": True}
+                for role, file in files.items()
+            }
+            await host.add("luks", "luks", key_secret="s", read_only=True, **nodes)
+            return await host.read("luks", 0, DISK)
+        finally:
+            await host.backend.close()
 
     def copy(self, name: str, to: Path) -> str:
         return str(shutil.copy(self.directory / name, to))
@@ -133,7 +149,8 @@ class Machine(RuleBasedStateMachine):
         await self.host.export(root, "e")
         self.context = self.host.device("e", queue_size=256)
         self.guest = await self.context.__aenter__()
-        self.model = bytearray(await self.guest.read(0, DISK))
+        self.model = bytearray(self.images.contents[self.image()][:DISK])
+        await self.compare()
 
     async def build(self, stack: list[str], count: int) -> list[str]:
         """`count` of what `stack` says, from the top down; the names of the topmost nodes."""
@@ -172,10 +189,15 @@ class Machine(RuleBasedStateMachine):
             self.stores.append(name)
         return name
 
+    def image(self) -> str:
+        """What the disk has at the beginning."""
+        kinds = [kind for kind in self.stack if kind in ("luks", "dedup")]
+        if "dedup" in kinds:
+            return "luks, empty" if kinds[0] == "luks" else "empty"
+        return "luks" if kinds else "plain"
+
     async def leaf(self) -> str:
-        image = next(
-            (i for f, i in (("dedup", "empty"), ("luks", "luks")) if f in self.stack), "plain"
-        )
+        image = self.image().split(", ")[-1]
         path = self.images.copy(f"{image}.qcow2", self.directory / f"leg{next(self.legs)}.qcow2")
         file = {"driver": "file", "filename": path}
         allowed = str(self.images.directory)

@@ -29,6 +29,8 @@ class Leg:
     """How many images behind it count; None: all, and what none of them has counts too."""
     short: range
     """Where an image that counts ends, and one behind those that count would show."""
+    keeps_zeroes: bool
+    """What is zeroes there is zeroes in the node above: nothing between them encrypts."""
 
     async def extents(self, offset: int, length: int) -> AsyncIterator[tuple[int, int, bool, bool]]:
         """What a range consists of: offset, bytes, whether it is the overlay's to get, zeroes."""
@@ -39,7 +41,8 @@ class Leg:
             else:
                 wanted = extent.present and 1 <= extent.depth <= self.depth
                 wanted = wanted or (not own and _overlap(extent.start, extent.length, self.short))
-            yield extent.start - self.shift, extent.length, wanted, extent.zero
+            zero = extent.zero and self.keeps_zeroes
+            yield extent.start - self.shift, extent.length, wanted, zero
 
 
 def _overlap(start: int, length: int, other: range) -> bool:
@@ -101,24 +104,27 @@ def layers(top: NodeDriver) -> Iterator[Layer]:
 def legs_below(node: NodeDriver, bottom: str | None) -> list[Leg]:
     """The topmost overlays below a node that have something behind them."""
     found: list[Leg] = []
-    waiting = [(child, 0) for child in data_children(node)]
+    waiting = [(child, 0, True) for child in data_children(node)]
     while waiting:
-        current, shift = waiting.pop(0)
+        current, shift, zeroes = waiting.pop(0)
         if backing_role(current) is not None:
             if bottom is not None:
-                found += _limited(current, shift, node, bottom)
+                found += _limited(current, shift, zeroes, node, bottom)
             elif backing_of(current) is not None:
-                found.append(Leg(current, shift, None, range(0)))
+                found.append(Leg(current, shift, None, range(0), zeroes))
             continue
         further = current.data_shift()
         if further is not None:
-            waiting += [(child, shift + further) for child in data_children(current)]
+            zeroes = zeroes and current.keeps_zeroes
+            waiting += [(child, shift + further, zeroes) for child in data_children(current)]
     if bottom is not None and not waiting and not found:
         _check_bottom(node, bottom)
     return list({leg.node: leg for leg in found}.values())
 
 
-def _limited(top: NodeDriver, shift: int, above: NodeDriver, bottom: str) -> list[Leg]:
+def _limited(
+    top: NodeDriver, shift: int, zeroes: bool, above: NodeDriver, bottom: str
+) -> list[Leg]:
     """An overlay that copies from images down to `bottom` only; none if it is that itself."""
     chain = list(layers(top))
     depth = next((layer.depth for layer in chain if layer.node.name == bottom), None)
@@ -128,7 +134,8 @@ def _limited(top: NodeDriver, shift: int, above: NodeDriver, bottom: str) -> lis
         return []
     shortest = min(layer.node.size for layer in chain if 1 <= layer.depth <= depth)
     behind = max((layer.node.size for layer in chain if layer.depth == depth + 1), default=0)
-    return [Leg(top, shift, depth, range(shortest, max(shortest, behind)))]
+    short = range(shortest, max(shortest, behind))
+    return [Leg(top, shift, depth, short, zeroes)]
 
 
 def _check_bottom(node: NodeDriver, bottom: str) -> None:

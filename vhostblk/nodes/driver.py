@@ -14,7 +14,7 @@ import errno
 import functools
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -394,6 +394,11 @@ class NodeDriver:
         """For an overlay: what it takes from its backing node at once, in bytes, if known."""
         return None
 
+    @property
+    def keeps_zeroes(self) -> bool:
+        """Whether what is zeroes in the child is zeroes here: decrypted, it is noise."""
+        return self.keeps_data
+
     def describe(self) -> dict[str, Any]:
         """Facts for `query-named-block-nodes`; may add members of the driver's own."""
         return {}
@@ -418,7 +423,7 @@ class NodeDriver:
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         """Where the data of a range are; by default where the first child has them."""
         async for extent in self._only_child().node.extents(offset, length):
-            yield extent
+            yield extent if self.keeps_zeroes else replace(extent, zero=False)
 
     async def check_image(self) -> dict[str, Any]:
         """Check the image without changing it: QAPI's ImageCheck. Nothing is in flight."""

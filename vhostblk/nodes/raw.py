@@ -79,6 +79,10 @@ class Raw(NodeDriver):
     def data_shift(self) -> int:
         return self.options.offset
 
+    @property
+    def keeps_zeroes(self) -> bool:
+        return True
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         base = self.options.offset
         async for extent in self.child("file").node.extents(offset + base, length):

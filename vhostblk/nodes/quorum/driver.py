@@ -511,6 +511,10 @@ class Quorum(NodeDriver):
     def read_only(self) -> bool:
         return bool(self.options.read_only)
 
+    @property
+    def keeps_zeroes(self) -> bool:
+        return True
+
     def describe(self) -> dict[str, Any]:
         return {"legs": self.describe_legs()}
 
