@@ -78,10 +78,10 @@ class Memory:
         return bytes(content)
 
 
-def header(passphrase: str, options: dict[str, Any]) -> bytes:
-    """All that is before the data of a new volume."""
-    memory = Memory()
-    volume = run(luks.create(memory, passphrase.encode(), luks.CreateOptions(**options)))
+def header(passphrase: str, options: dict[str, Any], *, detached: bool = False) -> bytes:
+    """All that is before the data of a new volume, or its header in a file of its own."""
+    memory, given = Memory(), luks.CreateOptions(**options)
+    volume = run(luks.create(memory, passphrase.encode(), given, detached=detached))
     return bytes(memory.content).ljust(volume.segment.offset, b"\0")
 
 

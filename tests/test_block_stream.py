@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -15,7 +16,10 @@ import pytest
 from cor_images import KIB, MIB, NEEDS_TOOLS, Chain, make_chain, tools
 from frontend import Daemon, Qmp, vhostblk
 from in_process import Host, refused, with_host
+from luks_headers import CHEAP1, header
+from quorum_legs import Faulty, run, states
 
+from vhostblk.jobs.quorum import start_rebuild
 from vhostblk.state import document
 
 pytestmark = NEEDS_TOOLS
@@ -222,6 +226,246 @@ def test_what_is_refused() -> None:
         assert list(host.backend.graph.nodes) == ["null"]
         with refused("nobody"):
             await start(host, "nobody")
+
+    with_host(test)
+
+
+# ---- legs that are out
+
+
+async def faulty_legs(host: Host, **options: Any) -> tuple[list[Chain], Any]:
+    """A quorum of three overlays, each below a filter that can go wrong; and an export `e`."""
+    chains = []
+    for name in "abc":
+        chain = make_chain(host, "qcow2", name=name, seed=7, size=4 * MIB)
+        chains.append(chain)
+        await chain.open(f"image-{name}")
+        await host.add("test-faulty", name, file=f"image-{name}")
+    states = host.path("states")
+    given = {"vote_threshold": 2, "metadata_file": states, **options}
+    quorum = await host.add("quorum", "q", children=["a", "b", "c"], **given)
+    await host.export("q", "e")
+    return chains, quorum
+
+
+async def leg_fails(host: Host, quorum: Any) -> None:
+    Faulty.faults["b"] = {"write": errno.EIO, "write_zeroes": errno.EIO}
+    await host.until(lambda: states(quorum) == "ifi", 30)
+
+
+async def leg_is_rebuilt(host: Host, quorum: Any) -> None:
+    Faulty.faults.clear()
+    async with host.backend.changing():
+        start_rebuild(host.backend, quorum, quorum.leg("b"))
+    await host.until(lambda: states(quorum) == "iii", 30)
+
+
+def has_backing(chains: list[Chain]) -> bool:
+    return all("backing file" in tools().img("info", "-U", chain.top) for chain in chains)
+
+
+async def completed(host: Host) -> list[dict[str, Any]]:
+    await host.until(lambda: "job" not in [job.id for job in host.backend.jobs], 40)
+    return [data for data in host.named("BLOCK_JOB_COMPLETED") if data["device"] == "job"]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_leg_fails_and_is_rebuilt_meanwhile(rounds: int) -> None:
+    """Rebuilding gives it nothing of what it could read through its backing file."""
+
+    async def test(host: Host) -> None:
+        chains, quorum = await faulty_legs(host)
+        job = await start(host, "e", speed=2 * MIB)
+        for number in range(rounds):
+            await host.until(lambda: job.current_progress > number * MIB + 512 * KIB)  # noqa: B023
+            await leg_fails(host, quorum)
+            await leg_is_rebuilt(host, quorum)
+        assert has_backing(chains)
+        job.set_speed(0)
+        [event] = await completed(host)
+        assert "error" not in event
+        await host.backend.close()
+        for chain in chains:
+            independent(chain)
+            tools().img("compare", "-f", "qcow2", "-F", "qcow2", chains[0].top, chain.top)
+
+    run(test)
+
+
+def test_a_leg_that_stays_failed_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(host: Host) -> None:
+        chains, quorum = await faulty_legs(host)
+        job = await start(host, "e", speed=2 * MIB)
+        await host.until(lambda: job.current_progress > 512 * KIB)
+        await leg_fails(host, quorum)
+        job.set_speed(0)
+        await host.until(lambda: "waits-for" in job.describe_block(), 30)
+        [entry] = await host.command("query-block-jobs")
+        assert entry["waits-for"] == "leg 'b' of quorum 'q' is failed"
+        assert (entry["status"], entry["busy"]) == ("running", False)
+        assert has_backing(chains)
+        # Nothing is read or written again and again.
+        Faulty.seen.clear()
+        await asyncio.sleep(3)
+        assert Faulty.seen == {}
+        told = [text for text in caplog.messages if "'job' waits" in text]
+        assert len(told) == 1
+        assert "overlay 'image-b'" in told[0]
+        async with host.device("e") as guest:
+            await guest.write(MIB, b"w" * 4096)
+        for chain in chains:
+            chain.data[MIB : MIB + 4096] = b"w" * 4096
+        job.pause()
+        await host.until(lambda: job.status.value == "paused")
+        job.resume()
+        await leg_is_rebuilt(host, quorum)
+        [event] = await completed(host)
+        assert "error" not in event
+        await host.backend.close()
+        for chain in chains:
+            independent(chain)
+
+    run(test)
+
+
+def test_a_job_that_waits_for_a_leg_can_be_given_up() -> None:
+    async def test(host: Host) -> None:
+        chains, quorum = await faulty_legs(host)
+        job = await start(host, "e", speed=2 * MIB)
+        await host.until(lambda: job.current_progress > 512 * KIB)
+        await leg_fails(host, quorum)
+        job.set_speed(0)
+        await host.until(lambda: "waits-for" in job.describe_block(), 30)
+        job.cancel()
+        await host.until(lambda: bool(host.named("BLOCK_JOB_CANCELLED")))
+        await host.until(lambda: not list(host.backend.jobs))
+        assert has_backing(chains)
+        Faulty.faults.clear()
+        await host.backend.close()
+        for chain in chains:
+            chain.check()
+
+    run(test)
+
+
+def test_a_leg_that_fails_before_the_end_keeps_its_backing_file() -> None:
+    """All has been copied, and the operator is asked; nobody knows what such a leg has."""
+
+    async def test(host: Host) -> None:
+        chains, quorum = await faulty_legs(host)
+        job = await start(host, "e", auto_finalize=False)
+        await host.until(lambda: job.status.value == "pending", 30)
+        Faulty.faults["b"] = {"write": errno.EIO}
+        async with host.device("e") as guest:
+            await guest.write(0, b"w" * 512)
+        await host.until(lambda: states(quorum) == "ifi")
+        job.finalize()
+        [event] = await completed(host)
+        assert "leg 'b' of quorum 'q' is failed" in event["error"]
+        assert has_backing(chains)
+        assert all(node.driver != "copy-on-read" for node in host.backend.graph.nodes.values())
+        await leg_is_rebuilt(host, quorum)
+        host.events.clear()
+        await start(host, "e")
+        [event] = await completed(host)
+        assert "error" not in event
+        await host.backend.close()
+        for chain in chains:
+            chain.data[:512] = b"w" * 512
+            independent(chain)
+
+    run(test)
+
+
+# ---- what is beside the disk
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_encrypted_legs(detached: bool) -> None:
+    """The filter is above them: it sees neither their headers, nor where there are holes."""
+    begin = header("words", CHEAP1, detached=detached)
+
+    async def test(host: Host) -> None:
+        await host.backend.object_add({"qom-type": "secret", "id": "s", "data": "words"})
+        chains = []
+        for name in "abc":
+            options: dict[str, Any] = {"key_secret": "s", "file": f"image-{name}"}
+            if detached:
+                path = Path(host.path(f"header-{name}"))
+                path.write_bytes(begin)
+                options["header"] = {"driver": "file", "filename": str(path)}
+            given = {} if detached else {"header": begin}
+            chain = make_chain(host, "qcow2", name=name, seed=7, size=5 * MIB, **given)
+            chains.append(chain)
+            await chain.open(f"image-{name}")
+            await host.add("luks", name, **options)
+        quorum = await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2)
+        await host.export("q", "e")
+        before = await host.read("q", 0, quorum.size)
+        await start(host, "e")
+        await ended(host)
+        assert await host.read("q", 0, quorum.size) == before
+        await host.backend.close()
+        for chain in chains:
+            independent(chain)
+            content = tools().content(chain.top, "qcow2")
+            assert detached or content[: len(begin)] == begin
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("size", [MIB, None])
+def test_a_part_of_an_overlay(size: int | None) -> None:
+    """What is around it needs the backing file no more either."""
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2", size=4 * MIB)
+        await chain.open()
+        options = {} if size is None else {"size": size}
+        await host.add("raw", "part", file="top", offset=MIB + 20 * KIB, **options)
+        await host.export("part", "e")
+        async with host.device("e") as guest:
+            job = await start(host, "e", speed=2 * MIB)
+            await guest.write(4096, b"w" * 4096)
+            at = MIB + 24 * KIB
+            chain.data[at : at + 4096] = b"w" * 4096
+            job.set_speed(0)
+            await ended(host)
+        await host.backend.close()
+        independent(chain)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("on_error", ["report", "stop", "ignore"])
+def test_what_is_beside_the_disk_cannot_be_copied(on_error: str) -> None:
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2", size=4 * MIB)
+        chain.data[:] = chain.paths[0].read_bytes()
+        await host.add("file", "file", filename=str(chain.paths[0]), read_only=True)
+        broken = {"driver": "error-inject", "node-name": "broken", "file": "file"}
+        await host.backend.blockdev_add({**broken, "operations": "read", "length": MIB})
+        await chain.open(backing="broken")
+        await host.add("raw", "part", file="top", offset=2 * MIB)
+        job = await start(host, "part", on_error=on_error)
+        if on_error == "stop":
+            await host.until(lambda: job.io_status == "failed")
+            assert has_backing([chain])
+            await host.backend.blockdev_reopen([{**broken, "operations": "discard"}])
+            job.resume()
+        [event] = await completed(host)
+        [failed, *_] = host.named("BLOCK_JOB_ERROR")
+        assert (failed["operation"], failed["action"]) == ("read", on_error)
+        await host.backend.close()
+        if on_error == "stop":
+            assert "error" not in event
+            independent(chain)
+        else:
+            expected = "Input/output error"
+            if on_error == "ignore":
+                expected = f"up to {MIB} bytes could not be copied"
+            assert event["error"] == expected
+            assert has_backing([chain])
 
     with_host(test)
 

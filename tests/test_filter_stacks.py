@@ -36,9 +36,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from in_process import MIB, Host
-from luks_headers import CHEAP1, Memory, header
+from luks_headers import CHEAP1, header
 
-from vhostblk import luks
 from vhostblk.dedup import store
 from vhostblk.jobs.quorum import start_rebuild
 from vhostblk.nodes.driver import NodeDriver
@@ -66,10 +65,7 @@ class Images:
         self._make("plain", content)
         self._make("luks", header(PASSPHRASE, CHEAP1) + content)
         self._make("empty", bytes(STORE))
-        memory = Memory()
-        options = luks.CreateOptions(**CHEAP1)
-        asyncio.run(luks.create(memory, PASSPHRASE.encode(), options, detached=True))
-        (directory / "header").write_bytes(memory.content)
+        (directory / "header").write_bytes(header(PASSPHRASE, CHEAP1, detached=True))
         self.contents = {"plain": content, "empty": bytes(STORE)}
         self.contents["luks"] = asyncio.run(self._decrypted("luks"))
         self.contents["luks, empty"] = asyncio.run(self._decrypted("empty", header="header"))

@@ -396,6 +396,8 @@ class BlockJobInfo(Model):
     auto_finalize: bool
     auto_dismiss: bool
     error: str | None = None
+    waits_for: str | None = None
+    """What keeps the job from going on, if something does."""
 
 
 class QuorumLegInfo(Model):

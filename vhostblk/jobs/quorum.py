@@ -29,6 +29,7 @@ from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
+    from vhostblk.graph import Graph
     from vhostblk.nodes.driver import NodeDriver
     from vhostblk.nodes.quorum import Quorum
     from vhostblk.nodes.quorum.legs import Leg
@@ -53,6 +54,20 @@ def find_quorum(backend: Backend, name: str) -> Quorum:
             data={"code": "no-quorum", "node": name},
         )
     return node
+
+
+def out_of_reach(graph: Graph, top: NodeDriver) -> dict[NodeDriver, str]:
+    """Nodes below `top` that do not get what is written to it, because a leg is out; and why."""
+    from vhostblk.nodes.quorum import Quorum
+    from vhostblk.nodes.quorum.legs import LegState
+
+    found: dict[NodeDriver, str] = {}
+    for quorum in graph.below(top):
+        for leg in quorum.legs if isinstance(quorum, Quorum) else ():
+            if leg.state in (LegState.FAILED, LegState.STALE):
+                why = f"leg '{leg.node.name}' of quorum '{quorum.name}' is {leg.state.text}"
+                found.update(dict.fromkeys(graph.below(leg.node), why))
+    return found
 
 
 class QuorumJob(BlockJob):

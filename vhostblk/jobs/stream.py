@@ -8,22 +8,34 @@ pause.
 
 Until then nothing is lost by stopping at any moment: the filter, like every filter, is in the
 state file, and what has been copied is in the overlays. A restarted job asks those what is missing.
+
+Whether all is there, the overlays themselves say. A leg of a quorum that was out does not get what
+was copied meanwhile, and rebuilding does not give it that: through its backing file it is equal.
+Then the job waits until the leg is back, and copies to it what it lacks.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.jobs.block_job import BlockJob, reason
+from vhostblk.jobs.quorum import out_of_reach
 from vhostblk.jobs.restart import restartable
-from vhostblk.nodes._chain import backing_of, backing_role, data_children
+from vhostblk.nodes._chain import Leg, backing_of, backing_role, data_children
 from vhostblk.nodes.copy_on_read import PORTION, CopyFailed, CopyOnRead
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
     from vhostblk.nodes.driver import NodeDriver
+
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 1.0  # seconds before an overlay that still lacks something is looked at again
 
 
 class StreamJob(BlockJob):
@@ -36,6 +48,8 @@ class StreamJob(BlockJob):
         self._backend = backend
         self._filter = filter
         self._complete: object = None  # the filter's generation when nothing was missing
+        self._skipped = 0
+        self._waits_for: str | None = None
         self.total_progress = filter.size
 
     def state_options(self) -> dict[str, Any] | None:
@@ -45,18 +59,28 @@ class StreamJob(BlockJob):
             return None  # the filter goes in the very change that is being recorded
         return {"filter-node-name": self._filter.name, **self.block_options()}
 
+    def describe_block(self) -> dict[str, Any]:
+        waits = {} if self._waits_for is None else {"waits-for": self._waits_for}
+        return {**super().describe_block(), **waits}
+
     # ---- the work
 
     async def run(self) -> None:
         self.busy = True
         async with self._backend.graph.using(self._filter, self.id, "job", writes=True):
             while self._complete is not self._filter.generation:
+                self._skipped = 0
                 await self._copy_all()
-                await self._look_for_more()
+                await self._copy_beside()
+                if self._skipped:
+                    text = f"up to {self._skipped} bytes could not be copied"
+                    raise OSError(errno.EIO, text)
+                if lacking := await self._look_for_more():
+                    await self._until_in_reach(lacking)
+                    await self._start_over()
 
     async def _copy_all(self) -> None:
         """From one end to the other."""
-        skipped = 0
         offset = 0
         while offset < self._filter.size:
             self.total_progress = self._filter.size
@@ -65,27 +89,107 @@ class StreamJob(BlockJob):
                 async with self._backend.graph.working(self._filter):
                     offset, copied = await self._filter.copy_from(offset, self.portion(PORTION))
             except CopyFailed as error:
-                if not self.failed(error, error.operation):
-                    raise
-                if self.on_error == "ignore":
-                    skipped += self._filter.region
+                if self._is_skipped(error, self._filter.region):
                     offset += self._filter.region
             self.current_progress = min(offset, self.total_progress)
             await self.pace(copied)
-        if skipped:
-            raise OSError(errno.EIO, f"up to {skipped} bytes could not be copied")
 
-    async def _look_for_more(self) -> None:
-        """Ask the overlays, which may be others since a snapshot was taken."""
+    def _is_skipped(self, error: CopyFailed, length: int) -> bool:
+        """Whether to go on behind what could not be copied, and not to try it again."""
+        if not self.failed(error, error.operation):
+            raise error
+        if self.on_error == "ignore":
+            self._skipped += length
+        return self.on_error == "ignore"
+
+    def _beside(self) -> Iterator[tuple[Leg, int, int]]:
+        """Portions of what the overlays have before and behind the disk.
+
+        A header of LUKS is there, or the rest around a part (`raw` with an offset).
+        """
+        for leg in self._filter.targets:
+            for begin, end in leg.beside(self._filter.size):
+                for offset in range(begin, end, PORTION):
+                    yield leg, offset, min(PORTION, end - offset)
+
+    async def _copy_beside(self) -> None:
+        """What no guest reads, and the filter does not see: it needs a pause for each portion."""
+        graph, generation = self._backend.graph, self._filter.generation
+        for leg, offset, length in self._beside():
+            done = not await self._lacks(generation, leg, offset, length)
+            while not done:
+                copied = 0
+                try:
+                    async with graph.lock, graph.drained([leg.node]):
+                        if generation is not self._filter.generation:
+                            return
+                        if leg.node not in self._out():
+                            copied = await self._filter.copy_beside(leg, offset, length)
+                    done = True
+                except CopyFailed as error:
+                    done = self._is_skipped(error, length)
+                await self.pace(copied)
+
+    async def _lacks(self, generation: object, leg: Leg, offset: int, length: int) -> bool:
+        async with self._backend.graph.working(self._filter):
+            same = generation is self._filter.generation
+            return same and await leg.lacks(offset, length)
+
+    async def _look_for_more(self) -> list[NodeDriver]:
+        """Ask the overlays, which may be others since a snapshot was taken, who lacks something.
+
+        One that is out may lack what it says it has, until it has been compared.
+        """
         generation = self._filter.generation
+        lacking = dict.fromkeys(self._out())
         offset = 0
         while offset < self._filter.size:
             async with self._backend.graph.working(self._filter):
-                offset, missing = await self._filter.still_missing(offset)
-            if missing or generation is not self._filter.generation:
-                return
+                offset, found = await self._filter.lacking(offset)
+            if generation is not self._filter.generation:
+                return []
+            lacking.update(dict.fromkeys(found))
             await self.pace()
-        self._complete = generation
+        for leg, begin, length in self._beside():
+            if await self._lacks(generation, leg, begin, length):
+                lacking[leg.node] = None
+            await self.pace()
+        if not lacking:
+            self._complete = generation
+        return list(lacking)
+
+    def _out(self) -> dict[NodeDriver, str]:
+        """Overlays that do not get what is copied, because a leg is out; and why."""
+        out = out_of_reach(self._backend.graph, self._filter)
+        return {leg.node: out[leg.node] for leg in self._filter.targets if leg.node in out}
+
+    async def _until_in_reach(self, lacking: list[NodeDriver]) -> None:
+        """Wait as long as copies get to none of the overlays that lack something."""
+        generation = self._filter.generation
+        try:
+            while True:
+                await self._wait(_PATIENCE)
+                await self.pace()
+                out = self._out()
+                reach = any(node not in out for node in lacking)
+                if reach or generation is not self._filter.generation:
+                    return
+                if self._waits_for is None:
+                    self._waits_for = out[lacking[0]]
+                    logger.warning(
+                        "job '%s' waits: %s, and overlay '%s' gets nothing meanwhile",
+                        self.id,
+                        self._waits_for,
+                        lacking[0].name,
+                    )
+        finally:
+            self._waits_for = None
+
+    async def _start_over(self) -> None:
+        """What is marked as copied is not in all overlays."""
+        graph = self._backend.graph
+        async with graph.lock, graph.drained([self._filter]):
+            self._filter.start_over()
 
     # ---- the end
 
@@ -106,12 +210,21 @@ class StreamJob(BlockJob):
                     "an overlay has changed since everything was copied; start the job again",
                     data={"code": "stream-again"},
                 )
+            change.inside(self._check_out)
             for leg in self._filter.targets:
                 role = backing_role(leg.node)
                 assert role is not None
                 change.set_child(leg.node, role, None)
                 change.inside(leg.node.forget_backing, leg.node.remember_backing)
             self._take_filter_out(change)
+
+    async def _check_out(self) -> None:
+        for node, why in self._out().items():
+            raise VhostblkError(
+                f"Overlay '{node.name}' may lack data, for {why}; start the job again when it is "
+                "back",
+                data={"code": "stream-again", "node": node.name},
+            )
 
     async def clean(self) -> None:
         graph = self._backend.graph

@@ -44,6 +44,21 @@ class Leg:
             zero = extent.zero and self.keeps_zeroes
             yield extent.start - self.shift, extent.length, wanted, zero
 
+    async def lacks(self, offset: int, length: int) -> bool:
+        """Whether there is something in a range for the overlay to get."""
+        async for _, _, wanted, _ in self.extents(offset, length):
+            if wanted:
+                return True
+        return False
+
+    def beside(self, size: int) -> list[tuple[int, int]]:
+        """Where what the overlay has before and behind a disk of `size` bytes begins and ends.
+
+        A header of LUKS for one. Counted from where the disk begins.
+        """
+        ranges = [(-self.shift, 0), (size, self.node.size - self.shift)]
+        return [(begin, end) for begin, end in ranges if begin < end]
+
 
 def _overlap(start: int, length: int, other: range) -> bool:
     return start < other.stop and other.start < start + length

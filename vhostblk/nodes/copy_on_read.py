@@ -24,9 +24,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
+from vhostblk.engine import OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from vhostblk.engine.copy_on_read import CopyOnReadHandle, new_copy_on_read
 from vhostblk.nodes._chain import Leg, legs_below
-from vhostblk.nodes.driver import ChildRole, NodeOptions, Perm
+from vhostblk.nodes.driver import ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.hooks import HookedChild, HookedNode, Request
 from vhostblk.schema import BlockdevRef
 
@@ -348,15 +349,40 @@ class CopyOnRead(HookedNode):
         copied = await self._copy(first, end)
         return min(end << self._bits, self.size), copied
 
-    async def still_missing(self, offset: int) -> tuple[int, bool]:
-        """Ask the overlays themselves, whatever is marked: where to go on, and whether
-        something before that is missing."""
-        if self.handle is None:
-            return self.size, False
+    async def copy_beside(self, leg: Leg, offset: int, length: int) -> int:
+        """Copy what an overlay lacks where it is not the disk's: how many bytes were copied.
+
+        In a drained section. Raises CopyFailed.
+        """
+        overlay = leg.node.effective
+        copied = 0
+        try:
+            found = [
+                (at, size) async for at, size, wanted, _ in leg.extents(offset, length) if wanted
+            ]
+            for at, size in found:
+                data = bytearray(size)
+                await self.engine.submit(overlay, OP_READ, at + leg.shift, data)
+                is_zero = data == bytes(size)
+                op, buffer = (OP_WRITE_ZEROES, None) if is_zero else (OP_WRITE, data)
+                await _writing(self.engine.submit(overlay, op, at + leg.shift, buffer, size))
+                copied += size
+        except CopyFailed:
+            raise
+        except OSError as error:
+            raise _failed(error, "read") from None
+        return copied
+
+    async def lacking(self, offset: int) -> tuple[int, list[NodeDriver]]:
+        """Ask the overlays themselves, whatever is marked: where to go on, and those that lack
+        something before that."""
         first = offset >> self._bits
-        end = min(first + _CHUNK, self._count)
-        needed, _ = await self._missing(first, end)
-        return min(end << self._bits, self.size), any(needed)
+        end = min((first + _CHUNK) << self._bits, self.size)
+        return end, [leg.node for leg in self.targets if await leg.lacks(offset, end - offset)]
+
+    def start_over(self) -> None:
+        """Forget what is marked: the overlays are asked anew. Nothing is in flight."""
+        self._look()
 
 
 def _runs(kinds: bytes | bytearray) -> Iterable[tuple[int, int, int]]:
