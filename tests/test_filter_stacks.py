@@ -2,10 +2,10 @@
 """Every pair and triple of filters, in every order, above qcow2 overlays: a guest loses nothing.
 
 For each stack a state machine makes random requests, many at once, while limits are reached, the
-tree is drained, snapshots are taken below the filters, and filters come and go. Requests are made
-to fail anywhere in the tree: below one leg of a quorum, no guest notices, and the leg is rebuilt;
-elsewhere the guest is told, what it wrote is there or is not, sector by sector, and afterwards
-all is as before. A model says what the disk must contain.
+tree is drained, snapshots are taken below the filters, images are streamed, and filters come and
+go. Requests are made to fail anywhere in the tree: below one leg of a quorum, no guest notices, and
+the leg is rebuilt; elsewhere the guest is told, what it wrote is there or is not, sector by sector,
+and afterwards all is as before. A model says what the disk must contain.
 VHOSTBLK_STACK_EXAMPLES: how often each stack is tried; the first time is hypothesis' simplest.
 """
 
@@ -40,8 +40,10 @@ from luks_headers import CHEAP1, header
 
 from vhostblk.dedup import store
 from vhostblk.jobs.quorum import start_rebuild
+from vhostblk.jobs.stream import StreamJob, start_stream
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.nodes.quorum.legs import LegState
+from vhostblk.schema import VhostblkError
 from vhostblk.snapshot.names import chain_below
 
 T = TypeVar("T")
@@ -311,6 +313,34 @@ class Machine(RuleBasedStateMachine):
         self.run(self.burst(seed, take()))
         self.snapshots += 1
 
+    @rule(seed=st.integers(0, 1 << 30), below=st.booleans(), speed=st.sampled_from([0, MIB // 2]))
+    def stream(self, seed: int, below: bool, speed: int) -> None:
+        """All of the disk, or one image; whatever else happens meanwhile."""
+        graph = self.host.backend.graph
+        if list(self.host.backend.jobs):
+            return
+        device = "e"
+        if below or "dedup" in self.stack:
+            parents = [parent for parent, _ in self.edges(graph.backend("e").root.name)]
+            overlays = [name for name in parents if graph.node(name).driver == "qcow2"]
+            device = random.Random(seed).choice(overlays)
+
+        async def begin() -> None:
+            try:
+                async with self.host.backend.changing():
+                    await start_stream(self.host.backend, device, "stream", speed=speed)
+            except VhostblkError as error:  # it has been streamed before
+                assert (error.data or {}).get("code") == "no-backing", error
+
+        self.run(self.burst(seed, begin()))
+
+    async def end_stream(self) -> None:
+        """Unless it has to wait for a leg for ever, all is there at its end."""
+        for job in list(self.host.backend.jobs):
+            if isinstance(job, StreamJob) and self.broken is None:
+                job.set_speed(0)
+                await self.host.until(lambda: job not in list(self.host.backend.jobs), 30)  # noqa: B023
+
     @precondition(lambda self: len(self.inserted) < 2)
     @rule(seed=st.integers(0, 1 << 30), place=st.integers(0, 1000), kind=st.sampled_from(FILTERS))
     def insert(self, seed: int, place: int, kind: str) -> None:
@@ -444,6 +474,8 @@ class Machine(RuleBasedStateMachine):
 
     async def end(self) -> None:
         try:
+            await self.compare()
+            await self.end_stream()
             await self.compare()
             for name in self.stores:
                 if self.broken is None:
