@@ -300,6 +300,49 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with_host(test)
 
 
+ARGON2 = ("--pbkdf", "argon2id", "--pbkdf-memory", "65536", "--pbkdf-force-iterations", "4",
+          "--pbkdf-parallel", "1")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "below", "enough", "said"),
+    [
+        (ARGON2, {"max_memory": "32M"}, {"max_memory": "64M"},
+         "asks for 64 MiB of memory; 32 MiB are allowed"),
+        (("--pbkdf-force-iterations", "2000000"), {"max_iterations": 1999999},
+         {"max_iterations": 2000000}, "asks for 2000000 iterations of PBKDF2; 1999999 are allowed"),
+    ],
+)  # fmt: skip
+def test_what_a_header_may_ask_for(
+    tmp_path: Path,
+    words: tuple[str, ...],
+    below: dict[str, Any],
+    enough: dict[str, Any],
+    said: str,
+) -> None:
+    """The operator's limits, for opening and for what is done with key slots afterwards."""
+    path = formatted(tmp_path / "disk", *words)
+
+    async def test(host: Host) -> None:
+        await secret(host)
+        with refused(f"Cannot open node 'disk' ({path}): ", said, "raise the limit (max-memory"):
+            await luks(host, path, **below)
+        await luks(host, path, **enough)
+        assert await host.read("disk", 0, 512) != bytes(512)
+        node = await host.command("luks-key-slot-test", node_name="disk", key_secret="s")
+        assert node == {"keyslot": 0}
+        with refused("Cannot change the option 'max-"):
+            name = next(iter(below))
+            file = {"driver": "file", "filename": str(path), "discard": "unmap"}
+            given = {"driver": "luks", "node-name": "disk", "key-secret": "s", "file": file}
+            value = {name.replace("_", "-"): below[name]}
+            await host.backend.blockdev_reopen([{**given, **value}])
+        await host.backend.blockdev_del("disk")
+        await luks(host, path)  # both are less than the defaults
+
+    with_host(test)
+
+
 def test_a_wrong_passphrase_says_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -204,15 +204,13 @@ def _at_rest(args: argparse.Namespace, secrets: ExitStack) -> dict[str, Any]:
 
 
 def _limits(args: argparse.Namespace) -> luks.Limits:
-    given = luks.Limits()
-    memory, passes = given.memory, given.passes
+    memory = None
     if args.max_memory is not None:
         try:
             memory = parse_size(args.max_memory)
         except ValueError as error:
             raise CliError(f"--max-memory: {error}", status=USAGE) from None
-        passes = max(passes, 64 * memory)
-    return luks.Limits(memory, passes, args.max_iterations or given.iterations)
+    return luks.Limits.raised(memory, args.max_iterations or None)
 
 
 # ---- nodes

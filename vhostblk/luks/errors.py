@@ -37,11 +37,10 @@ def unsupported(text: str, hint: str | None = None) -> VhostblkError:
     return error("luks-unsupported", text, hint)
 
 
-def too_costly(
-    text: str, hint: str = "if the header can be trusted, raise the limit"
-) -> VhostblkError:
+def too_costly(text: str, hint: str | None = None) -> VhostblkError:
     """The header asks for more work or memory than the operator allows."""
-    return error("luks-cost", text, hint)
+    raised = "if the header can be trusted, raise the limit (max-memory, max-iterations)"
+    return error("luks-cost", text, hint or raised)
 
 
 def no_slot(text: str, hint: str | None = None) -> VhostblkError:

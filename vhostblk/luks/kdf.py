@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vhostblk.luks import hashes
@@ -45,6 +45,14 @@ class Limits:
     passes: int = 64 << 30
     iterations: int = 100_000_000
     lanes: int = 64
+
+    @classmethod
+    def raised(cls, memory: int | None, iterations: int | None) -> Limits:
+        """The defaults, but for what is given; more memory may be filled as often as less."""
+        limits = cls()
+        if memory is not None:
+            limits = replace(limits, memory=memory, passes=max(limits.passes, 64 * memory))
+        return limits if iterations is None else replace(limits, iterations=iterations)
 
 
 @dataclass(frozen=True)

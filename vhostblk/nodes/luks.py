@@ -24,7 +24,7 @@ from vhostblk.nodes._reencrypt import REQUIREMENTS, ReencryptingNode
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.qcow2.storage import ChildStorage
 from vhostblk.objects.secret import Secret
-from vhostblk.schema import BlockdevRef, OnOff, Size, VhostblkError
+from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,10 @@ class LuksOptions(NodeOptions):
     """The node with the encrypted data, and the header before them."""
     header: BlockdevRef | None = None
     """The node with the header, if that is detached."""
+    max_memory: Size | None = None
+    """What the header may ask for at most when a passphrase is tried (Argon2); 1 GiB if absent."""
+    max_iterations: UInt32 | None = None
+    """The same for the iterations of PBKDF2; 100000000 if absent."""
 
 
 class LuksCreateOptions(CreateOptions):
@@ -119,7 +123,8 @@ class Luks(ReencryptingNode):
         role = "header" if self._detached else "file"
         self._prepare_ciphers()
         try:
-            self.volume = await luks.open_volume(self.header, requirements=REQUIREMENTS)
+            limits = luks.Limits.raised(self.options.max_memory, self.options.max_iterations)
+            self.volume = await luks.open_volume(self.header, limits, REQUIREMENTS)
             self.volume.step = lambda: self.host.working(self)
             self._segment = self._only_segment()
             self._check_size()
