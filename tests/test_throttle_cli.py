@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 from frontend import Daemon, Device, Qmp, Type
 from frontend import vhostblk as serve
+
+from vhostblk.cli.throttle import add_rates
 
 
 @pytest.fixture
@@ -95,6 +99,52 @@ def test_a_limit_is_lifted_while_requests_wait(backend: Daemon) -> None:
     }
     [shown] = json.loads(throttle(backend, "show", "--json"))
     assert shown["statistics"]["write"]["waited"] == 9
+
+
+def test_rates_are_differences_by_time() -> None:
+    def group(id: str, reads: int, length: int) -> dict[str, Any]:
+        return {"id": id, "statistics": {"read": {"requests": reads, "bytes": length}}}
+
+    after = [group("g", 150, 5 << 20), group("new", 7, 7)]
+    add_rates([group("g", 100, 1 << 20), group("gone", 1, 1)], after, 2.0)
+    read = {
+        "requests": 150,
+        "bytes": 5 << 20,
+        "per-second": 25.0,
+        "bytes-per-second": 2.0 * (1 << 20),
+    }
+    assert after == [{"id": "g", "statistics": {"read": read}}, group("new", 7, 7)]
+
+
+def test_rates_of_a_disk_that_works(backend: Daemon) -> None:
+    """What passes while it is measured, and nothing else."""
+    throttle(backend, "set", "g", "bps-write=off")
+    with Device(backend.socket("vda")) as device:
+        device.write(0, bytes(512))
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.is_set():
+                device.read(0, 4096)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            [shown] = json.loads(throttle(backend, "show", "vda", "--json"))
+            text = throttle(backend, "show", "vda", "--interval", "0.2")
+        finally:
+            over.set()
+            worker.join()
+    read = shown["statistics"]["read"]
+    assert 0 < read["per-second"] <= read["requests"]
+    assert read["bytes-per-second"] == pytest.approx(4096 * read["per-second"], abs=4096)
+    assert shown["statistics"]["write"]["per-second"] == 0
+    assert re.search(r"[1-9]\d*/s \([\d.]+ [KMG]iB/s\)", text), text
+    [idle] = json.loads(throttle(backend, "show", "vda", "--json", "--interval", "0.1"))
+    assert all(entry["per-second"] == 0 for entry in idle["statistics"].values())
+    [unmeasured] = json.loads(throttle(backend, "show", "--json", "--interval", "0"))
+    assert "per-second" not in unmeasured["statistics"]["read"]
+    assert re.search(r"none +- ", throttle(backend, "show", "--interval", "0"))
 
 
 def test_a_disk_without_a_throttle_gets_one(backend: Daemon) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 from vhostblk.cli import places
 from vhostblk.cli.errors import USAGE, CliError
-from vhostblk.cli.parser import Parser, did_you_mean
+from vhostblk.cli.parser import Parser, did_you_mean, seconds
 from vhostblk.cli.table import size as size_text
 from vhostblk.cli.table import table
 from vhostblk.control.client import ControlClient
@@ -28,6 +29,7 @@ if there is none.
 EPILOG = """\
 examples:
   vhostblk throttle show
+  vhostblk throttle show vda --interval 5
   vhostblk throttle set vda iops=500
   vhostblk throttle set vda iops=500 burst=2000 burst-seconds=30
   vhostblk throttle set vda bps-read=100M bps-write=50M
@@ -53,6 +55,13 @@ def configure(parser: Parser) -> None:
     )
     show = commands.add_parser("show", help="show all groups", description="Show all groups.")
     show.add_argument("target", nargs="?", metavar="TARGET", help="this one only")
+    show.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=seconds,
+        default=1.0,
+        help="how long to measure rates; 0: do not (default: 1)",
+    )
     change = commands.add_parser(
         "set", help="change limits", description="Change limits.", epilog=EPILOG
     )
@@ -70,13 +79,11 @@ def run(args: argparse.Namespace) -> int:
     with ControlClient(places.find_socket(args.name, args.socket)) as client:
         if wanted is None:
             group = _find(client, args.target) if args.target else None
+            groups = _measured(client, args.interval)
         else:
             group = _change(client, args.target, wanted)
-        groups = [
-            entry
-            for entry in client.execute("query-throttle-groups")
-            if group is None or entry["id"] == group
-        ]
+            groups = client.execute("query-throttle-groups")
+    groups = [entry for entry in groups if group is None or entry["id"] == group]
     if args.json:
         print(json.dumps(groups))
     elif not groups:
@@ -84,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = [[e["id"], _limits_text(e["limits"]), *_statistics(e), _users(e)] for e in groups]
         print(
-            table(["GROUP", "LIMITS", "PASSED", "WAITING", "HAVE WAITED", "USED BY"], rows), end=""
+            table(["GROUP", "LIMITS", "RATE", "PASSED", "WAITING", "HAVE WAITED", "USED BY"], rows),
+            end="",
         )
     return 0
 
@@ -224,6 +232,28 @@ def _group_of(node: dict[str, Any] | None) -> str | None:
 # ---- what is shown
 
 
+def _measured(client: ControlClient, interval: float) -> list[dict[str, Any]]:
+    """All groups; their statistics say what has passed a second, over an interval."""
+    before: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    if interval > 0:
+        before = client.execute("query-throttle-groups")
+        time.sleep(interval)
+    after: list[dict[str, Any]] = client.execute("query-throttle-groups")
+    add_rates(before, after, time.monotonic() - begun)
+    return after
+
+
+def add_rates(before: list[dict[str, Any]], after: list[dict[str, Any]], elapsed: float) -> None:
+    """What passed a second, in groups that were there before."""
+    old = {entry["id"]: entry["statistics"] for entry in before}
+    for entry in after:
+        for name, counted in entry["statistics"].items() if entry["id"] in old else ():
+            for what, rate in (("requests", "per-second"), ("bytes", "bytes-per-second")):
+                passed = counted[what] - old[entry["id"]][name][what]
+                counted[rate] = round(passed / elapsed, 1)
+
+
 def _limits_text(limits: dict[str, int]) -> str:
     words = []
     for name, value in limits.items():
@@ -243,7 +273,18 @@ def _statistics(group: dict[str, Any]) -> list[str]:
         for name in ("requests", "bytes", "queued", "waited", "waited-ns")
     )
     mean = f", {nanoseconds / waited / 1e6:.1f} ms each" if waited else ""
-    return [f"{requests} ({size_text(length)})", str(queued), f"{waited}{mean}"]
+    passed = f"{requests} ({size_text(length)})"
+    return [_rate_text(group), passed, str(queued), f"{waited}{mean}"]
+
+
+def _rate_text(group: dict[str, Any]) -> str:
+    all_of = group["statistics"].values()
+    if any("per-second" not in entry for entry in all_of):
+        return "-"
+    requests, length = (
+        sum(entry[name] for entry in all_of) for name in ("per-second", "bytes-per-second")
+    )
+    return f"{requests:.0f}/s ({size_text(length)}/s)"
 
 
 def _users(group: dict[str, Any]) -> str:
