@@ -116,6 +116,7 @@ class StreamJob(BlockJob):
         """What no guest reads, and the filter does not see: it needs a pause for each portion."""
         graph, generation = self._backend.graph, self._filter.generation
         for leg, offset, length in self._beside():
+            await self.pace()
             done = not await self._lacks(generation, leg, offset, length)
             while not done:
                 copied = 0
