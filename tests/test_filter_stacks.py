@@ -338,7 +338,8 @@ class Machine(RuleBasedStateMachine):
         """Unless it has to wait for a leg for ever, all is there at its end."""
         for job in list(self.host.backend.jobs):
             if isinstance(job, StreamJob) and self.broken is None:
-                job.set_speed(0)
+                with contextlib.suppress(VhostblkError):  # it is about to end
+                    job.set_speed(0)
                 await self.host.until(lambda: job not in list(self.host.backend.jobs), 30)  # noqa: B023
 
     @precondition(lambda self: len(self.inserted) < 2)
