@@ -531,6 +531,42 @@ def _inverted(data: bytes | bytearray) -> bytes:
     return bytes(data).translate(bytes(range(255, -1, -1)))
 
 
+def test_the_file_of_an_image_grows() -> None:
+    """Between an image and its file: the image makes it longer while requests are under way."""
+
+    async def test(host: Host) -> None:
+        inner = Path(host.path("inner"))
+        tools().create(inner, 16 * MIB, "qcow2")
+        tools().io(inner, f"write -P 1 0 {MIB}", options=("-f", "qcow2"))
+        outer = Path(host.path("outer"))
+        tools().create(outer, inner.stat().st_size, "qcow2", backing=inner, backing_format="raw")
+        await host.add("qcow2", "overlay", file={"driver": "file", "filename": str(outer)})
+        await cor(host, "overlay")
+        await host.add("qcow2", "top", file="cor")
+        await host.export("top")
+        data = bytearray(b"\1" * MIB + bytes(15 * MIB))
+        rnd = random.Random(1)
+        async with host.device() as guest:
+            for offset in (0, 2 * MIB, 4 * MIB, MIB - 4096, 12 * MIB):
+                data[offset : offset + MIB] = rnd.randbytes(MIB)
+                await guest.write(offset, data[offset : offset + MIB])
+                assert await guest.read(offset, MIB) == data[offset : offset + MIB]
+            await host.command("block-stream", device="overlay", job_id="job")
+            await guest.write(6 * MIB, data[:MIB])
+            data[6 * MIB : 7 * MIB] = data[:MIB]
+            await host.until(lambda: not list(host.backend.jobs), 30)
+            [event] = host.named("BLOCK_JOB_COMPLETED")
+            assert "error" not in event
+            for offset in range(0, len(data), MIB):
+                assert await guest.read(offset, MIB) == data[offset : offset + MIB]
+        await host.backend.close()
+        inner.write_bytes(tools().content(outer, "qcow2"))
+        assert tools().check(inner).corruptions == 0
+        assert tools().content(inner, "qcow2") == bytes(data)
+
+    with_host(test)
+
+
 # ---- errors
 
 

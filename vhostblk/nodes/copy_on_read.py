@@ -123,6 +123,7 @@ class CopyOnRead(HookedNode):
         else:
             self._half.reset(self.size, self._bits)
         self.handle = self._half
+        self._marks = self._count
 
     # ---- what it is
 
@@ -169,7 +170,7 @@ class CopyOnRead(HookedNode):
         first, end = self._regions(request.offset, request.length)
         with contextlib.suppress(OSError):  # whether it succeeds is for the overlay to say
             await self._learn(first, end)
-        if self._half_now.find(first, marked=False) >= end:
+        if self._find(first, marked=False) >= end:
             request.forward()
             return
         claim = await self._claim(first, end, exclusive=False)
@@ -183,13 +184,13 @@ class CopyOnRead(HookedNode):
     def _written(self, offset: int, length: int) -> None:
         """Regions that an overlay has now because of a write."""
         if self._writes_fill:
-            self._half_now.mark(*self._regions(offset, length))
+            self._mark(*self._regions(offset, length))
             return
         first = -(-offset >> self._bits)
         end = offset + length
         last = self._count if end == self.size else end >> self._bits
         if first < last:
-            self._half_now.mark(first, last)
+            self._mark(first, last)
 
     def _report(
         self,
@@ -220,12 +221,25 @@ class CopyOnRead(HookedNode):
     def _count(self) -> int:
         return -(-self.size >> self._bits)
 
+    # An image above may make its file longer at any time (ChildStorage.ensure()). The engine half
+    # gets more marks only when nothing is in flight: until then what is behind them has none.
+
+    def _mark(self, first: int, end: int) -> None:
+        """Nothing is left to be copied there."""
+        if first < self._marks:
+            self._half_now.mark(first, min(end, self._marks))
+
+    def _find(self, first: int, *, marked: bool) -> int:
+        """The first region from `first` on that is marked, or is not; their number if none is."""
+        found = self._half_now.find(first, marked=marked) if first < self._marks else first
+        return found if found < self._marks or not marked else self._count
+
     def _regions(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._bits, ((offset + length - 1) >> self._bits) + 1
 
     def _unmarked(self, first: int, end: int) -> Iterable[tuple[int, int]]:
         """Runs of regions without a mark, none longer than a portion."""
-        find, most = self._half_now.find, max(1, PORTION >> self._bits)
+        find, most = self._find, max(1, PORTION >> self._bits)
         while (first := find(first, marked=False)) < end:
             stop = min(end, first + most, find(first, marked=True))
             yield first, stop
@@ -245,7 +259,7 @@ class CopyOnRead(HookedNode):
                 needed, _ = await self._missing(begin, stop)
                 for is_needed, at, length in _runs(needed):
                     if not is_needed:
-                        self._half_now.mark(begin + at, begin + at + length)
+                        self._mark(begin + at, begin + at + length)
                 self._learned.add(chunk)
             finally:
                 del self._learning[chunk]
@@ -301,7 +315,7 @@ class CopyOnRead(HookedNode):
                 elif kind:
                     await self._copy_data(offset, size)
                 copied += size if kind else 0
-            self._half_now.mark(first, end)
+            self._mark(first, end)
             return copied
         finally:
             self._release(claim)
@@ -333,7 +347,7 @@ class CopyOnRead(HookedNode):
         """
         if self.handle is None:
             return self.size, 0
-        first = self._half_now.find(offset >> self._bits, marked=False)
+        first = self._find(offset >> self._bits, marked=False)
         if first >= self._count:
             return self.size, 0
         chunk_end = min((first // _CHUNK + 1) * _CHUNK, self._count)
@@ -341,11 +355,11 @@ class CopyOnRead(HookedNode):
             await self._learn(first, first + 1)
         except OSError as error:
             raise _failed(error, "read") from None
-        first = self._half_now.find(first, marked=False)
+        first = self._find(first, marked=False)
         if first >= chunk_end:
             return min(chunk_end << self._bits, self.size), 0
         end = min(chunk_end, first + max(1, min(most, PORTION) >> self._bits))
-        end = min(end, self._half_now.find(first, marked=True))
+        end = min(end, self._find(first, marked=True))
         copied = await self._copy(first, end)
         return min(end << self._bits, self.size), copied
 
