@@ -129,6 +129,10 @@ static inline void vb_prefetch(const void *memory, size_t bytes)
 
 /* The data of a read, into its iovec. */
 void vb_request_fill(struct vb_request *request, const void *data);
+/* Some of the data, at least one byte from `position` on: of a write, and of a read. */
+void vb_request_get(const struct vb_request *request, uint64_t position, void *to, uint64_t bytes);
+void vb_request_put(struct vb_request *request, uint64_t position, const void *from,
+                    uint64_t bytes);
 
 /* Ends the request: counts it for every node on its path, then calls done(). */
 void vb_complete(struct vb_request *request, int ret);
@@ -331,6 +335,12 @@ void vb_iothread_remove_poller(struct vb_iothread *thread, struct vb_poller *pol
 int vb_iothread_add_watch(struct vb_iothread *thread, int fd, struct vb_watch *watch); /* any */
 void vb_iothread_remove_watch(struct vb_iothread *thread, int fd);                    /* any */
 bool vb_in_iothread(const struct vb_iothread *thread); /* any; for assertions */
+
+/*
+ * Any: run(argument) once every I/O thread of the engine has finished what it is just doing, so that
+ * it cannot hold a pointer any more that has been unlinked before.
+ */
+void vb_after_all_threads(struct vb_engine *engine, void (*run)(void *argument), void *argument);
 
 /* Any: 0 or negative errno; run(argument) starts with the signals blocked that are not its own. */
 int vb_thread_start(pthread_t *thread, size_t stack_size, void *(*run)(void *), void *argument);

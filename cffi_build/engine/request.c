@@ -63,6 +63,47 @@ void vb_request_fill(struct vb_request *request, const void *data)
     vb_guest_write_end();
 }
 
+/* The buffer that has the byte at `position`, which then counts from its start. */
+static const struct iovec *find_buffer(const struct vb_request *request, uint64_t *position)
+{
+    const struct iovec *iov = request->iov;
+
+    for (; *position >= iov->iov_len; iov++) {
+        *position -= iov->iov_len;
+    }
+    return iov;
+}
+
+void vb_request_get(const struct vb_request *request, uint64_t position, void *to, uint64_t bytes)
+{
+    unsigned char *at = to;
+
+    for (const struct iovec *iov = find_buffer(request, &position); bytes > 0; iov++) {
+        uint64_t here = iov->iov_len - position < bytes ? iov->iov_len - position : bytes;
+
+        memcpy(at, (const char *)iov->iov_base + position, here);
+        at += here;
+        bytes -= here;
+        position = 0;
+    }
+}
+
+void vb_request_put(struct vb_request *request, uint64_t position, const void *from, uint64_t bytes)
+{
+    const unsigned char *at = from;
+
+    vb_guest_write_begin();
+    for (const struct iovec *iov = find_buffer(request, &position); bytes > 0; iov++) {
+        uint64_t here = iov->iov_len - position < bytes ? iov->iov_len - position : bytes;
+
+        memcpy((char *)iov->iov_base + position, at, here);
+        at += here;
+        bytes -= here;
+        position = 0;
+    }
+    vb_guest_write_end();
+}
+
 void vb_submit(struct vb_node *node, struct vb_request *request)
 {
     vb_assert(vb_in_iothread(request->thread));

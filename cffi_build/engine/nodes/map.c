@@ -419,24 +419,6 @@ static void copy_written(struct vb_request *part)
     end_copy(copy, ret);
 }
 
-static void get_from_guest(const struct vb_request *request, uint64_t position, unsigned char *to,
-                           uint64_t bytes)
-{
-    for (const struct iovec *iov = request->iov; bytes > 0; iov++) {
-        uint64_t here = iov->iov_len;
-
-        if (position >= here) {
-            position -= here;
-            continue;
-        }
-        here = here - position < bytes ? here - position : bytes;
-        memcpy(to, (const char *)iov->iov_base + position, here);
-        to += here;
-        bytes -= here;
-        position = 0;
-    }
-}
-
 static struct vb_request *copy_part(struct copy *copy, uint8_t op, uint64_t offset, uint64_t bytes,
                                     void (*done)(struct vb_request *part))
 {
@@ -459,7 +441,7 @@ static void write_copy(struct copy *copy)
     uint64_t size = unit_size(op->map);
 
     memset(copy->data + copy->there, 0, size - copy->there);
-    get_from_guest(op->request, copy->position, copy->data + copy->begin, copy->bytes);
+    vb_request_get(op->request, copy->position, copy->data + copy->begin, copy->bytes);
     vb_submit(op->map->node.children[0], copy_part(copy, VB_OP_WRITE, copy->host, size, copy_written));
 }
 

@@ -82,7 +82,7 @@ bool vb_map_evict(struct vb_node *node, uint64_t number)
     if (!table) {
         return false;
     }
-    map_after_all_threads(node->engine, free, table);
+    vb_after_all_threads(node->engine, free, table);
     map_wake(map); /* who waits for an entry of it has to ask Python now */
     return true;
 }
@@ -270,7 +270,7 @@ static bool use_spare(struct map_node *map, struct map_run *empty)
     if (spare) {
         atomic_store(&map->run, spare);
         if (empty) { /* others may still be looking at it */
-            map_after_all_threads(map->node.engine, free, empty);
+            vb_after_all_threads(map->node.engine, free, empty);
         }
     }
     atomic_store(&map->switching, false);
@@ -403,7 +403,7 @@ void vb_map_reclaim(struct vb_node *node, uint64_t left[4])
         left[2 * i] = runs[i] ? atomic_load(&runs[i]->next) : 0;
         left[2 * i + 1] = runs[i] ? runs[i]->end - left[2 * i] : 0;
         if (runs[i]) {
-            map_after_all_threads(node->engine, free, runs[i]);
+            vb_after_all_threads(node->engine, free, runs[i]);
         }
     }
     atomic_store(&map->low_told, false);

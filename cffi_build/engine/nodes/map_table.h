@@ -74,11 +74,6 @@ struct map_thread *map_thread(struct map_node *map, struct vb_iothread *thread);
 void map_wait(struct map_node *map, struct vb_request *request, uint64_t unit);
 /* Any: an entry was pending and is not any more. */
 void map_wake(struct map_node *map);
-/*
- * Any: run(argument) once every I/O thread of the engine has finished what it is just doing, so that
- * it cannot hold a pointer any more that has been unlinked before.
- */
-void map_after_all_threads(struct vb_engine *engine, void (*run)(void *argument), void *argument);
 void map_threads_free(struct map_node *map); /* control */
 
 #endif
