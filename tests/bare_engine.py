@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The compiled engine without the graph above it: one I/O thread, one node, requests by hand.
+"""The compiled engine without the graph above it: I/O threads, a node, requests by hand.
 
 For tests of engine nodes. A test says which node it wants and gets back the errno (or 0) of each
 request, with no option parsing, event loop or driver in between.
@@ -49,9 +49,10 @@ class Pending:
 
 @dataclass
 class BareEngine:
-    """An engine with one I/O thread. Use as a context manager."""
+    """An engine with one I/O thread or more. Use as a context manager."""
 
     aio: int = 0
+    threads: int = 1
     threads_max: int = 0
     poll_max_ns: int = 0
     _nodes: list[Any] = field(default_factory=list)
@@ -63,20 +64,23 @@ class BareEngine:
         self._engine = self._made(lib.vb_engine_new(self._error))
         options = {"aio": self.aio, "threads_max": self.threads_max}
         options["poll_max_ns"] = self.poll_max_ns
-        self.thread = ffi.NULL
+        self._threads: list[Any] = []
         try:
-            self.thread = self._made(
-                lib.vb_iothread_new(
-                    self._engine,
-                    b"test",
-                    ffi.new("struct vb_iothread_options *", options),
-                    self._error,
-                )
-            )
+            for _ in range(self.threads):
+                self._threads.append(self._new_thread(options))
         except OSError:
-            lib.vb_engine_free(self._engine)
+            self._free_engine()
             raise
         self._events = ffi.new("struct vb_event[64]")
+
+    def _new_thread(self, options: dict[str, int]) -> Any:
+        struct = ffi.new("struct vb_iothread_options *", options)
+        return self._made(lib.vb_iothread_new(self._engine, b"test", struct, self._error))
+
+    def _free_engine(self) -> None:
+        for thread in self._threads:
+            lib.vb_iothread_free(thread)
+        lib.vb_engine_free(self._engine)
 
     def _made(self, thing: Any) -> Any:
         if thing == ffi.NULL:
@@ -90,8 +94,11 @@ class BareEngine:
         self.wait_all()
         for node in self._nodes:
             lib.vb_node_free(node)
-        lib.vb_iothread_free(self.thread)
-        lib.vb_engine_free(self._engine)
+        self._free_engine()
+
+    @property
+    def thread(self) -> Any:
+        return self._threads[0]
 
     @property
     def fallback(self) -> str:
@@ -132,6 +139,7 @@ class BareEngine:
         *,
         flags: int = 0,
         skip: int = 0,
+        thread: int = 0,
     ) -> Pending:
         """Start a request: `what` is the data to write, or a length; `skip` unaligns the memory."""
         length = what if isinstance(what, int) else len(what)
@@ -145,7 +153,7 @@ class BareEngine:
             "kind": lib.VB_COMMAND_SUBMIT,
             "cookie": self._next,
             "node": int(ffi.cast("uintptr_t", node)),
-            "thread": int(ffi.cast("uintptr_t", self.thread)),
+            "thread": int(ffi.cast("uintptr_t", self._threads[thread])),
             "offset": offset,
             "bytes": length,
             "buffer": memory.address,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from bare_engine import (
     WRITE_ZEROES,
     BareEngine,
 )
+from loop_devices import attached
 
 KIB, MIB = 1024, 1 << 20
 
@@ -360,15 +360,8 @@ def test_refuses_what_is_not_a_disk(engine: BareEngine, tmp_path: Path) -> None:
 
 @pytest.fixture
 def loop_device(image: Path) -> Iterator[str]:
-    if os.geteuid() != 0:
-        pytest.skip("a loop device needs root")
-    made = subprocess.run(
-        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    with attached(image) as device:
+        yield device
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])

@@ -3,10 +3,12 @@
  * file_node.c: random requests with many odd buffers against the file node, and a
  * model in memory to compare with. Run by tests/test_file_node_random.py.
  *
- *     file_node PATH AIO DIRECT DETECT_ZEROES ROUNDS SEED
+ *     file_node PATH AIO ALIGN UNIT DETECT_ZEROES THREADS ROUNDS SEED
  *
- * The file exists; its size is the model's. With DIRECT offsets and lengths are
- * multiples of 512, except at the file's end, and half of all buffers are unaligned.
+ * The file exists; its size is the model's. Offsets and lengths are multiples of UNIT, except at the
+ * file's end. Unless ALIGN is 0 it is opened with O_DIRECT and has blocks of that size, and half of
+ * all buffers are unaligned. The requests of a batch touch different bytes, but not
+ * different blocks, and are spread over the threads.
  */
 #include "engine.h"
 #include "nodes/file.api.h"
@@ -21,6 +23,7 @@
 #include <unistd.h>
 
 #define BATCH 16
+#define THREADS_MAX 4
 #define IOV 1500
 #define SLOT_MAX (3u << 20)
 
@@ -31,12 +34,19 @@ struct slot {
     unsigned char *memory;
 };
 
+/* What a thread is told: its part of the batch. */
+struct start {
+    struct vb_message message;
+    int first;
+};
+
 static struct vb_node *node;
 static unsigned char *model;
 static uint64_t size;
-static uint32_t unit = 1;
+static uint32_t align, unit;
 static struct slot *slots[BATCH];
-static int in_batch, running;
+static int in_batch, threads_count;
+static atomic_int running;
 static sem_t batch_done;
 
 static uint64_t random_below(uint64_t limit)
@@ -52,26 +62,24 @@ static void fail(const char *what, const struct vb_request *request)
     exit(1);
 }
 
-/* ---- on the I/O thread -------------------------------------------------------- */
+/* ---- on the I/O threads ------------------------------------------------------- */
 
 static void done(struct vb_request *request)
 {
     (void)request;
-    if (--running == 0) {
+    if (atomic_fetch_sub(&running, 1) == 1) {
         sem_post(&batch_done);
     }
 }
 
 static void run_batch(struct vb_message *message, void *context)
 {
-    int count = in_batch; /* main's again once the last one is done */
-
-    (void)message;
-    running = count;
-    for (int i = 0; i < count; i++) {
+    for (int i = vb_container_of(message, struct start, message)->first; i < in_batch;
+         i += threads_count) {
         slots[i]->request.thread = context;
         vb_submit(node, &slots[i]->request);
     }
+    done(NULL); /* of the message */
 }
 
 /* ---- making requests ------------------------------------------------------------ */
@@ -167,7 +175,7 @@ static void make_request(struct slot *slot)
     request->flags = (uint16_t)((random() % 4 ? 0 : VB_REQ_FUA) |
                                 (random() % 2 ? 0 : VB_REQ_MAY_UNMAP));
     if (request->op <= VB_OP_WRITE) {
-        scatter(slot, unit > 1 && random() % 2);
+        scatter(slot, align && unit > 1 && random() % 2);
         fill(slot);
     }
 }
@@ -201,9 +209,11 @@ static void compare_file(const char *path)
     struct stat status;
     int fd = open(path, O_RDONLY);
 
+    uint64_t most = align ? (size + align - 1) / align * align : size;
+
     /* With O_DIRECT a write of the odd end grows the file to whole blocks, never further. */
     if (fstat(fd, &status) < 0 || (uint64_t)status.st_size < size ||
-        (uint64_t)status.st_size > (size + unit - 1) / unit * unit) {
+        (uint64_t)status.st_size > most) {
         fprintf(stderr, "the file's size changed to %lld\n", (long long)status.st_size);
         exit(1);
     }
@@ -217,14 +227,13 @@ static void compare_file(const char *path)
 
 static struct vb_node *open_node(struct vb_engine *engine, char **arguments, char *error)
 {
-    bool direct = atoi(arguments[3]);
     struct vb_file_options options = {
-        .fd = open(arguments[1], O_RDWR | (direct ? O_DIRECT : 0)),
-        .direct = direct,
+        .fd = open(arguments[1], O_RDWR | (align ? O_DIRECT : 0)),
+        .direct = align,
         .discard_unmap = true,
-        .detect_zeroes = (uint32_t)atoi(arguments[4]),
-        .memory_align = direct ? 512 : 1,
-        .request_align = direct ? 512 : 1,
+        .detect_zeroes = (uint32_t)atoi(arguments[5]),
+        .memory_align = align ? 512 : 1,
+        .request_align = align ? align : 1,
     };
     struct stat status;
 
@@ -233,20 +242,23 @@ static struct vb_node *open_node(struct vb_engine *engine, char **arguments, cha
         exit(1);
     }
     size = (uint64_t)status.st_size;
-    unit = options.request_align;
     return vb_node_file_new(engine, &options, error);
 }
 
-static void run_rounds(struct vb_iothread *thread, int rounds)
+static void run_rounds(struct vb_iothread **threads, int rounds)
 {
     while (rounds-- > 0) {
-        struct vb_message message = {.run = run_batch};
+        struct start starts[THREADS_MAX];
         int count = 1 + (int)(random() % BATCH);
 
         for (in_batch = 0; in_batch < count; in_batch++) {
             make_request(slots[in_batch]);
         }
-        vb_iothread_send(thread, &message);
+        running = count + threads_count;
+        for (int i = 0; i < threads_count; i++) {
+            starts[i] = (struct start){.message.run = run_batch, .first = i};
+            vb_iothread_send(threads[i], &starts[i].message);
+        }
         sem_wait(&batch_done);
         for (int i = 0; i < in_batch; i++) {
             check(slots[i]);
@@ -259,17 +271,22 @@ int main(int argc, char **argv)
     char error[VB_ERROR_SIZE] = "";
     struct vb_engine *engine = calloc(1, sizeof(*engine)); /* no events, so no mailbox */
     struct vb_iothread_options options = {0};
-    struct vb_iothread *thread;
+    struct vb_iothread *threads[THREADS_MAX] = {0};
     struct vb_iothread_info info;
 
-    if (argc != 7) {
+    if (argc != 9) {
         return 2;
     }
     options.aio = (uint32_t)atoi(argv[2]);
-    srandom((unsigned)atoi(argv[6]));
+    align = (uint32_t)atoi(argv[3]);
+    unit = (uint32_t)atoi(argv[4]);
+    threads_count = atoi(argv[6]);
+    srandom((unsigned)atoi(argv[8]));
     sem_init(&batch_done, 0, 0);
-    thread = vb_iothread_new(engine, "test", &options, error);
-    node = thread ? open_node(engine, argv, error) : NULL;
+    for (int i = 0; i < threads_count; i++) {
+        threads[i] = vb_iothread_new(engine, "test", &options, error);
+    }
+    node = threads[threads_count - 1] ? open_node(engine, argv, error) : NULL;
     if (!node) {
         fprintf(stderr, "%s\n", error);
         return 1;
@@ -279,13 +296,15 @@ int main(int argc, char **argv)
         slots[i] = malloc(sizeof(*slots[i]));
         slots[i]->memory = aligned_alloc(4096, SLOT_MAX);
     }
-    run_rounds(thread, atoi(argv[5]));
+    run_rounds(threads, atoi(argv[7]));
     compare_file(argv[1]);
-    vb_iothread_query(thread, &info);
+    vb_iothread_query(threads[0], &info);
     printf("inline %llu queued %llu\n", (unsigned long long)info.inline_ios,
            (unsigned long long)info.queued_ios);
     vb_node_free(node);
-    vb_iothread_free(thread);
+    for (int i = 0; i < threads_count; i++) {
+        vb_iothread_free(threads[i]);
+    }
     free(engine);
     return 0;
 }

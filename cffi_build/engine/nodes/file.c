@@ -20,9 +20,12 @@
  *  - Else we try and measure: see struct inline_history.
  * Never inline: O_DIRECT, synchronisation, allocation, and large requests, during
  * which other queues of this thread would starve.
+ *
+ * With O_DIRECT what gets here is made of whole blocks: file_align.c sees to that.
  */
 #include "../engine.h"
 #include "file.api.h"
+#include "file_align.h"
 #include "../file_map.h"
 
 #include <errno.h>
@@ -86,11 +89,12 @@ struct file_node {
     bool in_memory;      /* tmpfs: inline whatever it says */
     bool remote;         /* another process or host serves it, and may stop: never inline */
     uint32_t detect_zeroes;
-    uint32_t memory_align, request_align;
+    uint32_t memory_align;
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
     _Atomic int flush_error;      /* see flushed() */
     _Atomic bool writing;         /* see may_write() */
     struct inline_history history[2]; /* read, write */
+    struct file_align align; /* with O_DIRECT */
     struct vb_file_map map;
     _Atomic uint64_t avoid_map_until; /* memory is short: see check_memory() */
 };
@@ -100,6 +104,7 @@ struct file_io {
     struct vb_aio aio;       /* the current piece */
     struct vb_request *request;
     struct file_node *file;
+    struct file_claim *claim; /* owned; of a change with O_DIRECT */
     uint64_t offset, left;   /* what is still to be transferred */
     size_t skip;             /* ... starting `skip` bytes into request->iov[index] */
     uint32_t index;
@@ -111,7 +116,6 @@ struct file_io {
     struct iovec *rest;      /* owned: what remains of request->iov after a short transfer */
     void *bounce;            /* owned: aligned memory */
     struct iovec one;        /* for `bounce` or a last bit of zeroes */
-    struct vb_message again; /* to this thread itself: see may_write() */
     uint64_t refused_ns;     /* when it first could not write; 0: it could */
 };
 
@@ -149,6 +153,9 @@ static void finish(struct file_io *io, int ret)
 {
     free(io->rest);
     free(io->bounce);
+    if (io->claim) {
+        file_claim_end(io->claim);
+    }
     vb_complete(io->request, ret);
 }
 
@@ -243,23 +250,10 @@ static bool is_aligned(const struct file_io *io)
     return (bits & (io->file->memory_align - 1)) == 0;
 }
 
-/*
- * O_DIRECT takes whole blocks only, but a file's size need not be a multiple. A write
- * of the odd bytes at its end is padded with zeroes, and the file grows by those,
- * as under QEMU. (The page cache is no way out: a buffered write next to a direct one in
- * flight may put back what was in the same page before.)
- */
-static size_t padded(const struct file_io *io, size_t size)
-{
-    size_t mask = io->file->direct ? io->file->request_align - 1 : 0;
-
-    return (size + mask) & ~mask;
-}
-
 static void use_zeroes(struct file_io *io)
 {
     if (io->left < ZERO_SIZE) {
-        io->one = (struct iovec){zeroes, padded(io, io->left)};
+        io->one = (struct iovec){zeroes, io->left};
         io->aio.iov = &io->one;
         io->aio.niov = 1;
         return;
@@ -284,7 +278,9 @@ static void advance_cursor(struct file_io *io, size_t bytes, unsigned char *memo
         if (memory && fill) {
             memcpy(memory, base, n);
         } else if (memory) {
+            vb_guest_write_begin();
             memcpy(base, memory, n);
+            vb_guest_write_end();
         }
         memory = memory ? memory + n : NULL;
         bytes -= n;
@@ -298,11 +294,11 @@ static void advance_cursor(struct file_io *io, size_t bytes, unsigned char *memo
 
 static int use_bounce(struct file_io *io)
 {
-    size_t size = io->left < BOUNCE_MAX ? io->left : BOUNCE_MAX, whole = padded(io, size);
+    size_t size = io->left < BOUNCE_MAX ? io->left : BOUNCE_MAX;
     uint32_t index = io->index;
     size_t skip = io->skip;
 
-    if (!io->bounce && posix_memalign(&io->bounce, io->file->memory_align, whole)) {
+    if (!io->bounce && posix_memalign(&io->bounce, io->file->memory_align, size)) {
         io->bounce = NULL;
         return -ENOMEM;
     }
@@ -310,10 +306,9 @@ static int use_bounce(struct file_io *io)
         advance_cursor(io, size, io->bounce, true);
         io->index = index; /* the write may be short */
         io->skip = skip;
-        memset((char *)io->bounce + size, 0, whole - size);
     }
     io->bounced = true;
-    io->one = (struct iovec){io->bounce, whole};
+    io->one = (struct iovec){io->bounce, size};
     io->aio.iov = &io->one;
     io->aio.niov = 1;
     return 0;
@@ -343,8 +338,7 @@ static int use_request_iov(struct file_io *io)
 
 static bool needs_bounce(const struct file_io *io)
 {
-    return io->file->direct && (io->request->niov - io->index > IOV_MAX || !is_aligned(io) ||
-                                padded(io, io->left) != io->left);
+    return io->file->direct && (io->request->niov - io->index > IOV_MAX || !is_aligned(io));
 }
 
 static int prepare_piece(struct file_io *io)
@@ -365,9 +359,11 @@ static void clear_rest(struct file_io *io)
 {
     const struct iovec *iov = io->request->iov;
 
+    vb_guest_write_begin();
     for (; io->index < io->request->niov; io->index++, io->skip = 0) {
         memset((char *)iov[io->index].iov_base + io->skip, 0, iov[io->index].iov_len - io->skip);
     }
+    vb_guest_write_end();
 }
 
 static void step(struct file_io *io, size_t bytes)
@@ -384,7 +380,8 @@ static void step(struct file_io *io, size_t bytes)
 /* A read has come to the end of the file; with O_DIRECT only there can it return odd bytes. */
 static bool end_of_file(const struct file_io *io, ssize_t ret)
 {
-    return !is_write(io) && (ret == 0 || padded(io, (size_t)ret) != (size_t)ret);
+    return !is_write(io) &&
+           (ret == 0 || (io->file->direct && (size_t)ret % io->file->align.block != 0));
 }
 
 /* A piece has ended with `ret`. False: the request has, too. */
@@ -619,7 +616,7 @@ static void wrote(struct file_node *file)
 static void run_again(struct vb_message *message, void *context)
 {
     (void)context;
-    transfer(vb_container_of(message, struct file_io, again));
+    transfer(io_of(vb_container_of(message, struct vb_aio, message)));
 }
 
 /* Later in this sweep, or in the next; false: the kernel may as well put someone else to sleep. */
@@ -631,8 +628,8 @@ static bool come_back(struct file_io *io)
     if (thread->now_ns - io->refused_ns > REFUSED_NS) {
         return false;
     }
-    io->again.run = run_again;
-    vb_iothread_send(thread, &io->again);
+    io->aio.message.run = run_again; /* no operation of its own is under way */
+    vb_iothread_send(thread, &io->aio.message);
     return true;
 }
 
@@ -873,19 +870,16 @@ static void flush(struct file_io *io)
 
 /* ---- the node ------------------------------------------------------------------------ */
 
-static void file_submit(struct vb_node *node, struct vb_request *request)
+static void start_request(struct vb_node *node, struct vb_request *request,
+                          struct file_claim *claim)
 {
     struct file_io *io = (struct file_io *)request->scratch;
     struct file_node *file = vb_container_of(node, struct file_node, node);
 
-    if (request->op == VB_OP_READ && request->bytes > 0 && read_mapped(file, request)) {
-        vb_count(&request->thread->mapped_ios, 1);
-        vb_complete(request, 0);
-        return;
-    }
     *io = (struct file_io){
         .request = request,
         .file = file,
+        .claim = claim,
         .offset = request->offset,
         .left = request->bytes,
     };
@@ -906,10 +900,25 @@ static void file_submit(struct vb_node *node, struct vb_request *request)
     }
 }
 
+static void file_submit(struct vb_node *node, struct vb_request *request)
+{
+    struct file_node *file = vb_container_of(node, struct file_node, node);
+
+    if (file->direct && request->op != VB_OP_FLUSH && request->bytes > 0) {
+        file_align_submit(&file->align, request);
+    } else if (request->op == VB_OP_READ && request->bytes > 0 && read_mapped(file, request)) {
+        vb_count(&request->thread->mapped_ios, 1);
+        vb_complete(request, 0);
+    } else {
+        start_request(node, request, NULL);
+    }
+}
+
 static void file_destroy(struct vb_node *node)
 {
     struct file_node *file = vb_container_of(node, struct file_node, node);
 
+    file_align_destroy(&file->align);
     vb_file_map_close(&file->map);
     close(file->fd);
 }
@@ -999,11 +1008,12 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
     if (file->memory_align < sizeof(void *)) {
         file->memory_align = sizeof(void *); /* posix_memalign() wants that much */
     }
-    file->request_align = options->request_align;
     file->regular = S_ISREG(status.st_mode);
     file->in_memory = file->regular && lives_in_memory(options->fd);
     file->remote = file->regular && lives_elsewhere(options->fd);
-    if (!file->direct) {
+    if (file->direct) {
+        file_align_init(&file->align, &file->node, options->request_align, start_request);
+    } else {
         vb_file_map_open(&file->map, options->fd, !file->read_only);
     }
     return &file->node;
