@@ -172,3 +172,20 @@ def test_a_disk_that_lies_askew(sector: int, tmp_path: Path) -> None:
         after = Path(disk).read_bytes()
     assert after[:1000] == before[:1000]
     assert after[1000 + SIZE :] == before[1000 + SIZE :]
+
+
+def test_a_file_whose_beginning_is_a_hole(disk: str, tmp_path: Path) -> None:
+    """The kernel takes any read of a hole: the file's disk tells what its blocks are."""
+    with mounted(disk, tmp_path / "mount"):
+        image = tmp_path / "mount" / "image"
+        image.touch()
+        os.truncate(image, MIB)
+        nodes = [
+            f"driver=file,node-name=f,filename={image},cache.direct=on",
+            "driver=raw,node-name=disk,file=f",
+        ]
+        with serve(*nodes) as daemon, Device(daemon.socket("e")) as device:
+            device.write(SECTOR, b"s" * SECTOR)
+            device.flush()
+            assert device.read(0, 2 * SECTOR) == bytes(SECTOR) + b"s" * SECTOR
+        assert image.read_bytes() == (bytes(SECTOR) + b"s" * SECTOR).ljust(MIB, b"\0")

@@ -275,9 +275,9 @@ class File(NodeDriver):
                 )
         finally:
             page.close()
-        # Where even 1 works (tmpfs, an empty file) nothing has been learnt about a disk
-        # that may be below; a sector is what every guest's request is made of anyway.
-        return max(memory, SECTOR), max(request, SECTOR)
+        # Where even 1 works (tmpfs, a hole) nothing has been learnt.
+        request = _block_of_disk_below(fd) if request == 1 else request
+        return request if memory == 1 else max(memory, SECTOR), request
 
     def _make_locks(self) -> ImageLocks | None:
         mode = self.options.locking
@@ -398,6 +398,16 @@ class HostDevice(File):
 
 def _duplicate(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _block_of_disk_below(fd: int) -> int:
+    """Its logical block, if the kernel knows; a sector, of which nothing is ever smaller."""
+    device = os.fstat(fd).st_dev
+    disk = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in (f"{disk}/queue", f"{disk}/../queue"):  # of a disk, and of a partition's
+        with contextlib.suppress(OSError), open(f"{queue}/logical_block_size") as file:
+            return int(file.read())
+    return SECTOR
 
 
 def _first_that_works(alignments: tuple[int, ...], attempt: Any) -> int:
