@@ -3,21 +3,25 @@
 
 A request that failed may have been done in part; all others count. As soon as a flush succeeds, the
 file as it is at that moment (as after a power cut) is an image without corruption that has
-everything in it.
+everything in it. The same holds where storage forgets, once, what it could not write.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
-from typing import Any
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from crash import newest_tools
 from in_process import MIB, Host, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
+from vhostblk.filter import Filter, Request
 
 SECTOR = 512
 SIZE = 8 * MIB
@@ -134,3 +138,126 @@ def test_what_was_flushed_is_there(name: str, backing: bool) -> None:
         assert disk.wrong(0, tools.content(path, format)) == []
 
     with_host(test)
+
+
+class Forgetful(Filter):
+    """Storage that, once, forgets what it was to make durable, as Linux' page cache does.
+
+    `durable` is what a power cut leaves.
+    """
+
+    driver = "forgetful"
+    keeps_data = True
+    durable: ClassVar[bytearray]
+    written: ClassVar[list[tuple[int, bytes]]]
+    fail_in: ClassVar[int | None]
+    """How many flushes go well before one fails; None: all do."""
+
+    async def write(self, request: Request) -> None:
+        data = bytes(request.data())
+        self.written.append((request.offset, data))
+        await self.file.write(request.offset, data)
+
+    async def write_zeroes(self, request: Request) -> None:
+        self.written.append((request.offset, bytes(request.length)))
+        await self.file.forward(request)
+
+    async def flush(self, request: Request) -> None:
+        if Forgetful.fail_in is not None:
+            Forgetful.fail_in -= 1
+            if Forgetful.fail_in < 0:
+                Forgetful.fail_in = None
+                self.written.clear()
+                raise OSError(errno.EIO, "what was written is lost")
+        for offset, data in self.written:
+            self.durable[offset : offset + len(data)] = data
+        self.written.clear()
+        await self.file.forward(request)
+
+    async def truncate(self, size: int) -> None:
+        await self.file.node.truncate(size)
+        self.file.refresh()
+        self.durable[size:] = bytes(max(0, size - len(self.durable)))
+
+
+async def _snapshot(host: Host, what: str) -> None:
+    await host.backend.internal_snapshot("disk", what, "s")
+
+
+async def _flush(host: Host) -> None:
+    handle = host.backend.graph.node("disk").effective
+    await host.backend.engine.submit(handle, OP_FLUSH, 0, None)
+
+
+async def _fill(host: Host) -> None:
+    """More than the table of reference counts can describe."""
+    await host.write("disk", 0, b"\2" * SIZE)
+    await _flush(host)
+
+
+CHANGES: dict[str, tuple[int, Callable[[Host], Awaitable[Any]]]] = {
+    "create": (4096, lambda host: _snapshot(host, "create")),
+    "delete": (4096, lambda host: _snapshot(host, "delete")),
+    "larger": (512, lambda host: host.backend.block_resize("disk", 24 * MIB)),
+    "counts": (512, _fill),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_that_storage_forgets(what: str) -> None:
+    """At whichever of its barriers; it is not tried again, and the next flush is good."""
+    cluster, change = CHANGES[what]
+    tools = newest_tools()
+
+    def attempt(number: int) -> bool:
+        done = False
+
+        async def test(host: Host) -> None:
+            nonlocal done
+            path, cut = Path(host.path("disk.qcow2")), Path(host.path("cut.qcow2"))
+            tools.create(path, SIZE, cluster_size=cluster)
+            Forgetful.durable = bytearray(path.read_bytes())
+            Forgetful.written, Forgetful.fail_in = [], None
+            await host.add("file", "file", filename=str(path))
+            await host.add("forgetful", "storage", file="file")
+            await host.add("qcow2", "disk", file="storage")
+            content = bytearray(SIZE)
+
+            async def write(offset: int, value: int, length: int = 8192) -> None:
+                await host.write("disk", offset, bytes([value]) * length)
+                content[offset : offset + length] = bytes([value]) * length
+
+            for offset in (0, 2 * MIB, 5 * MIB):
+                await write(offset, 1)
+            await _flush(host)
+            if what == "delete":
+                await _snapshot(host, "create")
+                await write(0, 2)
+                await _flush(host)
+            Forgetful.fail_in = number
+            try:
+                await change(host)
+            except OSError as error:
+                assert error.errno == errno.EIO
+            done = Forgetful.fail_in is not None
+            Forgetful.fail_in = None
+            if what == "counts":
+                await write(0, 3, SIZE)
+            for index in range(64):
+                await write(index * 65536, index + 3)
+            await _flush(host)
+            cut.write_bytes(Forgetful.durable)
+            await host.backend.blockdev_del("disk")
+            for image in (cut, path):
+                check = tools.check(image)
+                assert not check.corruptions and not check.errors, check.text
+                assert tools.content(image)[:SIZE] == content
+
+        with_host(test, Forgetful)
+        return done
+
+    number = 0
+    while not attempt(number):
+        number += 1
+        assert number < 100
+    assert number > 1

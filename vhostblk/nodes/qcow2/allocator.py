@@ -55,6 +55,9 @@ class Owner(Protocol):
     def missing_tables(self) -> int:
         """How many L2 tables what is in memory may need at the next flush."""
 
+    async def settle_header(self) -> None:
+        """The disk has the header that is in force: what another one named may be used."""
+
     def corrupt(self, text: str, *, fatal: bool = False) -> OSError:
         """The image is broken: nothing is written from now on."""
 
@@ -102,6 +105,7 @@ class Allocator:
     async def reserve(self, count: int, *, zeroed: bool = False) -> int:
         """`count` clusters in one piece; the offset of the first. They count as used."""
         async with self._lock:
+            await self._owner.settle_header()
             await self._free_unused()
             host = await self.refcounts.reserve(count)
             await self._prepare(host, count, zeroed)
@@ -128,6 +132,7 @@ class Allocator:
         make its file longer and longer.
         """
         async with self._lock:
+            await self._owner.settle_header()
             await self._free_unused()
             host, count = await self.refcounts.reserve_some(min(most, self.most))
             await self._prepare(host, count, zeroed)

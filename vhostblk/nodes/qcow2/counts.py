@@ -22,13 +22,15 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator
+from functools import partial
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, BadImage, Header
 from vhostblk.nodes.qcow2.layout import (
     Storage,
+    WriteHeader,
     bytes_of,
     clusters_of,
-    patch_header,
+    commit_header,
     words_of,
 )
 from vhostblk.nodes.qcow2.refcounts import pack_counts, unpack_counts
@@ -155,9 +157,17 @@ def _store(counts: Counts, first: int, block: array[int]) -> None:
 class Rewrite:
     """An operation that ends with one write of the header (see the top of this module)."""
 
-    def __init__(self, storage: Storage, header: Header, busy: Counts, counts: Counts) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        busy: Counts,
+        counts: Counts,
+        write_header: WriteHeader | None = None,
+    ) -> None:
         self.storage = storage
         self.header = header
+        self._write_header = write_header or partial(commit_header, storage, header)
         self.counts = counts
         """How often each cluster is to be used, without the reference counts' own clusters."""
         self._taken: dict[int, bytearray] = {}
@@ -177,12 +187,14 @@ class Rewrite:
         self._max = (1 << header.refcount_bits) - 1
 
     @classmethod
-    async def begin(cls, storage: Storage, header: Header) -> Rewrite:
+    async def begin(
+        cls, storage: Storage, header: Header, write_header: WriteHeader | None = None
+    ) -> Rewrite:
         """Change the counts that are on disk."""
         busy = await load(storage, header)
         counts = Counts()
         counts.pieces = {number: piece[:] for number, piece in busy.pieces.items()}
-        rewrite = cls(storage, header, busy, counts)
+        rewrite = cls(storage, header, busy, counts, write_header)
         # The counts' own clusters go.
         where = header.refcount_table_offset
         length = header.refcount_table_clusters << header.cluster_bits
@@ -260,15 +272,9 @@ class Rewrite:
             table[number] = at
         await self.storage.write(offset, bytes_of(table))
         await self.storage.flush()
-        header = await patch_header(
-            self.storage,
-            self.header,
-            refcount_table_offset=offset,
-            refcount_table_clusters=length,
-            **changes,
+        return await self._write_header(
+            refcount_table_offset=offset, refcount_table_clusters=length, **changes
         )
-        await self.storage.flush()
-        return header
 
     def _place_blocks(self, per_block: int) -> tuple[dict[int, int], int, int]:
         """Clusters for blocks and table, which count themselves."""

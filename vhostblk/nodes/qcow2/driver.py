@@ -17,7 +17,7 @@ import errno
 import itertools
 import logging
 from array import array
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
 from vhostblk import luks
@@ -51,7 +51,7 @@ from vhostblk.nodes.qcow2.geometry import (
 )
 from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
-from vhostblk.nodes.qcow2.layout import patch_header
+from vhostblk.nodes.qcow2.layout import commit_header, rewrite_header
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
@@ -150,8 +150,11 @@ class Qcow2(MappedImage):
     async def _open_tables(self, key: SecretBytes | None) -> None:
         """Make all that serves the image; nothing stays if it fails."""
         self._decompressed: dict[int, bytes] = {}
+        self._header_lock = asyncio.Lock()
+        self._header_unsure = False
         self.stopped = False
-        self.refcounts = await self._load_refcounts()
+        self._lost = False
+        self.refcounts = await self._load_refcounts(self.header)
         if not self.read_only:
             await self._make_writable()
         self._tables = await facts.read_tables(self.file, self.header)
@@ -173,7 +176,7 @@ class Qcow2(MappedImage):
             self.data = ChildStorage(self.child("data-file"))
         self.data_is_raw = header.data_file_raw
         self.l1_offset = header.l1_table_offset
-        self.l1 = await self._load_l1()
+        self.l1 = await self._load_l1(header)
         self._know_backing()
         log: LogFile | None = None
         records: list[Record] = []
@@ -303,10 +306,33 @@ class Qcow2(MappedImage):
             raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
         return header
 
-    async def write_header(self, **changes: int) -> None:
-        """Change fields of the header, durably; all of them, or none."""
-        self.header = await patch_header(self.file, self.header, **changes)
-        await self.file.flush()
+    async def write_header(self, **changes: int) -> Header:
+        """Change fields of the header, durably; all of them, or none. The header as it is then.
+
+        If this fails the disk has the old header or the new one, now or after a power cut. The old
+        one stays in force, and is written once more before what only the new one names is reused.
+        """
+        async with self._header_lock:
+            await self._header_again()
+            try:
+                self.header = await commit_header(self.file, self.header, **changes)
+            except BaseException:
+                self._header_unsure = True
+                self.map.set_dirty(True)  # the next flush is to come up
+                raise
+            return self.header
+
+    async def settle_header(self) -> None:
+        """The disk has the header that is in force, and will have no other."""
+        if self._header_unsure:
+            async with self._header_lock:
+                await self._header_again()
+
+    async def _header_again(self) -> None:
+        if self._header_unsure:
+            await rewrite_header(self.file, self.header)
+            await self.file.flush()
+            self._header_unsure = False
 
     async def _make_writable(self) -> None:
         """What must be done before anything else is written."""
@@ -338,14 +364,14 @@ class Qcow2(MappedImage):
                 f"qemu-img check -r all '{self.filename()}'",
                 "dirty",
             ) from None
-        self.refcounts = await self._load_refcounts()
+        self.refcounts = await self._load_refcounts(self.header)
 
-    async def _load_l1(self) -> list[int]:
-        raw = await self.file.read(self.header.l1_table_offset, 8 * self.header.l1_size)
+    async def _load_l1(self, header: Header) -> list[int]:
+        raw = await self.file.read(header.l1_table_offset, 8 * header.l1_size)
         return list(words_from(raw))
 
-    async def _load_refcounts(self) -> Refcounts:
-        counts = Refcounts(self.file, self.header)
+    async def _load_refcounts(self, header: Header) -> Refcounts:
+        counts = Refcounts(self.file, header, self.write_header)
         await counts.load()
         return counts
 
@@ -526,6 +552,8 @@ class Qcow2(MappedImage):
         """The words of a slice as they are on disk; zeroes if there is no table."""
         table, part = divmod(index, self.geometry.slices_per_table)
         size = self.geometry.slice_bytes
+        if self._lost:
+            raise OSError(errno.EIO, "the tables of the image could not be read again")
         entry = self.l1[table]
         if not entry:
             return array("Q", bytes(size))
@@ -633,6 +661,14 @@ class Qcow2(MappedImage):
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         return OSError(errno.EIO, f"the image is corrupt: {text}")
+
+    def _give_up(self, text: str) -> None:
+        """What is in memory may be wrong, and there is nothing else: serve nothing."""
+        logger.error("image '%s' (node '%s'): %s", self.filename(), self.name, text)
+        data = {"device": "", "node-name": self.name, "msg": text, "fatal": True}
+        self.host.emit("BLOCK_IMAGE_CORRUPTED", data)
+        self.stopped = self._lost = True
+        self.l2.clear()
 
     def check_new(self, host: int, length: int) -> None:
         """Raise if metadata are where the reference counts say that clusters are free."""
@@ -767,7 +803,12 @@ class Qcow2(MappedImage):
 
     async def _read_only_again(self) -> None:
         self._start_cleaning()
-        await self.read_again()
+        try:
+            exchange = await self.prepare_exchange(await self._read_header())
+        except BaseException as error:
+            self._give_up(f"it may have been repaired, and cannot be read again: {error}")
+            raise
+        exchange()
 
     async def _free_before(self, before: dict[str, Any]) -> None:
         before["map"].free()
@@ -845,18 +886,27 @@ class Qcow2(MappedImage):
         await self._shorten(unused)
         await self.file.flush()
 
-    async def read_again(self) -> None:
-        """Something else has changed the image on disk; nothing is in flight."""
-        self.l2.clear()
-        self._decompressed.clear()
-        self.header = await self._read_header()
-        self._tables = await facts.read_tables(self.file, self.header)
-        self._size = self.header.size
-        self.l1_offset = self.header.l1_table_offset
-        self.l1 = await self._load_l1()
-        self.refcounts = await self._load_refcounts()
-        self.allocator.adopt(self.refcounts)
-        self.metadata = self._where_metadata_are()
+    async def prepare_exchange(self, header: Header) -> Callable[[], None]:
+        """Read the tables that `header` names; how to put them in force, once it is on disk.
+
+        Nothing is dirty, and nothing in flight.
+        """
+        tables = await facts.read_tables(self.file, header)
+        l1 = await self._load_l1(header)
+        refcounts = await self._load_refcounts(header)
+
+        def exchange() -> None:
+            self.l2.clear()
+            self._decompressed.clear()
+            self.header = header
+            self._tables = tables
+            self._size = header.size
+            self.l1, self.l1_offset = l1, header.l1_table_offset
+            self.refcounts = refcounts
+            self.allocator.adopt(refcounts)
+            self.metadata = self._where_metadata_are()
+
+        return exchange
 
     async def _finish_writing(self) -> None:
         """The same, and the image needs no log any more."""

@@ -2,8 +2,9 @@
 """Internal snapshots of a live image.
 
 Nothing is in flight meanwhile. Everything is written first, so that the image on disk is
-complete; the format's module changes it there (snapshots.py); then what was in memory is
-forgotten and read again, because clusters that were ours are shared now.
+complete; the format's module changes it there (snapshots.py). What was in memory is forgotten
+then, because clusters that were ours are shared now. What takes its place is read before the
+header is written: after that nothing may fail, and whatever fails before leaves all as it was.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from vhostblk.nodes.qcow2 import journal, snapshots
+from vhostblk.nodes.qcow2.header import Header
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -37,12 +39,23 @@ async def change(live: Qcow2, what: Change, name: str) -> snapshots.Snapshot:
                 "resize the node first (block_resize)",
                 data={"code": "size-mismatch", "node": live.name},
             )
-    editor = snapshots.Editor(live.file, live.header, known=journal.HAS_LOG)
+        await live.outdate_bitmaps()  # or the header would change twice
+
+    async def write_header(**changes: int) -> Header:
+        exchange = await live.prepare_exchange(live.header.replace(**changes))
+        await live.write_header(**changes)
+        exchange()
+        return live.header
+
+    editor = snapshots.Editor(
+        live.file, live.header, known=journal.HAS_LOG, write_header=write_header
+    )
     try:
         if what == "create":
             return await editor.create(name)
         if what == "delete":
             return await editor.delete(name)
         return await editor.apply(name)
-    finally:
-        await live.read_again()
+    except BaseException:
+        live.allocator.adopt(live.refcounts)  # what was free may hold what was written in vain
+        raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from vhostblk.nodes.qcow2.header import BadImage, Header
@@ -101,6 +102,24 @@ async def patch_header(storage: Storage, header: Header, **changes: int) -> Head
     await storage.write(24, bytes(raw[24:]))
     given: dict[str, Any] = dict(changes)
     return header.replace(**given)
+
+
+WriteHeader = Callable[..., Awaitable[Header]]
+"""Changes numbers in the header of one image, durably; the header as it is then."""
+
+
+async def commit_header(storage: Storage, header: Header, **changes: int) -> Header:
+    """`patch_header()`, and a barrier."""
+    header = await patch_header(storage, header, **changes)
+    await storage.flush()
+    return header
+
+
+async def rewrite_header(storage: Storage, header: Header) -> None:
+    """Write all numbers that `patch_header()` can change, as `header` has them; no barrier."""
+    end = 104 if header.version >= 3 else 72
+    numbers = {name: getattr(header, name) for name, (at, _) in _FIELDS.items() if at < end}
+    await patch_header(storage, header, **numbers)
 
 
 def clusters_of(header: Header, offset: int, length: int) -> range:

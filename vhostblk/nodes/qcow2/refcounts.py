@@ -23,11 +23,11 @@ import struct
 import sys
 from array import array
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol
+from functools import partial
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
+from vhostblk.nodes.qcow2.layout import Storage, WriteHeader, commit_header
 
-_HEADER_TABLE_OFFSET = 48
 SECTOR = 512
 # Array types by width; narrower counts are unpacked into bytes.
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
@@ -35,19 +35,6 @@ _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 class InconsistentCounts(OSError):
     """What the image says about its clusters cannot be."""
-
-
-class Storage(Protocol):
-    """The file that holds the image."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes; zeroes beyond the end."""
-
-    async def write(self, offset: int, data: bytes) -> None:
-        """Write, enlarging the file if need be."""
-
-    async def flush(self) -> None:
-        """What was written before is on stable storage afterwards."""
 
 
 def unpack_counts(data: bytes, bits: int) -> array[int]:
@@ -79,8 +66,14 @@ def pack_counts(counts: array[int], bits: int) -> bytes:
 class Refcounts:
     """The reference counts of one image. Clusters are numbered from the start of the file."""
 
-    def __init__(self, storage: Storage, header: Header) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        write_header: WriteHeader | None = None,
+    ) -> None:
         self._storage = storage
+        self._write_header = write_header or partial(commit_header, storage, header)
         self._bits = header.refcount_bits
         self.cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -273,8 +266,7 @@ class Refcounts:
         await self._storage.write(offset, struct.pack(f">{entries}Q", *table))
         await self._storage.flush()
         # A crash before this leaves the old table, which knows nothing of the new clusters.
-        await self._storage.write(_HEADER_TABLE_OFFSET, struct.pack(">QI", offset, clusters))
-        await self._storage.flush()
+        await self._write_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
         self.table, self.table_offset, self.table_clusters = table, offset, clusters
         self._blocks.update(fresh)
         for cluster in range(old_clusters):

@@ -30,6 +30,7 @@ async def resize(live: Qcow2, size: int) -> None:
     old = live.size
     if size == old:
         return
+    await live.settle_header()
     # Bitmaps are as long as the disk was.
     live.header = await bitmaps.mark_in_use(
         live.file, live.header, every=True, known=journal.HAS_LOG
@@ -90,11 +91,11 @@ async def _longer_l1(live: Qcow2, size: int) -> None:
         await live.file.write(host, data + bytes((clusters << geometry.cluster_bits) - len(data)))
         await live.allocator.write_counts()
         await live.file.flush()
+        await live.write_header(l1_size=count, l1_table_offset=host)
     except BaseException:
         await live.allocator.free_pieces([(host, clusters)])
         raise
     old, old_clusters = live.l1_offset, geometry.clusters(8 * len(live.l1))
-    await live.write_header(l1_size=count, l1_table_offset=host)
     live.l1, live.l1_offset = entries, host
     live.moved_metadata(old, old_clusters, host, clusters)
     await live.allocator.refcounts.free(old, old_clusters)

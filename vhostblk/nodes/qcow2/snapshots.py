@@ -14,7 +14,7 @@ the header (see counts.py), so a crash leaves the image as before or as after:
 
 In all three, active L2 tables whose COPIED flags are to change are written anew elsewhere, never
 changed where they are. Nobody else may be using the image; a live image is drained and
-flushed before, and its tables, reference counts and header are read again afterwards.
+flushed before, and takes the new tables from the disk (internal.py).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
 from vhostblk.nodes.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, BadImage, Header
 from vhostblk.nodes.qcow2.layout import (
     Storage,
+    WriteHeader,
     bytes_of,
     compressed_range,
     entry_words,
@@ -178,8 +179,12 @@ async def create(
     *,
     when: float | None = None,
     vm_clock: int = 0,
+    write_header: WriteHeader | None = None,
 ) -> tuple[Header, Snapshot]:
-    """Keep the present state as a snapshot; the header as it is now, and the new entry."""
+    """Keep the present state as a snapshot; the header as it is now, and the new entry.
+
+    `write_header` is how an image in use commits, here and below.
+    """
     table = await _prepare(storage, header)
     if not name or len(name.encode(errors="surrogateescape")) > 0xFFFF:
         raise VhostblkError("A snapshot needs a name of 1 to 65535 bytes")
@@ -190,7 +195,7 @@ async def create(
         )
     if len(table.snapshots) >= MAX_SNAPSHOTS:
         raise VhostblkError(f"An image cannot have more than {MAX_SNAPSHOTS} snapshots")
-    rewrite = await Rewrite.begin(storage, header)
+    rewrite = await Rewrite.begin(storage, header, write_header)
     entries = await _read_l1(storage, header, header.l1_table_offset, header.l1_size)
     await _count(rewrite, entries, 1)
     entries = await _flags(rewrite, entries)
@@ -213,11 +218,13 @@ async def create(
     return await rewrite.commit(l1_table_offset=l1_offset, **changes), snapshot
 
 
-async def delete(storage: Storage, header: Header, wanted: str) -> tuple[Header, Snapshot]:
+async def delete(
+    storage: Storage, header: Header, wanted: str, *, write_header: WriteHeader | None = None
+) -> tuple[Header, Snapshot]:
     """Forget a snapshot and free what only it used."""
     table = await _prepare(storage, header)
     snapshot = find(table, wanted)
-    rewrite = await Rewrite.begin(storage, header)
+    rewrite = await Rewrite.begin(storage, header, write_header)
     gone = await _read_l1(storage, header, snapshot.l1_offset, snapshot.l1_size)
     await _count(rewrite, gone, -1)
     rewrite.change(snapshot.l1_offset, 8 * snapshot.l1_size, -1)
@@ -233,7 +240,12 @@ async def delete(storage: Storage, header: Header, wanted: str) -> tuple[Header,
 
 
 async def apply(
-    storage: Storage, header: Header, wanted: str, *, known: int = 0
+    storage: Storage,
+    header: Header,
+    wanted: str,
+    *,
+    known: int = 0,
+    write_header: WriteHeader | None = None,
 ) -> tuple[Header, Snapshot]:
     """Make the image what it was when the snapshot was taken, its size included.
 
@@ -252,7 +264,7 @@ async def apply(
     # What the bitmaps say of the image is not true of the snapshot.
     resized = snapshot.disk_size != header.size
     header = await mark_in_use(storage, header, every=resized, known=known)
-    rewrite = await Rewrite.begin(storage, header)
+    rewrite = await Rewrite.begin(storage, header, write_header)
     entries = await _read_l1(storage, header, snapshot.l1_offset, snapshot.l1_size)
     await _count(rewrite, entries, 1)
     old = await _read_l1(storage, header, header.l1_table_offset, header.l1_size)
@@ -270,24 +282,42 @@ async def apply(
 class Editor:
     """Changes the snapshots of one image, whose header it keeps."""
 
-    def __init__(self, storage: Storage, header: Header, *, known: int = 0) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        *,
+        known: int = 0,
+        write_header: WriteHeader | None = None,
+    ) -> None:
         self._storage = storage
         self._known = known
+        self._write_header = write_header
         self.header = header
 
     async def create(self, name: str) -> Snapshot:
         """Keep the present state as a snapshot."""
-        self.header, snapshot = await create(self._storage, self.header, name)
+        self.header, snapshot = await create(
+            self._storage, self.header, name, write_header=self._write_header
+        )
         return snapshot
 
     async def delete(self, wanted: str) -> Snapshot:
         """Forget a snapshot and free what only it used."""
-        self.header, snapshot = await delete(self._storage, self.header, wanted)
+        self.header, snapshot = await delete(
+            self._storage, self.header, wanted, write_header=self._write_header
+        )
         return snapshot
 
     async def apply(self, wanted: str) -> Snapshot:
         """Make the image what it was when the snapshot was taken."""
-        self.header, snapshot = await apply(self._storage, self.header, wanted, known=self._known)
+        self.header, snapshot = await apply(
+            self._storage,
+            self.header,
+            wanted,
+            known=self._known,
+            write_header=self._write_header,
+        )
         return snapshot
 
 

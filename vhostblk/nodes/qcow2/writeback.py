@@ -48,6 +48,9 @@ class Live(Protocol):
     l1: list[int]
     l1_offset: int
 
+    async def settle_header(self) -> None:
+        """The disk has the header that is in force."""
+
 
 class Writeback:
     """Writes metadata of one image; one flush at a time."""
@@ -71,6 +74,7 @@ class Writeback:
                 return
             self._begun += 1
             serves = self._begun
+            await self._live.settle_header()
             await self._flush()
             self._done = serves
 
