@@ -24,7 +24,7 @@ from crash.history import Op
 from crash.judge import is_dirty
 from crash.stage import SEED_VARIABLE
 from crash.tools import ToolError
-from frontend import Device, Request, Type
+from frontend import Device, Qmp, Request, Type
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -223,6 +223,56 @@ def test_somebody_else_writes_in_between(
     assert backend.stop() == 0
     check_sound(image)
     assert content(image) == load.history.content
+
+
+@pytest.mark.parametrize(
+    ("variant", "role"), [*((name, "file") for name in VARIANTS), ("data-file", "data-file")]
+)
+def test_the_storage_was_replaced(
+    short_dir: Path, start_backend: Start, seed: int, variant: str, role: str
+) -> None:
+    """By a copy that lacks what is in memory only. What is written then is found in the copy."""
+    image, data = image_of(short_dir, variant), short_dir / "disk.data"
+    old = image if role == "file" else data
+    copy = short_dir / f"copy{old.suffix}"
+    history = History(Clock(), content(image))
+    load = Load(short_dir / "disk.sock", history, random.Random(seed))
+
+    def serving(image: Path, data: Path) -> list[str]:
+        options = {"data_file": "data"} if variant == "data-file" else {}
+        words = arguments(image, **options)
+        words[words.index("none")] = "{dir}/q.sock"
+        blockdev = f"driver=file,node-name=data,filename={data}"
+        return [*(("--blockdev", blockdev) if options else ()), *words]
+
+    backend = start_backend(*serving(image, data))
+    with load.device:
+        load.work(150)
+        load.settle()
+        shutil.copy(old, copy)
+        before = bytes(history.content)
+        with Qmp(str(short_dir / "q.sock")) as qmp:
+            new = {"driver": "file", "node-name": "new", "filename": str(copy)}
+            qmp.command("blockdev-add", **new)
+            place = {"parent-type": "driver", "node-name": "disk", "child": role}
+            qmp.command("blockdev-replace", **place, **{"new-child": "new"})
+        load.work(150)
+        backend.stop(signal.SIGKILL)
+        if role == "file":
+            if variant != "data-file":
+                assert content(image) == before
+            check_sound(image)
+            if format_of(image) == "qcow2":
+                assert image.read_bytes()[88:96] == bytes(8)  # auto-clear features: it has no log
+        where = (copy, data) if role == "file" else (image, copy)
+        backend = start_backend(*serving(*where))
+        load.device.reconnect()
+        load.settle()
+        load.check()
+    assert backend.stop() == 0
+    check_sound(where[0])
+    if role == "file":
+        assert content(copy) == load.history.content
 
 
 def wait_for_locks(image: Path) -> None:

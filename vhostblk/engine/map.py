@@ -130,6 +130,14 @@ class MapHandle(NodeHandle):
         """The disk, and what is below it, have these sizes now. Nothing is in flight."""
         lib.vb_map_set_size(self.pointer, size, backing_size)
 
+    def set_log(self, log: MapLog | None) -> None:
+        """Another log, an empty one; all in the present one is on disk, and nothing in flight."""
+        place = (0, 0) if log is None else (log.address, log.records)
+        result = lib.vb_map_set_log(self.pointer, *place)
+        if result < 0:
+            raise OSError(-result, f"the log of a map: {os.strerror(-result)}")
+        self.log = log
+
     def free(self) -> None:
         """No request is on its way up or down."""
         self._engine.forget(self._cookie)

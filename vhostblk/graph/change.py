@@ -76,6 +76,7 @@ class Change:
         # While it is carried out:
         self._prepared: list[NodeDriver] = []
         self._writing: list[NodeDriver] = []
+        self._moved: list[NodeDriver] = []
         self._undo_inside: list[Step] = []
         self._restore: Callable[[], None] | None = None
         self._disturbed: set[NodeDriver] = set()
@@ -444,6 +445,10 @@ class Change:
     async def _switch(self, nodes: list[NodeDriver]) -> None:
         graph = self.graph
         sizes = {backend: backend.root.size for backend in graph.backends}
+        moves = self._moves(nodes)
+        for node in reversed(moves):
+            with sentence(f"Could not move the data of node '{node.name}'", "move-failed", node):
+                await node.before_move()
         self._disturbed.update(graph.above(nodes)[0])
         self._restore = graph.save_relations()
         for parent, children in self._plan.items():
@@ -468,6 +473,7 @@ class Change:
         self._check_sizes(sizes)
         with graph.new_permissions():
             await self._begin_writing()
+            await self._move(moves)
             for backend in graph.backends:
                 backend.relink()
         graph.release_newcomers()
@@ -485,6 +491,30 @@ class Change:
         for node in self.graph.bottom_up():
             if self._writing and node in self._disturbed:
                 node.relink()  # an engine half may be another one
+
+    def _moves(self, nodes: list[NodeDriver]) -> dict[NodeDriver, dict[str, NodeDriver]]:
+        """Formats whose data others will hold, and who does so now, by role; children first."""
+        moves: dict[NodeDriver, dict[str, NodeDriver]] = {}
+
+        def now(node: NodeDriver) -> Mapping[str, NodeDriver]:
+            return {role: child.node for role, child in self._live(node).items()}
+
+        for node in self.graph.above(nodes)[0]:
+            planned = self.children_of(node)
+            for role, child in now(node).items():
+                if node.child_roles[role.split(".")[0]].kind is not RoleKind.STORAGE:
+                    continue
+                if role in planned and _holders(child, now) != _holders(
+                    planned[role], self.children_of
+                ):
+                    moves.setdefault(node, {})[role] = child
+        return moves
+
+    async def _move(self, moves: Mapping[NodeDriver, Mapping[str, NodeDriver]]) -> None:
+        for node, before in moves.items():
+            self._moved.append(node)
+            with sentence(f"Could not move the data of node '{node.name}'", "move-failed", node):
+                await node.move(before)
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
         for role, child in list(self._live(parent).items()):
@@ -537,6 +567,10 @@ class Change:
                 with _logged(f"putting back node '{node.name}'"):
                     node.children_changed()
                     node.relink()
+            while self._moved:
+                node = self._moved.pop()
+                with _logged(f"moving back the data of node '{node.name}'"):
+                    await node.move_back()
             for backend in graph.backends:
                 backend.relink()
                 backend.refresh_size()
@@ -570,6 +604,9 @@ class Change:
         for node in self._reopenings:
             with _logged(f"cleaning up after the reopening of node '{node.name}'"):
                 await node.reopen_clean()
+        for node in self._moved:
+            with _logged(f"cleaning up after the move of the data of node '{node.name}'"):
+                await node.moved()
         for child in self._untied:
             child.detach()
         await graph.drop(self._left)
@@ -597,6 +634,18 @@ class _logged:
         text = f"{type(error).__name__}: {error}{origin(error)}"
         logger.error("%s failed: %s", self._what, text, exc_info=logger.isEnabledFor(logging.DEBUG))
         return True
+
+
+def _holders(
+    node: NodeDriver, children_of: Callable[[NodeDriver], Mapping[str, NodeDriver]]
+) -> tuple[NodeDriver, NodeDriver]:
+    """Who has the data that a node has: below filters that keep them, and at the very bottom."""
+    while node.keeps_data:
+        node = children_of(node)["file"]
+    bottom = node
+    while len(children := children_of(bottom)) == 1:
+        [bottom] = children.values()
+    return node, bottom
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

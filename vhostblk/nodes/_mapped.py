@@ -155,6 +155,14 @@ class MappedImage(WritableLater, abc.ABC):
         """Carry out a request through the engine's map once more, without its flags."""
         await request.submit_part(self.map, op, request.offset, request.length)
 
+    def not_a_copy(self, text: str) -> VhostblkError:
+        """The image cannot be where it is to be now: an error to raise."""
+        return self._error(
+            f"Node '{self.child('file').node.name}' cannot become the file of node '{self.name}': "
+            f"it has no copy of the image as it is now ({text})",
+            "not-a-copy",
+        )
+
     def _error(self, text: str, code: str = "bad-image") -> VhostblkError:
         return VhostblkError(
             text, data={"code": code, "node": self.name, "filename": self.filename()}

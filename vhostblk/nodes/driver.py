@@ -551,6 +551,25 @@ class NodeDriver:
     async def remember_backing(self) -> None:
         """Undo the last forget_backing(). Nothing is in flight."""
 
+    # What a format stores (RoleKind.STORAGE) is moved to other nodes; filters that keep the data do
+    # not count. In the pause: before_move(), then relations change, then move(). If that, or
+    # anything after it, fails, move_back() when the old relations are there again; else moved().
+
+    async def before_move(self) -> None:
+        """Write to where it is now what is in memory only."""
+
+    async def move(self, before: Mapping[str, NodeDriver]) -> None:
+        """It is to be elsewhere; `before` says where it was, by role. Raise to refuse.
+
+        Permissions can be had for the old place and the new one.
+        """
+
+    async def move_back(self) -> None:
+        """Undo a move(), which may have failed half-way. Must not fail."""
+
+    async def moved(self) -> None:
+        """The change is complete, guests run: free what is not needed any more."""
+
     def children_changed(self) -> None:
         """Children have been added, removed or replaced, here or below, or have another size.
 

@@ -90,3 +90,8 @@ void vb_map_set_dirty(vb_node *map, bool dirty);
 /* VB_EVENT_DONE with `cookie` once all requests that have looked at entries so far have completed. */
 void vb_map_grace(vb_node *map, uint64_t cookie);
 void vb_map_set_size(vb_node *map, uint64_t size, uint64_t backing_size); /* while drained */
+/*
+ * Another log, an empty one (see the options; 0: the map's own), when all records in the present one
+ * are on disk. While drained. 0, or -ENOMEM.
+ */
+int vb_map_set_log(vb_node *map, uint64_t log, uint32_t records);

@@ -218,6 +218,27 @@ void vb_map_log_done(struct vb_node *node, uint64_t taken)
     __atomic_store_n(&map_of(node)->log->tail, taken, __ATOMIC_RELEASE);
 }
 
+int vb_map_set_log(struct vb_node *node, uint64_t log, uint32_t records)
+{
+    struct map_node *map = map_of(node);
+    struct vb_map_log *own = NULL;
+
+    if (!log) {
+        records = OWN_LOG_RECORDS;
+        own = calloc(1, sizeof(*own) + OWN_LOG_RECORDS * sizeof(*map->records));
+        if (!own) {
+            return -ENOMEM;
+        }
+    }
+    free(map->own_log);
+    map->own_log = own;
+    map->log = own ? own : (struct vb_map_log *)(uintptr_t)log;
+    map->records = (struct vb_map_record *)(map->log + 1);
+    map->options.log_records = records;
+    atomic_store(&map->taken, map->log->head);
+    return 0;
+}
+
 void vb_map_set_dirty(struct vb_node *node, bool dirty)
 {
     atomic_store(&map_of(node)->dirty, dirty);
@@ -495,21 +516,12 @@ struct vb_node *vb_node_map_new(struct vb_engine *engine, const struct vb_map_op
     map->options = *options;
     map->tables_count = tables_for(options);
     map->tables = calloc(map->tables_count, sizeof(*map->tables));
-    map->log = (struct vb_map_log *)(uintptr_t)options->log;
-    if (!map->log) {
-        map->options.log_records = OWN_LOG_RECORDS;
-        map->own_log = calloc(1, sizeof(*map->log) + OWN_LOG_RECORDS * sizeof(*map->records));
-        map->log = map->own_log;
-    }
-    if (!map->tables || !map->log) {
+    if (!map->tables || vb_map_set_log(&map->node, options->log, options->log_records) < 0) {
         vb_error(error, -ENOMEM, "no memory for a map of %llu tables",
                  (unsigned long long)map->tables_count);
         free(map->tables);
-        free(map->own_log);
         free(map);
         return NULL;
     }
-    map->records = (struct vb_map_record *)(map->log + 1);
-    atomic_init(&map->taken, map->log->head);
     return &map->node;
 }

@@ -28,7 +28,7 @@ from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes._mapped import MappedImage
 from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import Request
-from vhostblk.nodes.qcow2 import bitmaps, extents, facts, internal, journal
+from vhostblk.nodes.qcow2 import bitmaps, extents, facts, internal, journal, moving
 from vhostblk.nodes.qcow2.allocator import Allocator
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.check import check as check_at_rest
@@ -154,6 +154,7 @@ class Qcow2(MappedImage):
         self._header_unsure = False
         self.stopped = False
         self._lost = False
+        self.move_under_way: moving.Move | None = None
         self.refcounts = await self._load_refcounts(self.header)
         if not self.read_only:
             await self._make_writable()
@@ -265,7 +266,7 @@ class Qcow2(MappedImage):
     async def _begin_log(self, log: LogFile | None, token: int, records: list[Record]) -> None:
         """Enter what a predecessor left behind; from now on the image has this log."""
         self.log = log
-        self._token = token
+        self.token = token
         if records:
             logger.info("image '%s': %d changes of a killed process", self.filename(), len(records))
             # The child nodes are tied to the engine half after open() only.
@@ -317,10 +318,14 @@ class Qcow2(MappedImage):
             try:
                 self.header = await commit_header(self.file, self.header, **changes)
             except BaseException:
-                self._header_unsure = True
-                self.map.set_dirty(True)  # the next flush is to come up
+                self.doubt_header()
                 raise
             return self.header
+
+    def doubt_header(self) -> None:
+        """The disk may not have the header that is in force."""
+        self._header_unsure = True
+        self.map.set_dirty(True)  # the next flush is to come up
 
     async def settle_header(self) -> None:
         """The disk has the header that is in force, and will have no other."""
@@ -733,7 +738,7 @@ class Qcow2(MappedImage):
             return
         # Writable after all: what is written from here on is in the log until it is on disk.
         try:
-            await self.write_header(autoclear=self.header.autoclear | self._token)
+            await self.write_header(autoclear=self.header.autoclear | self.token)
         except OSError as error:
             logger.error(
                 "image '%s': %s; until it is opened anew, unflushed writes do not survive kill -9",
@@ -770,6 +775,40 @@ class Qcow2(MappedImage):
         """We are read-only from here on, and everything is on disk."""
         if self.log is not None and not self.header.autoclear & journal.HAS_LOG:
             self.log.retire()
+
+    # ---- to another file
+
+    async def before_move(self) -> None:
+        if not self.read_only and not self.stopped:
+            await self.write_everything()
+
+    async def move(self, before: Mapping[str, NodeDriver]) -> None:
+        for role in before:
+            # What the guest was told is durable must be so in a copy, too.
+            if not self.read_only:
+                await self.child(role).flush()
+        if "file" in before:
+            await moving.check(self)
+            if not (self.read_only or self.stopped) and self._before is None:
+                await moving.move(self, before)
+            # else nothing is written, or the image was opened there just now
+
+    async def move_back(self) -> None:
+        move, self.move_under_way = self.move_under_way, None
+        if move is not None:
+            await moving.move_back(self, move)
+
+    async def moved(self) -> None:
+        move, self.move_under_way = self.move_under_way, None
+        if move is not None and move.log is not None:
+            move.log.close(remove=True)
+
+    def begin_log(self, log: LogFile | None, token: int, header: Header) -> None:
+        """Another log, and the header that names it; nothing is in flight, nor dirty."""
+        if log is not self.map.log:
+            self.map.set_log(log)
+        self.log, self.token, self.header = log, token, header
+        self.writeback.begin_log()
 
     # ---- from read-only to writable (_writable.py)
 

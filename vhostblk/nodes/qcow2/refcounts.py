@@ -22,7 +22,7 @@ import errno
 import struct
 import sys
 from array import array
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
@@ -272,6 +272,20 @@ class Refcounts:
         for cluster in range(old_clusters):
             await self._change((old_offset >> self.cluster_bits) + cluster, -1)
 
+    async def end(self, known: Collection[int]) -> int:
+        """Where the last cluster in use ends, but for those at `known` offsets and our own."""
+        own = {self.table[number] for number in self._blocks}
+        own.update(self.table_offset + n * self._cluster_size for n in range(self.table_clusters))
+        for number in reversed(range(len(self.table))):
+            if not self.table[number]:
+                continue
+            block = await self._block(number)
+            for index in reversed(range(self.per_block)):
+                host = (number * self.per_block + index) << self.cluster_bits
+                if block[index] and host not in own and host not in known:
+                    return host + self._cluster_size
+        return 0
+
     # ---- changing
 
     async def _put(self, cluster: int, value: int) -> None:
@@ -334,6 +348,15 @@ class Refcounts:
             await self._storage.write(at, struct.pack(">Q", self.table[number]))
         self._unsure[1].update(self._table_dirty)
         self._table_dirty.clear()
+
+    async def write_again(self) -> None:
+        """Write all that is in memory once more: the storage has become another one. No barrier."""
+        async with self._lock:
+            for number, block in sorted(self._blocks.items()):
+                if self.table[number]:
+                    await self._storage.write(self.table[number], pack_counts(block, self._bits))
+            table = struct.pack(f">{len(self.table)}Q", *self.table)
+            await self._storage.write(self.table_offset, table)
 
     async def barrier(self, flush: Callable[[], Awaitable[None]]) -> None:
         """Flush. If that fails, what was written before is written once more.

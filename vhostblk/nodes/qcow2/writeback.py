@@ -62,8 +62,7 @@ class Writeback:
         self._begun = 0
         self._done = 0
         self._l1_dirty: set[int] = set()
-        self.recorded = live.map.log_taken()
-        """Records of the map's log, since it exists, that are on disk."""
+        self.begin_log()
 
     async def flush(self) -> None:
         """What has completed by now is on stable storage afterwards."""
@@ -131,6 +130,31 @@ class Writeback:
             await self._write_all(copies)
             await live.file.flush()
             self._l1_dirty.clear()
+
+    def known_tables(self) -> list[int]:
+        """L2 tables of which memory knows a part, and which are not a snapshot's, too: offsets."""
+        live = self._live
+        per_table = live.geometry.slices_per_table
+        entries = (live.l1[table] for table in {i // per_table for i in live.l2.indexes()})
+        return sorted(entry & OFFSET_MASK for entry in entries if entry & COPIED)
+
+    async def write_again(self, old: ChildStorage) -> None:
+        """Write what memory knows to other storage than the `old`. No barrier.
+
+        Nothing is dirty, and nothing in flight.
+        """
+        live = self._live
+        await live.allocator.refcounts.write_again()
+        for host in self.known_tables():
+            await live.file.write(host, await old.read(host, live.geometry.cluster_size))
+        self._l1_dirty.update(range(len(live.l1)))
+        await self._write_all([])
+        self._l1_dirty.clear()
+
+    def begin_log(self) -> None:
+        """The map has this log now."""
+        self.recorded = self._live.map.log_taken()
+        """Records of it, since it exists, that are on disk."""
 
     async def _barrier(self) -> None:
         live = self._live

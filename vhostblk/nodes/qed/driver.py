@@ -38,7 +38,14 @@ from vhostblk.engine import OP_WRITE
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._mapped import MappedImage
-from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
+from vhostblk.nodes.driver import (
+    ChildRole,
+    CreateHost,
+    NodeDriver,
+    NodeOptions,
+    Perm,
+    RoleKind,
+)
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.backing import NamedFiles
 from vhostblk.nodes.qcow2.creating import NewFile
@@ -122,6 +129,11 @@ class _Clusters:
         await self._file.flush()
         self._durable = ahead
         self._step = min(2 * self._step, _MAX_STEP)
+
+    @property
+    def end(self) -> int:
+        """Where the last cluster that has been taken ends."""
+        return self._end
 
     async def trim(self) -> None:
         """Cut off what was not needed."""
@@ -213,6 +225,7 @@ class Qed(MappedImage):
         self._readers: set[asyncio.Future[None]] = set()
         self._written_to = False
         self._clearing: asyncio.Task[None] | None = None
+        self._allocator_before: _Clusters | None = None
         await self._open_tables()
 
     async def _open_tables(self) -> None:
@@ -580,6 +593,48 @@ class Qed(MappedImage):
                 )
             await self._write_everything()
         await super().reopen_prepare(options)
+
+    # ---- to another file
+    #
+    # All that completed was written; what it takes is to see that it is there.
+
+    async def before_move(self) -> None:
+        if not self.read_only:
+            await self._write_everything()
+
+    async def move(self, before: Mapping[str, NodeDriver]) -> None:
+        if self.read_only or self._before is not None:
+            self._same_image(await self._header_of_copy())
+            return
+        await self.file.flush()  # what the guest was told is durable must be so in a copy, too
+        there = await self._header_of_copy()
+        self._same_image(there)
+        if self.file.size < self.allocator.end:
+            raise self.not_a_copy(f"it is shorter than {self.allocator.end} bytes")
+        await self.file.truncate(self.allocator.end)  # what lies behind may be anything
+        self._allocator_before = self.allocator
+        self.allocator = _Clusters(self.file, self.header.cluster_size)
+        if there != self.header:
+            await write_header(self.file, self.header)
+
+    async def move_back(self) -> None:
+        if self._allocator_before is not None:
+            self.allocator, self._allocator_before = self._allocator_before, None
+
+    async def moved(self) -> None:
+        self._allocator_before = None
+
+    async def _header_of_copy(self) -> Header:
+        try:
+            return await read_header(self.file)
+        except BadImage as error:
+            raise self.not_a_copy(error.desc) from None
+
+    def _same_image(self, there: Header) -> None:
+        if there.with_(features=there.features & ~NEED_CHECK) != self.header.with_(
+            features=self.header.features & ~NEED_CHECK
+        ):
+            raise self.not_a_copy("its header is another one")
 
     async def _quiet(self) -> None:
         if self._clearing is not None:
