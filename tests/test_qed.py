@@ -254,6 +254,31 @@ def test_need_check_bit_is_there_before_an_entry_and_goes_at_the_end(
     with_host(run)
 
 
+@pytest.mark.parametrize("failing", ["write", "flush"])
+def test_need_check_bit_whose_going_failed(tmp_path: Path, tools: Tools, failing: str) -> None:
+    """At its write, or the barrier after that: it is there before the next entry all the same."""
+    image = new_image(tools, tmp_path / "d.qed", 4 * MIB)
+
+    async def run(host: Host) -> None:
+        node = await host.add("qed", "d", file=file_of(image))
+        await host.write("d", 0, b"a" * 8192)
+        broken: dict[str, Any] = {"driver": "error-inject", "node-name": "broken", "count": 1}
+        broken |= {"operations": [failing], "skip": 2 if failing == "flush" else 0}
+        insert = {"filter": broken, "node-name": "d", "child": "file"}
+        await host.backend.transaction([("block-filter-insert", insert)])
+        with pytest.raises(OSError):
+            await node.check_image()  # which needs an image that is marked no more
+        assert bool(features(image) & NEED_CHECK) == (failing == "write")
+        await host.write("d", 2 * MIB, b"b" * 8192)
+        assert features(image) & NEED_CHECK
+        await host.backend.blockdev_del("d")
+        assert not features(image) & NEED_CHECK
+
+    with_host(run)
+    found = tools.check(image, format="qed")
+    assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+
+
 def test_idle_image_is_sound_on_disk(
     tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:

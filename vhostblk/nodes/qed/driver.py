@@ -265,6 +265,8 @@ class Qed(MappedImage):
         ]
         self._table_lock = asyncio.Lock()
         self._bit_lock = asyncio.Lock()
+        self._marked = False
+        """The need-check bit is on disk."""
         self._changing = 0
         self._changed = 0
         self._barrier_lock = asyncio.Lock()
@@ -474,10 +476,11 @@ class Qed(MappedImage):
     async def _mark(self) -> None:
         """The need-check bit is on disk before any table changes."""
         async with self._bit_lock:
-            if not self.header.need_check:
+            if not self._marked:
                 header = self.header.with_(features=self.header.features | NEED_CHECK)
                 await write_header(self.file, header)
                 self.header = header
+                self._marked = True
         if self._clearing is None:
             self._clearing = self.engine.loop.create_task(self._clear_when_idle())
 
@@ -488,7 +491,9 @@ class Qed(MappedImage):
                 seen = self._changed
                 await asyncio.sleep(_IDLE)
         except OSError as error:
-            logger.warning("image '%s' stays marked: %s", self.filename(), error)
+            logger.warning(
+                "image '%s' may stay marked until it is closed: %s", self.filename(), error
+            )
         finally:
             self._clearing = None
 
@@ -503,6 +508,7 @@ class Qed(MappedImage):
             if self._changing or seen != self._changed:
                 return False
             header = self.header.with_(features=self.header.features & ~NEED_CHECK)
+            self._marked = False  # even if this fails: nobody knows what has got to the disk
             await write_header(self.file, header)
             self.header = header
             return True
