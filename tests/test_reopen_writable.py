@@ -19,6 +19,7 @@ from in_process import MIB, Host, refused, with_host
 from test_graph_change_reopen import locked, reopen
 
 from vhostblk.engine import OP_FLUSH
+from vhostblk.schema import VhostblkError
 
 TOOLS = all_tools()
 SIZE = 8 * MIB
@@ -242,6 +243,49 @@ def test_a_later_step_fails(tmp_path: Path, tools: Tools, form: str) -> None:
     with_host(test)
     judge(tools, path, form)
     assert tools.content(path, form)[: 2 * MIB] == b"\1" * MIB + b"y" * MIB
+
+
+def test_a_later_step_and_a_read_fail(tmp_path: Path, tools: Tools) -> None:
+    """What cannot be read again is not served from old tables; nor is an image called corrupt."""
+    path = new_image(tools, tmp_path / "a")
+    tools.io(path, "write -P 1 0 1M")
+    before = path.read_bytes()
+    given_up: list[bool] = []
+
+    def attempt(skip: int) -> None:
+        async def test(host: Host) -> None:
+            await host.add("file", "f", filename=str(path))
+            broken = {"file": "f", "operations": ["read"], "skip": skip, "count": 1}
+            await host.add("error-inject", "broken", **broken)
+            options = {"driver": "qcow2", "node-name": "disk", "file": "broken"}
+            try:
+                await host.backend.blockdev_add({**options, "read-only": True})
+            except (OSError, VhostblkError):
+                return
+            host.backend.graph.on_switched = fail
+            with pytest.raises((Boom, VhostblkError)):
+                await reopen(host, {**options, "read-only": False})
+            host.backend.graph.on_switched = None
+            await act(host, "block-filter-remove", node_name="broken")
+            lost = host.named("BLOCK_IMAGE_CORRUPTED")
+            given_up.append(bool(lost))
+            if lost:
+                assert lost[0]["fatal"] and "cannot be read again" in lost[0]["msg"]
+                with pytest.raises(OSError):
+                    await host.read("disk", 0, MIB)
+            else:
+                assert await host.read("disk", 0, 2 * MIB) == b"\1" * MIB + bytes(MIB)
+
+        path.write_bytes(before)
+        with_host(test)
+        judge(tools, path)
+
+    async def fail() -> None:
+        raise Boom
+
+    for skip in range(24):
+        attempt(skip)
+    assert True in given_up and not given_up[-1]
 
 
 def test_one_of_two_fails(tmp_path: Path, tools: Tools) -> None:
