@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vhostblk.engine import IO
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle
 from vhostblk.nodes._writable import WritableLater
-from vhostblk.nodes.driver import ChildRole, Perm, RoleKind
+from vhostblk.nodes.driver import ChildRole, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, Request
 from vhostblk.schema import VhostblkError
 
@@ -109,6 +109,11 @@ class MappedImage(WritableLater, abc.ABC):
         if (self.has_backing, self.backing_size) != before:
             self.map.set_size(self._size, self.backing_size)
             self.l2.install_again()
+
+    async def move(self, before: Mapping[str, NodeDriver]) -> None:
+        if not self.read_only:
+            for role in before:  # what a guest was told is durable must be so in a copy, too
+                await self.child(role).flush()
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         if role.kind is RoleKind.BACKING:

@@ -783,10 +783,7 @@ class Qcow2(MappedImage):
             await self.write_everything()
 
     async def move(self, before: Mapping[str, NodeDriver]) -> None:
-        for role in before:
-            # What the guest was told is durable must be so in a copy, too.
-            if not self.read_only:
-                await self.child(role).flush()
+        await super().move(before)
         if "file" in before:
             await moving.check(self)
             if not (self.read_only or self.stopped) and self._before is None:

@@ -609,12 +609,11 @@ class Qed(MappedImage):
             await self._write_everything()
 
     async def move(self, before: Mapping[str, NodeDriver]) -> None:
-        if self.read_only or self._before is not None:
-            self._same_image(await self._header_of_copy())
-            return
-        await self.file.flush()  # what the guest was told is durable must be so in a copy, too
+        await super().move(before)
         there = await self._header_of_copy()
         self._same_image(there)
+        if self.read_only or self._before is not None:
+            return  # nothing is written, or the image was opened there just now
         if self.file.size < self.allocator.end:
             raise self.not_a_copy(f"it is shorter than {self.allocator.end} bytes")
         await self.file.truncate(self.allocator.end)  # what lies behind may be anything
