@@ -131,6 +131,10 @@ class Forgetful:
         self.unsure: list[tuple[int, bytes]] = []
         self.fail = False
 
+    @property
+    def size(self) -> int:
+        return len(self.cache)
+
     async def read(self, offset: int, length: int) -> bytes:
         return bytes(self.cache[offset : offset + length]).ljust(length, b"\0")
 

@@ -51,7 +51,7 @@ from vhostblk.nodes.qcow2.geometry import (
 )
 from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
-from vhostblk.nodes.qcow2.layout import commit_header, rewrite_header
+from vhostblk.nodes.qcow2.layout import commit_header, read_header, rewrite_header
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
@@ -298,14 +298,9 @@ class Qcow2(MappedImage):
 
     async def _read_header(self) -> Header:
         try:
-            start = await self.file.read(0, 4096)
-            header = Header.parse(start)
-            if header.cluster_size > len(start):
-                # Extensions and the name of the backing file may be anywhere in it.
-                header = Header.parse(await self.file.read(0, min(header.cluster_size, 1 << 16)))
+            return await read_header(self.file)
         except BadImage as error:
             raise self._error(f"Could not open '{self.filename()}': {error.desc}") from None
-        return header
 
     async def write_header(self, **changes: int) -> Header:
         """Change fields of the header, durably; all of them, or none. The header as it is then.
@@ -565,6 +560,8 @@ class Qcow2(MappedImage):
         host = entry & OFFSET_MASK
         if entry & L1_RESERVED or host & (self.geometry.cluster_size - 1):
             raise self.corrupt(f"L1 entry {table} ({entry:#x}) is not a valid offset", fatal=True)
+        if host >= self.file.size:
+            raise self.corrupt(f"L1 entry {table} points beyond the end of the file", fatal=True)
         with self.reading():
             words = words_from(await self.file.read(host + part * size, size))
         self._check_slice(words, host + part * size, index)

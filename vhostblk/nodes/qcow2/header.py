@@ -210,6 +210,7 @@ class Header:
         header = header._parse_extensions(data, length, end)
         if backing_offset:
             header = header._parse_backing(data, backing_offset, backing_length)
+        header._check_names()
         header._check_features()
         header._check_limits()
         return header
@@ -262,6 +263,15 @@ class Header:
             raise BadImage("Backing file name is cut off")
         name = data[offset : offset + length].decode(errors="surrogateescape")
         return replace(self, backing_file=name or None)
+
+    def _check_names(self) -> None:
+        for what, name in (
+            ("Backing file name", self.backing_file),
+            ("Backing file format", self.backing_format),
+            ("Data file name", self.data_file),
+        ):
+            if name is not None and "\0" in name:
+                raise BadImage(f"{what} contains a null byte")
 
     def _check_features(self) -> None:
         unknown = self.incompatible & ~_KNOWN_INCOMPATIBLE

@@ -101,7 +101,7 @@ class Refcounts:
         block = self._blocks.get(number)
         if block is None:
             offset = self.table[number]
-            if offset % self._cluster_size or offset >> 56:
+            if offset % self._cluster_size or offset >= self._storage.size:
                 raise _corrupt(f"refcount table entry {number} ({offset:#x}) is not valid")
             data = await self._storage.read(offset, self._cluster_size) if offset else None
             block = self._blocks.get(number)  # somebody may have been faster

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Images that were made to do harm, opened and used as a guest's disk: a clear error or none."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash import newest_tools
+from hypothesis import HealthCheck, given, settings
+from in_process import Host, refused, with_host
+from test_qcow2_driver import KIB, MIB, Disk, new_disk
+from test_qcow2_hostile import CLEAR, hostile
+
+FAR = 1 << 48
+L1_OFFSET, TABLE_OFFSET, SNAPSHOTS, SNAPSHOTS_OFFSET = 40, 48, 60, 64
+
+
+def put(path: Path, offset: int, form: str, value: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(form, value))
+
+
+def number(path: Path, offset: int) -> int:
+    return int(struct.unpack_from(">Q", path.read_bytes(), offset)[0])
+
+
+async def attempt(work: Any) -> None:
+    try:
+        await work
+    except CLEAR as error:
+        assert str(error)
+
+
+async def use(disk: Disk) -> None:
+    """All that a guest and an operator may do, each of which may fail."""
+    backend = disk.host.backend
+    end = min(disk.node.size, 2 * MIB) // (64 * KIB) * 64 * KIB
+    for offset in range(0, end, 64 * KIB):
+        await attempt(disk.read(offset, 64 * KIB))
+    for offset in range(0, end, 256 * KIB):
+        await attempt(disk.write(offset, b"\x55" * 8192))
+        await attempt(disk.discard(offset + 4096, 8192))
+        await attempt(disk.zero(offset + 16384, 4096, unmap=True))
+    await attempt(disk.flush())
+    for what in ("create", "delete"):
+        await attempt(backend.internal_snapshot("disk", what, "another"))
+    await attempt(backend.block_image_check("disk"))
+    await attempt(backend.block_image_map("disk", 0, None, 1000))
+    await attempt(backend.block_resize("disk", 6 * MIB))
+    await attempt(disk.flush())
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(hostile())
+def test_nothing_but_clear_errors(data: bytes) -> None:
+    async def test(host: Host) -> None:
+        disk = Disk(host, newest_tools(), Path(host.path("disk.qcow2")))
+        disk.path.write_bytes(data)
+        try:
+            await disk.open(backing=None)
+        except CLEAR as error:
+            assert str(error)
+            return
+        await use(disk)
+        await disk.close()
+        assert disk.path.stat().st_size < len(data) + 256 * MIB
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("field", [L1_OFFSET, TABLE_OFFSET, SNAPSHOTS_OFFSET])
+def test_tables_beyond_the_end_of_the_file(field: int) -> None:
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        put(disk.path, SNAPSHOTS, ">I", field == SNAPSHOTS_OFFSET)
+        put(disk.path, field, ">Q", FAR)
+        with refused("Could not open", f"table ({FAR:#x}) is outside the image file"):
+            await disk.open()
+
+    with_host(test)
+
+
+def test_an_l2_table_beyond_the_end_of_the_file() -> None:
+    async def test(host: Host) -> None:
+        disk = new_disk(host)
+        put(disk.path, number(disk.path, L1_OFFSET), ">Q", 1 << 63 | FAR)
+        await disk.open()
+        with pytest.raises(OSError, match="beyond the end of the file"):
+            await disk.node.load_slice(0)
+        for work in (disk.read(0, 512), disk.write(0, b"\x55" * 512)):
+            with pytest.raises(OSError):
+                await work
+        assert host.named("BLOCK_IMAGE_CORRUPTED")
+        await disk.close()
+        assert disk.path.stat().st_size < 4 * MIB
+
+    with_host(test)
+
+
+def test_counts_beyond_the_end_of_the_file_do_not_make_clusters_free() -> None:
+    async def test(host: Host) -> None:
+        disk = new_disk(host, cluster_size="512")
+        disk.tools.io(disk.path, "write -q -P 5 0 4M")
+        put(disk.path, number(disk.path, TABLE_OFFSET) + 8 * 20, ">Q", 1 << 40)
+        await disk.open(overlap_check="none")
+        with pytest.raises(OSError):
+            for offset in range(4 * MIB, 8 * MIB, 64 * KIB):
+                await disk.write(offset, b"n" * 64 * KIB)
+            await disk.flush()
+        assert await disk.read(0, 4 * MIB) == b"\x05" * 4 * MIB
+        await disk.close()
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("kind", ["backing file", "data file"])
+def test_names_with_a_null_byte(kind: str) -> None:
+    async def test(host: Host) -> None:
+        host.file("other.raw")
+        if kind == "backing file":
+            disk = new_disk(host, MIB, backing="other.raw", backing_format="raw")
+        else:
+            disk = new_disk(host, MIB, data_file="other.raw")
+        data = disk.path.read_bytes()
+        put(disk.path, data.index(b"other.raw") + 1, ">B", 0)
+        with refused(f"{kind} name contains a null byte".capitalize()):
+            await disk.open()
+
+    with_host(test)
