@@ -32,6 +32,7 @@ typedef struct vb_export vb_export;
 #define VB_REQ_FUA 1       /* write, write-zeroes: on stable storage before completion */
 #define VB_REQ_MAY_UNMAP 2 /* write-zeroes: the range may be deallocated */
 #define VB_REQ_GUEST 4     /* write: if we are killed, a guest repeats it; half a sector may be written */
+#define VB_REQ_LITERAL 8   /* write: as data, even if they are zeroes */
 
 /* ---- the engine: owner of everything below, one per process ---------------- */
 

@@ -133,6 +133,8 @@ void vb_request_fill(struct vb_request *request, const void *data);
 void vb_request_get(const struct vb_request *request, uint64_t position, void *to, uint64_t bytes);
 void vb_request_put(struct vb_request *request, uint64_t position, const void *from,
                     uint64_t bytes);
+/* Whether all the data of a write are zeroes. */
+bool vb_request_is_zero(const struct vb_request *request);
 
 /* Ends the request: counts it for every node on its path, then calls done(). */
 void vb_complete(struct vb_request *request, int ret);

@@ -41,6 +41,7 @@ OP_NAMES = ("read", "write", "flush", "discard", "write-zeroes")
 REQ_FUA: int = lib.VB_REQ_FUA
 REQ_GUEST: int = lib.VB_REQ_GUEST
 REQ_MAY_UNMAP: int = lib.VB_REQ_MAY_UNMAP
+REQ_LITERAL: int = lib.VB_REQ_LITERAL
 
 MAX_CHILDREN: int = lib.VB_MAX_CHILDREN
 SERIAL_SIZE: int = lib.VB_SERIAL_SIZE

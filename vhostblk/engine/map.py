@@ -138,6 +138,10 @@ class MapHandle(NodeHandle):
             raise OSError(-result, f"the log of a map: {os.strerror(-result)}")
         self.log = log
 
+    def set_detect_zeroes(self, detect: int) -> None:
+        """What becomes of writes of zeroes (struct vb_map_options). Nothing is in flight."""
+        lib.vb_map_set_detect_zeroes(self.pointer, detect)
+
     def free(self) -> None:
         """No request is on its way up or down."""
         self._engine.forget(self._cookie)
@@ -154,6 +158,7 @@ def new_map(
     has_backing: bool,
     backing_size: int,
     allocate: bool,
+    detect_zeroes: int = 0,
     sink: UpcallSink,
     low: Callable[[], None],
     log: MapLog | None = None,
@@ -177,6 +182,7 @@ def new_map(
             "table_bits": table_bits,
             "has_backing": has_backing,
             "allocate": allocate,
+            "detect_zeroes": detect_zeroes,
         },
     )
     pointer = engine.made(lib.vb_node_map_new(engine.pointer, options, engine.error))

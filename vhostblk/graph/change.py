@@ -315,14 +315,16 @@ class Change:
             self.set_child(parent, role, self.node(reference))
             return
         if isinstance(reference, dict):
-            wanted, inherited = inherit(reference, options)
+            wanted, inherited = inherit(reference, options, type(parent))
             wanted.setdefault("driver", child.driver)
             self._reopen(
                 child, wanted, f"{prefix}{role}", inherited, keep_children=False, asked=True
             )
         elif not self.graph.is_owned(child) and self.parents_of(child) == [(parent, role)]:
             # Defined inside its parent: what it does not say itself it takes from there.
-            wanted, inherited = inherit({"driver": child.driver, **self._given(child)}, options)
+            wanted, inherited = inherit(
+                {"driver": child.driver, **self._given(child)}, options, type(parent)
+            )
             self._reopen(
                 child, wanted, f"{prefix}{role}", inherited, keep_children=True, asked=False
             )

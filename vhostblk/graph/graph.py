@@ -383,7 +383,7 @@ class Graph:
         for role, reference in references(driver, checked):
             kind = driver.child_roles[role.split(".")[0]].kind
             children[role] = await self._child_node(
-                options, reference, f"{prefix}{role}", made, kind
+                driver, options, reference, f"{prefix}{role}", made, kind
             )
         # Names may have been taken while the children were made.
         node = driver(self, self._new_name(restored or checked.node_name), checked)
@@ -425,7 +425,7 @@ class Graph:
             with json_types(False):  # an image may say json:{"offset": "512"}
                 for role, reference in implied.items():
                     kind = node.child_roles[role].kind
-                    child = await self._child_node(options, reference, "", made, kind)
+                    child = await self._child_node(type(node), options, reference, "", made, kind)
                     self.tie(node, role, child)
         finally:
             self._chain.pop()
@@ -520,6 +520,7 @@ class Graph:
 
     async def _child_node(
         self,
+        driver: type[NodeDriver],
         parent: dict[str, Any],
         reference: str | dict[str, Any],
         where: str,
@@ -531,7 +532,7 @@ class Graph:
         if kind is RoleKind.BACKING:
             # Overlays live from a backing file's not changing.
             reference = {"read-only": True, **reference}
-        options, inherited = inherit(reference, parent)
+        options, inherited = inherit(reference, parent, driver)
         return await self._make(options, where, made, inherited)
 
     async def drop(self, nodes: Iterable[NodeDriver]) -> None:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vhostblk.nodes.driver import INHERITED, NodeDriver
+from vhostblk.nodes.driver import INHERITED, NodeDriver, RoleKind
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError
 
@@ -33,10 +33,12 @@ def sentence(text: str, code: str, node: NodeDriver) -> Iterator[None]:
 
 
 def inherit(
-    options: dict[str, Any], parent: Mapping[str, Any]
+    options: dict[str, Any], parent: Mapping[str, Any], driver: type[NodeDriver]
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """A child's options with those it takes from its parent's; the names of the latter."""
+    """A child's options with those it takes from its parent's, a node of `driver`; their names."""
     inherited = frozenset(key for key in INHERITED if key in parent and key not in options)
+    if driver.detects_zeroes:
+        inherited -= {"detect-zeroes"}
     return {**options, **{key: parent[key] for key in inherited}}, inherited
 
 
@@ -54,13 +56,26 @@ def references(driver: type[NodeDriver], options: Any) -> Iterator[tuple[str, An
 
 
 def check_detect_zeroes(driver: type[NodeDriver], options: Any, prefix: str) -> None:
-    """Zeroes are detected where data are stored; elsewhere the option would do nothing."""
+    """Refuse `detect-zeroes` where it would do nothing, or what QEMU does not allow."""
     if options.detect_zeroes == "off":
         return
+    if options.detect_zeroes == "unmap" and options.discard != "unmap":
+        raise _bad_detect_zeroes(
+            f"Parameter '{prefix}detect-zeroes': setting detect-zeroes to unmap is not allowed "
+            "without setting discard operation to unmap",
+            prefix,
+        )
+    if driver.detects_zeroes:
+        return
+    text = f"Parameter '{prefix}detect-zeroes' has no effect on driver '{driver.driver}'"
+    if any(role.kind is RoleKind.STORAGE for role in driver.child_roles.values()):
+        raise _bad_detect_zeroes(f"{text}, which does not store zeroes as such", prefix)
     for _, reference in references(driver, options):
         if isinstance(reference, str):
-            raise VhostblkError(
-                f"Parameter '{prefix}detect-zeroes' has no effect on driver '{driver.driver}'; "
-                f"set it on the node that stores the data, below '{reference}'",
-                data={"code": "bad-value", "parameter": f"{prefix}detect-zeroes"},
+            raise _bad_detect_zeroes(
+                f"{text}; set it on the node that stores the data, below '{reference}'", prefix
             )
+
+
+def _bad_detect_zeroes(text: str, prefix: str) -> VhostblkError:
+    return VhostblkError(text, data={"code": "bad-value", "parameter": f"{prefix}detect-zeroes"})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vhostblk.engine import IO
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle
 from vhostblk.nodes._writable import WritableLater
-from vhostblk.nodes.driver import ChildRole, NodeDriver, Perm, RoleKind
+from vhostblk.nodes.driver import DETECT_ZEROES, ChildRole, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, Request
 from vhostblk.schema import VhostblkError
 
@@ -55,6 +55,7 @@ class Flushes(Protocol):
 class MappedImage(WritableLater, abc.ABC):
     """A format on top of the engine's map."""
 
+    detects_zeroes = True
     file: ChildStorage
     data: ChildStorage
     """Where guest data are: `file`, unless the format has another place."""
@@ -119,6 +120,10 @@ class MappedImage(WritableLater, abc.ABC):
         if role.kind is RoleKind.BACKING:
             return Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         return super().child_permissions(role, perm, shared)
+
+    def _exchange(self) -> None:
+        super()._exchange()
+        self.map.set_detect_zeroes(DETECT_ZEROES[self.options.detect_zeroes])
 
     # ---- for the data path
 

@@ -95,9 +95,13 @@ class NodeOptions(Model):
 INHERITED = ("read-only", "auto-read-only", "force-share", "cache", "discard", "detect-zeroes")
 """Options that a child defined inside its parent takes from the parent unless it has its own.
 
-QEMU inherits the first four. Its discard and detect-zeroes work at every node;
-here they work where the data are stored, and inheriting them has the same effect.
+QEMU inherits the first four. Its discard and detect-zeroes work at every node. Here a filter
+leaves them to what is below, and inheriting them has the same effect; a node that detects zeroes
+itself (`NodeDriver.detects_zeroes`) does not hand that option on.
 """
+
+DETECT_ZEROES = {"off": 0, "on": 1, "unmap": 2}
+"""The option's values as the engine knows them."""
 
 
 class RoleKind(Enum):
@@ -286,6 +290,8 @@ class NodeDriver:
     is_filter: ClassVar[bool] = False  # stays on top of a snapshot of the drive
     keeps_data: ClassVar[bool] = False
     """A filter with the very data of its child `file`: an image may name that in its place."""
+    detects_zeroes: ClassVar[bool] = False
+    """Whether `detect-zeroes` works at this node itself."""
     child_class: ClassVar[type[Child]] = Child
     grows_in_use: ClassVar[bool] = False
     """truncate() to a larger size may run while requests are in flight."""

@@ -23,14 +23,13 @@ from typing import Any, ClassVar, Literal
 from vhostblk.engine.file import FileHandle, new_file
 from vhostblk.image import Extent
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
-from vhostblk.nodes.driver import CreateHost, NodeDriver, NodeOptions, Perm
+from vhostblk.nodes.driver import DETECT_ZEROES, CreateHost, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
 from vhostblk.schema import Model, OnOff, UInt32, VhostblkError
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 _ALIGNMENTS = (1, 512, 1024, 2048, 4096)
-_DETECT_ZEROES = {"off": 0, "on": 1, "unmap": 2}
 SECTOR = 512
 
 
@@ -68,6 +67,7 @@ class File(NodeDriver):
     CreateOptions: ClassVar[type[Model] | None] = FileCreateOptions
     reopenable = NodeDriver.reopenable - {"force-share"} | {"aio", "aio-max-batch", "drop-cache"}
     options: FileOptions
+    detects_zeroes = True
     _wants_block_device = False
 
     @classmethod
@@ -97,7 +97,7 @@ class File(NodeDriver):
             direct=options.cache.direct,
             no_flush=options.cache.no_flush,
             discard_unmap=options.discard == "unmap",
-            detect_zeroes=_DETECT_ZEROES[options.detect_zeroes],
+            detect_zeroes=DETECT_ZEROES[options.detect_zeroes],
             memory_align=opened.memory_align,
             request_align=opened.request_align,
         )
@@ -182,12 +182,6 @@ class File(NodeDriver):
                 "Parameter 'aio': aio=native was specified, but it requires cache.direct=on, "
                 "which was not specified",
                 data={"code": "bad-value", "parameter": "aio"},
-            )
-        if options.detect_zeroes == "unmap" and options.discard != "unmap":
-            raise VhostblkError(
-                "Parameter 'detect-zeroes': setting detect-zeroes to unmap is not allowed "
-                "without setting discard operation to unmap",
-                data={"code": "bad-value", "parameter": "detect-zeroes"},
             )
         if options.force_share and not options.read_only:
             raise VhostblkError(

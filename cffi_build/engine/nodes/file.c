@@ -782,43 +782,11 @@ static void write_zeroes(struct file_io *io, bool may_unmap)
     start_zeroes(io);
 }
 
-/* Stops at the first block that is not zero; the compiler makes vector code of it. */
-static bool memory_is_zero(const unsigned char *memory, size_t size)
-{
-    typedef uint64_t word __attribute__((aligned(1), may_alias));
-
-    for (; size >= 64; memory += 64, size -= 64) {
-        const word *words = (const word *)memory;
-        uint64_t bits = 0;
-
-        for (int i = 0; i < 8; i++) {
-            bits |= words[i];
-        }
-        if (bits) {
-            return false;
-        }
-    }
-    while (size > 0 && memory[size - 1] == 0) {
-        size--;
-    }
-    return size == 0;
-}
-
-static bool all_zero(const struct vb_request *request)
-{
-    for (uint32_t i = 0; i < request->niov; i++) {
-        if (!memory_is_zero(request->iov[i].iov_base, request->iov[i].iov_len)) {
-            return false;
-        }
-    }
-    return true;
-}
-
 static void write_data(struct file_io *io)
 {
     uint32_t detect = io->file->detect_zeroes;
 
-    if (detect && all_zero(io->request)) {
+    if (detect && vb_request_is_zero(io->request)) {
         write_zeroes(io, detect == 2);
     } else if (write_mapped(io->file, io->request)) {
         vb_count(&io->request->thread->mapped_ios, 1);

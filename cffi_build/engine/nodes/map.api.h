@@ -30,6 +30,7 @@ struct vb_map_options {
     uint8_t table_bits;    /* 0 to 20 */
     bool has_backing;
     bool allocate;         /* units are clusters, and C may allocate them */
+    uint8_t detect_zeroes; /* writes of zeroes are zero writes: 0 no, 1 yes, 2 that may unmap */
 };
 
 /* The cluster at `guest` has this entry now. */
@@ -95,3 +96,4 @@ void vb_map_set_size(vb_node *map, uint64_t size, uint64_t backing_size); /* whi
  * are on disk. While drained. 0, or -ENOMEM.
  */
 int vb_map_set_log(vb_node *map, uint64_t log, uint32_t records);
+void vb_map_set_detect_zeroes(vb_node *map, uint8_t detect_zeroes);       /* while drained */

@@ -330,7 +330,7 @@ static void start_part(struct map_op *op, struct cursor *cursor, unsigned child,
     }
     part = vb_request_new(request->thread);
     part->op = request->op;
-    part->flags = request->flags;
+    part->flags = request->flags & ~VB_REQ_LITERAL; /* which was said to this node */
     part->offset = offset;
     part->bytes = bytes;
     part->done = part_done;
@@ -659,12 +659,55 @@ static void start_op(struct map_node *map, struct vb_request *request)
     part_ended(op, 0);
 }
 
-/* ---- the node -------------------------------------------------------------------------------------------- */
-
 static void go_up(struct map_node *map, struct vb_request *request)
 {
     vb_upcall_post(&map->node, map->options.cookie, request);
 }
+
+/* ---- writes of zeroes ------------------------------------------------------------------------------------ */
+
+static bool covers_some_unit(const struct map_node *map, const struct vb_request *request)
+{
+    uint64_t size = unit_size(map), end = request->offset + request->bytes;
+    uint64_t first = (request->offset + size - 1) & ~(size - 1);
+
+    return first < end && covers_unit(map, first, rest_of_unit(map, first, end));
+}
+
+/* `in_place`: all of it is in clusters that are ours. Parts of those stay what they are, data. */
+static bool are_zeroes(const struct map_node *map, const struct vb_request *request, bool in_place)
+{
+    return request->op == VB_OP_WRITE && !(request->flags & VB_REQ_LITERAL) &&
+           (!in_place || covers_some_unit(map, request)) && vb_request_is_zero(request);
+}
+
+static void zeroes_written(struct vb_request *part)
+{
+    struct vb_request *request = part->owner;
+    int ret = part->ret;
+
+    vb_request_free(part);
+    vb_complete(request, ret);
+}
+
+/* A request of its own: what the guest sent is counted as the write that it was. */
+static void write_zeroes(struct map_node *map, struct vb_request *request)
+{
+    struct vb_request *part = vb_request_new(request->thread);
+
+    part->op = VB_OP_WRITE_ZEROES;
+    part->flags = request->flags & VB_REQ_FUA;
+    if (map->options.detect_zeroes == 2) {
+        part->flags |= VB_REQ_MAY_UNMAP;
+    }
+    part->offset = request->offset;
+    part->bytes = request->bytes;
+    part->done = zeroes_written;
+    part->owner = request;
+    go_up(map, part);
+}
+
+/* ---- the node -------------------------------------------------------------------------------------------- */
 
 static void submit_flush(struct map_node *map, struct vb_request *request)
 {
@@ -680,6 +723,7 @@ void map_submit(struct vb_node *node, struct vb_request *request);
 void map_submit(struct vb_node *node, struct vb_request *request)
 {
     struct map_node *map = vb_container_of(node, struct map_node, node);
+    enum verdict verdict;
     uint64_t unit;
     bool in_place;
 
@@ -695,7 +739,13 @@ void map_submit(struct vb_node *node, struct vb_request *request)
         vb_complete(request, 0);
         return;
     }
-    switch (look(map, request, &unit, &in_place)) {
+    verdict = look(map, request, &unit, &in_place);
+    if (map->options.detect_zeroes && verdict != WAIT &&
+        are_zeroes(map, request, verdict == HERE && in_place)) {
+        write_zeroes(map, request);
+        return;
+    }
+    switch (verdict) {
     case WAIT:
         map_wait(map, request, unit);
         break;

@@ -437,6 +437,11 @@ static uint64_t tables_for(const struct vb_map_options *options)
     return (options->size >> (options->unit_bits + options->table_bits)) + 1;
 }
 
+void vb_map_set_detect_zeroes(struct vb_node *node, uint8_t detect_zeroes)
+{
+    map_of(node)->options.detect_zeroes = detect_zeroes;
+}
+
 void vb_map_set_size(struct vb_node *node, uint64_t size, uint64_t backing_size)
 {
     struct map_node *map = map_of(node);

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vhostblk.engine import OP_WRITE
+from vhostblk.engine import OP_WRITE, REQ_LITERAL
 from vhostblk.engine.map import MAP_TYPE, MAP_ZERO
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.datapath import Claim
@@ -194,7 +194,8 @@ class Discarder:
         while length > 0:
             part = min(length, len(_ZEROES))
             if not await self._reads_zero(offset, part):
-                await live.engine.submit(live.map, OP_WRITE, offset, memoryview(_ZEROES)[:part])
+                data = memoryview(_ZEROES)[:part]
+                await live.engine.submit(live.map, OP_WRITE, offset, data, flags=REQ_LITERAL)
             offset += part
             length -= part
 

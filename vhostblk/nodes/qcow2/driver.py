@@ -26,7 +26,14 @@ from vhostblk.engine.map import MapHandle, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._map_log import LogFile, Record
 from vhostblk.nodes._mapped import MappedImage
-from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, Perm, RoleKind
+from vhostblk.nodes.driver import (
+    DETECT_ZEROES,
+    ChildRole,
+    CreateHost,
+    NodeDriver,
+    Perm,
+    RoleKind,
+)
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2 import bitmaps, extents, facts, internal, journal, moving
 from vhostblk.nodes.qcow2.allocator import Allocator
@@ -401,6 +408,7 @@ class Qcow2(MappedImage):
             has_backing=self.has_backing,
             backing_size=self.backing_size,
             allocate=self.engine_allocates,
+            detect_zeroes=DETECT_ZEROES[self.options.detect_zeroes],
             sink=self._start,
             low=self._low,
             log=log,

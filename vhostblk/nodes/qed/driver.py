@@ -34,11 +34,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from vhostblk.engine import OP_WRITE
+from vhostblk.engine import OP_WRITE, REQ_LITERAL
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.nodes._mapped import MappedImage
 from vhostblk.nodes.driver import (
+    DETECT_ZEROES,
     ChildRole,
     CreateHost,
     NodeDriver,
@@ -247,6 +248,7 @@ class Qed(MappedImage):
             has_backing=self.has_backing,
             backing_size=self.backing_size,
             allocate=False,
+            detect_zeroes=DETECT_ZEROES[self.options.detect_zeroes],
             sink=self._start,
             low=_nothing,
             log=None,
@@ -587,7 +589,9 @@ class Qed(MappedImage):
                 await self.data.child.write_zeroes(host, count, unmap=unmap)
             else:
                 # A part of what shows through from below, or somebody is at it: a plain write.
-                await self.engine.submit(self.map, OP_WRITE, start, bytearray(count))
+                await self.engine.submit(
+                    self.map, OP_WRITE, start, bytearray(count), flags=REQ_LITERAL
+                )
 
     # ---- changes
 
