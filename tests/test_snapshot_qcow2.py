@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from cow_driver import Mirror, Through
 from crash.tools import plain_environment
 from frontend import Device
 from graph_changes import act, load, transaction
-from in_process import MIB, Host, with_host
+from in_process import MIB, Host, refused, with_host
 
 SECTORS = 256
 
@@ -319,6 +320,25 @@ def test_a_chain_of_200() -> None:
         assert len(host.backend.graph.nodes) == 402
         assert await host.read("again", 0, len(model)) == model
         qemu_img("check", "-q", "-U", top)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "qed"])
+def test_an_empty_file_is_empty_again_if_nothing_comes_of_the_snapshot(format: str) -> None:
+    async def test(host: Host) -> None:
+        path = host.path("disk.qcow2")
+        qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+        await host.add("qcow2", "d", file={"driver": "file", "filename": path})
+        await host.export("d")
+        prepared = Path(host.path("prepared"))
+        prepared.touch()
+        wanted = {"device": "e", "snapshot-file": str(prepared), "format": format}
+        for _ in range(2):  # it can be taken once more, too
+            with refused("aborted"):
+                await transaction(host, ("blockdev-snapshot-sync", wanted), ("abort", {}))
+            assert prepared.stat().st_size == 0
+        assert set(os.listdir(host.directory)) == {"disk.qcow2", "e.sock", "prepared"}
 
     with_host(test)
 

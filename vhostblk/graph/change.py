@@ -589,12 +589,13 @@ class Change:
                 await node.reopen_abort()
 
     async def _abandon(self) -> None:
-        for undo in reversed(self._undo):
-            with _logged("undoing a change"):
-                await undo()
         for node in reversed(self._added):
             if node.name in self.graph.nodes:
                 await self.graph.unmake(node)
+        # Images that were created for the change are closed, and not written to any more.
+        for undo in reversed(self._undo):
+            with _logged("undoing a change"):
+                await undo()
         with _logged("working out permissions"):
             self.graph.update_permissions()
 
