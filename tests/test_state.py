@@ -10,6 +10,7 @@ import os
 import random
 import stat
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 from cow_driver import Cow, Mirror, Through
 from graph_changes import act
-from in_process import Host, refused
+from in_process import MIB, Host, refused
 
 from vhostblk import objects
 from vhostblk.schema import VhostblkError
@@ -317,6 +318,70 @@ def test_a_directory_that_cannot_be_synced(monkeypatch: pytest.MonkeyPatch) -> N
             assert not list(directory.glob("*.cow"))
             await act(host, "blockdev-snapshot-sync", device="e", format="cow")
             assert "f-1" in (directory / "s").read_text()
+
+    run(test)
+
+
+def test_a_directory_that_cannot_be_synced_twice(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = StateFile(str(short_dir / "s"))
+    file.write_now("one")
+    monkeypatch.setattr(file_module, "_sync_directory", fail)
+    for text in ("two", "three"):
+        with refused("Cannot write state file", "Input/output error"):
+            file.write_now(text)
+        assert (short_dir / "s").read_text() == "one"
+    file.close()
+
+
+@pytest.mark.parametrize("where", ["_write_temporary", "_sync_directory"])
+def test_a_file_system_that_hangs_holds_guests_up_for_a_while_only(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change is undone. What was being written does not come back later."""
+    answers = threading.Event()
+    owner: Any = file_module if where == "_sync_directory" else StateFile
+    real = getattr(owner, where)
+
+    def hang(*arguments: Any) -> None:
+        answers.wait(30)
+        real(*arguments)
+
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await host.add("file", "f", filename=host.file("a"))
+            await host.export("f")
+            before, text = picture(host), (directory / "s").read_text()
+            async with host.device() as guest:
+                with monkeypatch.context() as patch:
+                    patch.setattr(file_module, "PATIENCE", 0.3)
+                    patch.setattr(owner, where, hang)
+                    with refused("Cannot write state file", "more than 0.3 s", "hang?"):
+                        await act(host, "blockdev-snapshot-sync", device="e", format="cow")
+                    assert picture(host) == before
+                    await guest.write(0, b"x" * 512)
+                    with refused("an earlier write to it still hangs"):
+                        await host.null("n")
+                    answers.set()
+                    await host.until(lambda: "state" not in {t.name for t in threading.enumerate()})
+                assert (directory / "s").read_text() == text
+                await act(host, "blockdev-snapshot-sync", device="e", format="cow")
+                assert "f-1" in (directory / "s").read_text()
+
+    run(test)
+
+
+def test_a_disk_without_storage_keeps_its_size() -> None:
+    async def test(directory: Path) -> None:
+        async with kept(directory) as host:
+            await host.null("n", size=MIB)
+            await host.backend.block_resize("n", 3 * MIB)
+        async with kept(directory) as host:
+            assert host.backend.graph.node("n").size == 3 * MIB
 
     run(test)
 

@@ -145,7 +145,7 @@ class Backend:
 
     async def _record_frozen(self) -> None:
         """In the middle of a change: what is recorded of the tree stays as it is."""
-        if self._state is not None and (text := self._state.written or self._state.read()):
+        if self._state is not None and (text := self._state.safe):
             await self._state.write(with_frozen_guests(text, self.frozen_guests))
 
     async def _settle_frozen(self) -> None:

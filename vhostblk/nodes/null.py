@@ -9,6 +9,7 @@ Engine half: cffi_build/engine/nodes/null.c.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from vhostblk.engine import NodeHandle
 from vhostblk.engine.null import new_null
@@ -53,6 +54,12 @@ class NullCo(NodeDriver):
     def size(self) -> int:
         return self._size
 
+    def state_options(self) -> dict[str, Any]:
+        options = super().state_options()
+        if self._size != self.options.size:
+            options["size"] = self._size
+        return options
+
     def filename(self) -> str:
         return f"{self.driver}://"
 
@@ -63,6 +70,8 @@ class NullCo(NodeDriver):
         if self.read_only:
             raise VhostblkError(f"Block node '{self.name}' is read-only")
         self._size = size
+        # What has been made of them for the state file is out of date.
+        self.options = self.options.model_copy()
 
 
 class NullAio(NullCo):

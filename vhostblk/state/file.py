@@ -8,21 +8,28 @@ has returned the new one, also when power has failed.
 
 FILE.lock is locked as long as the process lives. The lock cannot be on FILE
 itself: that is another file after each change.
+
+A write that hangs is given up, since guests may be waiting for it. What it did, or does
+when its file system answers again, is undone by its own thread; until then nothing else is written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import stat
+import threading
 
 from vhostblk.creating import why_not
 from vhostblk.fault import fault_point
 from vhostblk.schema import VhostblkError
 
 MAX_SIZE = 64 << 20
+PATIENCE = 10.0
+"""Seconds that a write may take."""
 
 
 class StateFile:
@@ -33,6 +40,11 @@ class StateFile:
         self.path = os.path.realpath(path)
         self._directory = os.path.dirname(self.path)
         self._written: str | None = None
+        self._safe: str | None = None
+        self._writer: asyncio.Future[None] | None = None
+        """Done when the thread that writes has ended."""
+        self._given_up = False
+        self._concluding = threading.Lock()
         self._lock = self._take_lock()
 
     def _take_lock(self) -> int:
@@ -69,7 +81,7 @@ class StateFile:
 
     def close(self) -> None:
         """Let another backend have it. FILE.lock stays: removing it would race with that one."""
-        if self._lock >= 0:
+        if self._lock >= 0 and not self._hangs:  # else it goes with the process
             os.close(self._lock)
             self._lock = -1
 
@@ -95,7 +107,7 @@ class StateFile:
         if len(data) > MAX_SIZE:
             raise self._error(f"'{self.path}' is larger than {MAX_SIZE} bytes: no state file")
         try:
-            self._written = data.decode("utf-8")
+            self._written = self._safe = data.decode("utf-8")
             return self._written
         except UnicodeDecodeError:
             raise self._error(f"'{self.path}' is not a state file: it is not text") from None
@@ -120,39 +132,86 @@ class StateFile:
     # ---- writing
 
     @property
-    def written(self) -> str | None:
-        """The document as last written or read; None if that is not certain."""
-        return self._written
+    def safe(self) -> str | None:
+        """The document as last read, or written for certain."""
+        return self._safe
+
+    @property
+    def _hangs(self) -> bool:
+        return self._given_up and self._writer is not None and not self._writer.done()
 
     async def write(self, text: str) -> None:
         """Replace the document; safe on disk when done. The same one again is not written."""
         if text == self._written:
             return
-        await asyncio.to_thread(self.write_now, text)
+        if self._hangs:
+            raise self._unwritten("an earlier write to it still hangs")
+        try:
+            async with asyncio.timeout(PATIENCE):
+                if self._writer is not None:  # of somebody who has not waited for its end
+                    await asyncio.wait([self._writer])
+                self._writer = self._start_writing(text)
+                await asyncio.shield(self._writer)
+        except TimeoutError:
+            with self._concluding:
+                self._given_up = self._written != text
+            if self._given_up:
+                raise self._unwritten(
+                    f"it has taken more than {PATIENCE:g} s; does its file system hang?"
+                ) from None
+
+    def _start_writing(self, text: str) -> asyncio.Future[None]:
+        """In a thread that the end of the process does not wait for."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        done.add_done_callback(asyncio.Future.exception)  # perhaps nobody waits any more
+        self._given_up = False
+
+        def end(error: BaseException | None) -> None:
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def work() -> None:
+            failure: BaseException | None = None
+            try:
+                self.write_now(text)
+            except BaseException as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                loop.call_soon_threadsafe(end, failure)
+
+        threading.Thread(target=work, name="state", daemon=True).start()
+        return done
 
     def write_now(self, text: str) -> None:
         """The same, waiting."""
-        previous, self._written = self._written, None  # whatever it is if this fails
+        self._written = None  # whatever it is if this fails
         replaced = False
         try:
             self._write_temporary(text)
             fault_point("state-synced")
+            self._check_wanted()
             os.rename(self._temporary, self.path)
             replaced = True
             fault_point("state-renamed")
             _sync_directory(self._directory)
+            with self._concluding:
+                self._check_wanted()
+                self._written = self._safe = text
         except OSError as error:
-            if replaced and previous is not None:
+            if replaced and self._safe is not None:
                 # What is being undone must not be what the next start finds.
                 with contextlib.suppress(OSError):
-                    self._write_temporary(previous)
+                    self._write_temporary(self._safe)
                     os.rename(self._temporary, self.path)
-            raise self._error(
-                f"Cannot write state file '{self.path}': {why_not(error, self.path)}",
-                code="state-unwritten",
-            ) from None
+            raise self._unwritten(why_not(error, self.path)) from None
         fault_point("state-safe")
-        self._written = text
+
+    def _check_wanted(self) -> None:
+        if self._given_up:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     @property
     def _temporary(self) -> str:
@@ -170,6 +229,9 @@ class StateFile:
                 view = view[file.write(view) :]
             fault_point("state-written")
             os.fsync(file.fileno())
+
+    def _unwritten(self, why: str) -> VhostblkError:
+        return self._error(f"Cannot write state file '{self.path}': {why}", code="state-unwritten")
 
     def error(self, text: str, *, hint: str | None = None) -> VhostblkError:
         """An error about what is in it."""
