@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from in_process import Host, refused, with_host
 from test_qcow2_driver import KIB, MIB, Disk, new_disk
 from test_qcow2_hostile import CLEAR, hostile
+
+from vhostblk import backend as backend_module
+from vhostblk.nodes.qcow2.header import Header
+from vhostblk.nodes.qcow2.layout import bytes_of
 
 FAR = 1 << 48
 L1_OFFSET, TABLE_OFFSET, SNAPSHOTS, SNAPSHOTS_OFFSET = 40, 48, 60, 64
@@ -118,6 +124,63 @@ def test_counts_beyond_the_end_of_the_file_do_not_make_clusters_free() -> None:
             await disk.flush()
         assert await disk.read(0, 4 * MIB) == b"\x05" * 4 * MIB
         await disk.close()
+
+    with_host(test)
+
+
+def longest_tables(path: Path) -> None:
+    """An L1 table of 32 MiB and a refcount table of 8 MiB, all entries of which are lies."""
+    cluster, tables, blocks = 4096, 1 << 22, 1 << 20
+    header = Header(
+        version=3,
+        cluster_bits=12,
+        size=tables * (cluster // 8) * cluster,
+        l1_size=tables,
+        l1_table_offset=MIB,
+        refcount_table_offset=64 * MIB,
+        refcount_table_clusters=8 * MIB // cluster,
+    )
+    with open(path, "wb") as file:
+        file.write(header.pack())
+        for offset, first, count in ((MIB, 20000, tables), (64 * MIB, 30000, blocks)):
+            file.seek(offset)
+            file.write(
+                bytes_of(array("Q", range(first * cluster, (first + count) * cluster, cluster)))
+            )
+        file.truncate(256 * MIB)
+
+
+def test_the_longest_tables_take_their_own_size_in_memory() -> None:
+    async def test(host: Host) -> None:
+        disk = Disk(host, newest_tools(), Path(host.path("disk.qcow2")))
+        longest_tables(disk.path)
+        tracemalloc.start()
+        try:
+            await disk.open()
+            opened, most = tracemalloc.get_traced_memory()
+            # Both tables, twice; a read of one of them, and its copies, while it is opened.
+            assert opened < 96 * MIB and most < 192 * MIB
+            await attempt(disk.read(0, 512))
+            await attempt(disk.write(0, b"x" * 512))
+            assert tracemalloc.get_traced_memory()[1] < 192 * MIB
+        finally:
+            tracemalloc.stop()
+
+    with_host(test)
+
+
+def test_a_check_does_not_hold_up_guests_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "CHECK_PATIENCE", 0.5)
+
+    async def test(host: Host) -> None:
+        disk = Disk(host, newest_tools(), Path(host.path("disk.qcow2")))
+        longest_tables(disk.path)
+        await disk.open(read_only=True)
+        await host.export("disk", writable=False)
+        with refused("The check of node 'disk' has taken more than 0.5 s"):
+            await host.backend.block_image_check("disk")
+        async with host.device() as guest:
+            await guest.read(0, 512)
 
     with_host(test)
 

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 LOCK_PATIENCE = 5.0
 LOCK_INTERVAL = 0.02
 _SIZES_PATIENCE = 1.0
+# How long guests may be paused by a check of their image.
+CHECK_PATIENCE = 30.0
 
 ResultT = TypeVar("ResultT")
 
@@ -341,8 +343,16 @@ class Backend:
         async with self.graph.lock:
             node = self._node_of(device)
             begun = time.monotonic()
+            patience = CHECK_PATIENCE if self.graph.above([node])[1] else None
             async with self.graph.drained([node]):
-                result: dict[str, Any] = await node.check_image()
+                try:
+                    result: dict[str, Any] = await node.check_image(patience)
+                except TimeoutError:
+                    raise VhostblkError(
+                        f"The check of node '{node.name}' has taken more than {patience:g} s, and "
+                        "guests were waiting; take a snapshot, and check what it has covered",
+                        data={"code": "check-too-long", "node": node.name},
+                    ) from None
             pause = round((time.monotonic() - begun) * 1e6)
         return {"node-name": node.name, **result, "pause-us": pause}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import struct
@@ -22,6 +23,9 @@ MAP_TYPE: int = lib.VB_MAP_TYPE
 MAP_WRITABLE: int = lib.VB_MAP_WRITABLE
 MAP_OFFSET = 0xFFFF_FFFF_FFFF_FE00
 MAP_CHANGES = 512
+
+
+_FEW = 1 << 16
 
 
 class MapLog(Protocol):
@@ -146,6 +150,21 @@ class MapHandle(NodeHandle):
         """No request is on its way up or down."""
         self._engine.forget(self._cookie)
         super().free()
+
+
+async def sorted_numbers(numbers: array[int], mask: int) -> array[int]:
+    """What is left of `numbers` (`array("Q")`) with `mask`, in order, zeroes left out."""
+    found = numbers[:]
+
+    def sort() -> None:
+        left = lib.vb_map_sort(ffi.from_buffer("uint64_t[]", found), len(found), mask)
+        del found[left:]
+
+    if len(found) < _FEW:
+        sort()
+    else:
+        await asyncio.to_thread(sort)
+    return found
 
 
 def new_map(

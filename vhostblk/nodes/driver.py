@@ -431,8 +431,11 @@ class NodeDriver:
         async for extent in self._only_child().node.extents(offset, length):
             yield extent if self.keeps_zeroes else replace(extent, zero=False)
 
-    async def check_image(self) -> dict[str, Any]:
-        """Check the image without changing it: QAPI's ImageCheck. Nothing is in flight."""
+    async def check_image(self, patience: float | None) -> dict[str, Any]:
+        """Check the image without changing it: QAPI's ImageCheck. Nothing is in flight.
+
+        TimeoutError if that takes more than `patience` seconds and can be given up.
+        """
         raise VhostblkError(
             f"Block format '{self.driver}' used by node '{self.name}' does not support checks",
             data={"code": "no-check", "node": self.name},

@@ -58,6 +58,12 @@ struct vb_map_log {
     uint64_t tail;        /* records that are on disk, and all before them */
 };
 
+/*
+ * Any: numbers from a format's table, masked, in ascending order, without the zeroes; how many are
+ * left. Tables of hostile images are too long for lists of Python's.
+ */
+uint64_t vb_map_sort(uint64_t *numbers, uint64_t count, uint64_t mask);
+
 vb_node *vb_node_map_new(vb_engine *engine, const struct vb_map_options *options, char *error);
 /* Copies 2^table_bits entries. -EEXIST if the table is there already, -ENOMEM. */
 int vb_map_install(vb_node *map, uint64_t table, const uint64_t *entries);

@@ -437,6 +437,26 @@ static uint64_t tables_for(const struct vb_map_options *options)
     return (options->size >> (options->unit_bits + options->table_bits)) + 1;
 }
 
+static int compare_numbers(const void *left, const void *right)
+{
+    uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
+
+    return (a > b) - (a < b);
+}
+
+uint64_t vb_map_sort(uint64_t *numbers, uint64_t count, uint64_t mask)
+{
+    uint64_t left = 0;
+
+    for (uint64_t i = 0; i < count; i++) {
+        if (numbers[i] & mask) {
+            numbers[left++] = numbers[i] & mask;
+        }
+    }
+    qsort(numbers, left, sizeof(*numbers), compare_numbers);
+    return left;
+}
+
 void vb_map_set_detect_zeroes(struct vb_node *node, uint8_t detect_zeroes)
 {
     map_of(node)->options.detect_zeroes = detect_zeroes;

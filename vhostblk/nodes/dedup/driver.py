@@ -277,8 +277,8 @@ class Dedup(HookedNode):
     def _error(self, text: str, data: dict[str, Any] | None = None) -> VhostblkError:
         return VhostblkError(f"Could not open node '{self.name}' (dedup): {text}", data=data)
 
-    async def check_image(self) -> dict[str, Any]:
-        # All of the store: what one disk shows, another may, too.
+    async def check_image(self, patience: float | None) -> dict[str, Any]:
+        # All of the store, in one go: what one disk shows, another may, too.
         result = await self.store.check(self.data, repair=False)
         return {
             "check-errors": 0,

@@ -49,7 +49,7 @@ class Owner(Protocol):
     def size(self) -> int:
         """Bytes of the virtual disk."""
 
-    def check_new(self, host: int, length: int) -> None:
+    async def check_new(self, host: int, length: int) -> None:
         """Raise if metadata are there: the reference counts are wrong."""
 
     def missing_tables(self) -> int:
@@ -116,7 +116,7 @@ class Allocator:
         length = count << self._geometry.cluster_bits
         end = host + length
         try:
-            self._owner.check_new(host, length)
+            await self._owner.check_new(host, length)
             await self._file.ensure(end)
             if zeroed:
                 await self._zero(host, end)

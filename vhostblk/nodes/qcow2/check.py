@@ -15,11 +15,14 @@ file are not read; memory is 4 bytes for each cluster of the file, and bounded (
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import groupby
 
+from vhostblk.engine.map import sorted_numbers
 from vhostblk.image.check import ImageCheck, Repair
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
 from vhostblk.nodes.qcow2.counts import PIECE, PIECE_BITS, Counts, Rewrite, load_table
@@ -50,6 +53,9 @@ from vhostblk.nodes.qcow2.layout import (
     words_of,
 )
 from vhostblk.nodes.qcow2.refcounts import unpack_counts
+
+ALL_BITS = (1 << 64) - 1
+_TURN = 4096  # entries after which others get a turn of the event loop
 
 
 @dataclass(kw_only=True)
@@ -159,10 +165,11 @@ class _Findings:
             if total > self.file_size + MAX_L1_BYTES:
                 raise BadImage("The L1 tables of the snapshots overlap each other")
             entries = words_of(await self.storage.read(offset, 8 * count))
-            self._count_l1(entries, what, times, number)
+            await self._count_l1(entries, what, times, number)
             if what is where[0][2]:
+                inside = (word & OFFSET_MASK for word in entries)
                 self._active = list(
-                    dict.fromkeys(word & OFFSET_MASK for word in entries if word & OFFSET_MASK)
+                    dict.fromkeys(table for table in inside if 0 < table < self.file_size)
                 )
         active = set(self._active)
         for offset in [*self._active, *(table for table in times if table not in active)]:
@@ -196,12 +203,14 @@ class _Findings:
                 found.append((one.l1_offset, one.l1_size, what))
         return found
 
-    def _count_l1(self, entries: array[int], what: str, times: Counter[int], number: int) -> None:
+    async def _count_l1(
+        self, entries: array[int], what: str, times: Counter[int], number: int
+    ) -> None:
         size = self.header.cluster_size
-        for entry, named in Counter(entries).items():
-            if not entry:
-                continue
-            named *= number
+        for turn, (entry, same) in enumerate(groupby(await sorted_numbers(entries, ALL_BITS))):
+            if turn % _TURN == _TURN - 1:
+                await asyncio.sleep(0)
+            named = number * sum(1 for _ in same)
             if entry & L1_RESERVED:
                 self.corrupt(f"{what}: entry {entry:#x} has reserved bits set", named)
             offset = entry & OFFSET_MASK
@@ -322,6 +331,8 @@ class _Findings:
         if self.use_table("refcount table", header.refcount_table_offset, length):
             self.structure.append((header.refcount_table_offset, length))
         for number, entry in enumerate(await load_table(self.storage, header)):
+            if number % _TURN == _TURN - 1:
+                await asyncio.sleep(0)
             if not entry:
                 continue
             fault = None
@@ -444,6 +455,8 @@ class _Findings:
         seen: set[int] = set()
         changed = 0
         for index, entry in enumerate(l1):
+            if index % _TURN == _TURN - 1:
+                await asyncio.sleep(0)
             table = entry & OFFSET_MASK
             if not table or table % size or table >= self.file_size:
                 continue

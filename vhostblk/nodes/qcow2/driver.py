@@ -59,6 +59,7 @@ from vhostblk.nodes.qcow2.geometry import (
 from vhostblk.nodes.qcow2.header import CORRUPT, BadImage, Header
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice, words_from
 from vhostblk.nodes.qcow2.layout import commit_header, read_header, rewrite_header
+from vhostblk.nodes.qcow2.metadata import Metadata
 from vhostblk.nodes.qcow2.options import Qcow2Options, cache_limits, check
 from vhostblk.nodes.qcow2.refcounts import Refcounts
 from vhostblk.nodes.qcow2.resize import resize
@@ -206,7 +207,7 @@ class Qcow2(MappedImage):
         self.handle = self.map
         self.l2 = L2Cache(self.geometry, self.map, self, limits.slices, self._made_dirty)
         self._size_at_open = self.file.size
-        self.metadata = self._where_metadata_are()
+        self.metadata = await self._where_metadata_are(self.header, self.l1, self.refcounts)
         self.allocator = Allocator(self.geometry, self.refcounts, self.file, self.map, self)
         self.writeback = Writeback(self, self._writeback_failed)
         self.path = DataPath(self)
@@ -373,28 +374,29 @@ class Qcow2(MappedImage):
             ) from None
         self.refcounts = await self._load_refcounts(self.header)
 
-    async def _load_l1(self, header: Header) -> list[int]:
+    async def _load_l1(self, header: Header) -> array[int]:
         raw = await self.file.read(header.l1_table_offset, 8 * header.l1_size)
-        return list(words_from(raw))
+        return words_from(raw)
 
     async def _load_refcounts(self, header: Header) -> Refcounts:
         counts = Refcounts(self.file, header, self.write_header)
         await counts.load()
         return counts
 
-    def _where_metadata_are(self) -> set[int]:
-        """Offsets of clusters where no guest data can be."""
+    async def _where_metadata_are(
+        self, header: Header, l1: array[int], refcounts: Refcounts
+    ) -> Metadata:
+        """Clusters where no guest data can be."""
+        found = Metadata()
         if self.options.overlap_check == "none":
-            return set()
-        size, header = self.geometry.cluster_size, self.header
-        found = {0}
-        found.update(range(self.l1_offset, self.l1_offset + 8 * len(self.l1), size))
-        start = self.refcounts.table_offset
-        found.update(range(start, start + self.refcounts.table_clusters * size, size))
-        found.update(entry for entry in self.refcounts.table if entry)
-        found.update(entry & OFFSET_MASK for entry in self.l1 if entry)
+            return found
+        size = self.geometry.cluster_size
+        await found.find(l1, refcounts.table)
+        found.add(0, size)
+        found.add(header.l1_table_offset, 8 * len(l1))
+        found.add(refcounts.table_offset, refcounts.table_clusters * size)
         if header.nb_snapshots:
-            found.add(header.snapshots_offset)
+            found.add(header.snapshots_offset, size)
         return found
 
     def _new_map(self, log: LogFile | None) -> MapHandle:
@@ -487,10 +489,11 @@ class Qcow2(MappedImage):
         async for extent in extents.extents(self, offset, length):
             yield extent
 
-    async def check_image(self) -> dict[str, Any]:
+    async def check_image(self, patience: float | None) -> dict[str, Any]:
         if not self.read_only and not self.stopped:
             await self.write_everything()
-        return (await check_at_rest(self.file, self.header)).describe()
+        async with asyncio.timeout(patience):
+            return (await check_at_rest(self.file, self.header)).describe()
 
     def relink(self) -> None:
         for child in self.children.values():
@@ -586,7 +589,7 @@ class Qcow2(MappedImage):
         step = self.geometry.words
         end = -(-self.file.size // self.geometry.cluster_size) * self.geometry.cluster_size
         hosts = {word & OFFSET_MASK for word in words[::step] if not word & COMPRESSED}
-        wrong = (hosts - {0}) & self.metadata
+        wrong = self.metadata.among(hosts - {0})
         wrong.update(host for host in hosts if host >= end)
         for entry, word in enumerate(words[::step]):
             if word & COMPRESSED:
@@ -680,7 +683,7 @@ class Qcow2(MappedImage):
         self.stopped = self._lost = True
         self.l2.clear()
 
-    def check_new(self, host: int, length: int) -> None:
+    async def check_new(self, host: int, length: int) -> None:
         """Raise if metadata are where the reference counts say that clusters are free."""
         if self.options.overlap_check == "none":
             return
@@ -688,7 +691,7 @@ class Qcow2(MappedImage):
         for cluster in range(host, host + length, size):
             if cluster in self.metadata:
                 # A refcount table that has grown leaves its place to others.
-                self.metadata = self._where_metadata_are()
+                self.metadata = await self._where_metadata_are(self.header, self.l1, self.refcounts)
             if cluster in self.metadata:
                 raise self.corrupt(
                     f"a cluster that is counted as free holds metadata (at {cluster:#x})",
@@ -865,11 +868,10 @@ class Qcow2(MappedImage):
         self._size = size
         self.map.set_size(size, self.backing_size)
 
-    def moved_metadata(self, old: int, old_clusters: int, new: int, new_clusters: int) -> None:
+    def moved_metadata(self, old: int, new: int, clusters: int) -> None:
         """A table is elsewhere now."""
-        size = self.geometry.cluster_size
-        self.metadata.difference_update(range(old, old + old_clusters * size, size))
-        self.metadata.update(range(new, new + new_clusters * size, size))
+        self.metadata.remove(old)
+        self.metadata.add(new, clusters << self.geometry.cluster_bits)
 
     async def change_snapshots(self, what: internal.Change, name: str) -> Snapshot:
         """Create, delete or go back to an internal snapshot; inside a drained section."""
@@ -935,6 +937,7 @@ class Qcow2(MappedImage):
         tables = await facts.read_tables(self.file, header)
         l1 = await self._load_l1(header)
         refcounts = await self._load_refcounts(header)
+        metadata = await self._where_metadata_are(header, l1, refcounts)
 
         def exchange() -> None:
             self.l2.clear()
@@ -945,7 +948,7 @@ class Qcow2(MappedImage):
             self.l1, self.l1_offset = l1, header.l1_table_offset
             self.refcounts = refcounts
             self.allocator.adopt(refcounts)
-            self.metadata = self._where_metadata_are()
+            self.metadata = metadata
 
         return exchange
 

@@ -81,7 +81,7 @@ class Refcounts:
         self.table_clusters = header.refcount_table_clusters
         self.per_block = self._cluster_size * 8 // self._bits
         self._max = (1 << self._bits) - 1
-        self.table: list[int] = []
+        self.table = array("Q")
         """Host offset of each block; 0: there is none, its clusters are free."""
         self._blocks: dict[int, array[int]] = {}
         self._dirty: set[int] = set()
@@ -95,7 +95,7 @@ class Refcounts:
         """Read the table; blocks are read when they are needed."""
         length = self.table_clusters << self.cluster_bits
         data = await self._storage.read(self.table_offset, length)
-        self.table = list(struct.unpack(f">{length // 8}Q", data))
+        self.table = unpack_counts(data, 64)
 
     async def _block(self, number: int) -> array[int]:
         block = self._blocks.get(number)
@@ -251,7 +251,7 @@ class Refcounts:
             raise OSError(errno.EFBIG, "the image has reached the largest size of its format")
         old_offset, old_clusters = self.table_offset, self.table_clusters
         first_own = len(self.table)
-        table = self.table + [0] * (entries - len(self.table))
+        table = self.table + array("Q", bytes(8 * (entries - len(self.table))))
         fresh: dict[int, array[int]] = {}
         for number in range(first_own, first_own + own):
             fresh[number] = unpack_counts(bytes(size), self._bits)

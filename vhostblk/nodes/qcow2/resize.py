@@ -12,6 +12,7 @@ crash in between has lost data that were to be lost.
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import TYPE_CHECKING
 
 from vhostblk.nodes.qcow2 import bitmaps, journal
@@ -84,7 +85,7 @@ async def _longer_l1(live: Qcow2, size: int) -> None:
     geometry = live.geometry
     count = geometry.l1_entries(size)
     clusters = geometry.clusters(8 * count)
-    entries = live.l1 + [0] * (count - len(live.l1))
+    entries = live.l1 + array("Q", bytes(8 * (count - len(live.l1))))
     host = await live.allocator.reserve(clusters)
     data = struct.pack(f">{count}Q", *entries)
     try:
@@ -97,7 +98,7 @@ async def _longer_l1(live: Qcow2, size: int) -> None:
         raise
     old, old_clusters = live.l1_offset, geometry.clusters(8 * len(live.l1))
     live.l1, live.l1_offset = entries, host
-    live.moved_metadata(old, old_clusters, host, clusters)
+    live.moved_metadata(old, host, clusters)
     await live.allocator.refcounts.free(old, old_clusters)
 
 

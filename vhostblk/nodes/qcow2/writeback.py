@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from array import array
 from collections.abc import Callable
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class Live(Protocol):
     data: ChildStorage
     allocator: Allocator
     l2: L2Cache
-    l1: list[int]
+    l1: array[int]
     l1_offset: int
 
     async def settle_header(self) -> None:

@@ -320,10 +320,11 @@ class Qed(MappedImage):
         async for extent in extents(self, offset, length):
             yield extent
 
-    async def check_image(self) -> dict[str, Any]:
+    async def check_image(self, patience: float | None) -> dict[str, Any]:
         if not self.read_only:
             await self._write_everything()  # what the file has grown ahead is not leaked
-        return (await check(self.file, self.header)).describe()
+        async with asyncio.timeout(patience):
+            return (await check(self.file, self.header)).describe()
 
     def relink(self) -> None:
         for child in self.children.values():
