@@ -116,6 +116,7 @@ def _listed(value: Any) -> list[str]:
 
 
 FILTER = {"driver": "through", "node-name": "t"}
+SLOWER = {"driver": "null-co", "node-name": "spare", "latency-ns": 500}
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "add": ("blockdev-add", {"driver": "null-co", "node-name": "n"}),
     "del": ("blockdev-del", {"node-name": "spare"}),
@@ -123,12 +124,32 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "export-del": ("block-export-del", {"id": "e", "mode": "hard"}),
     "filter": ("block-filter-insert", {"export-id": "e", "filter": FILTER}),
     "snapshot": ("blockdev-snapshot-sync", {"device": "e"}),
+    "reopen": ("blockdev-reopen", {"options": [SLOWER]}),
+    "replace": (
+        "blockdev-replace",
+        {"parent-type": "export", "export-id": "e", "new-child": "leg0"},
+    ),
+    "resize": ("block_resize", {"node-name": "spare", "size": 2 * MIB}),
+    "transaction": (
+        "transaction",
+        {
+            "actions": [
+                {"type": "block-filter-insert", "data": {"export-id": "e", "filter": FILTER}},
+                {"type": "blockdev-reopen", "data": {"options": [SLOWER]}},
+                {"type": "blockdev-snapshot-sync", "data": {"device": "e"}},
+            ]
+        },
+    ),
 }
 CASES = [("filter", point) for point in STATE_POINTS]
-CASES += [("snapshot", point) for point in (*STATE_POINTS, *SNAPSHOT_POINTS)]
 CASES += [
     (change, point)
-    for change in ("add", "del", "object", "export-del")
+    for change in ("snapshot", "transaction")
+    for point in (*STATE_POINTS, *SNAPSHOT_POINTS)
+]
+CASES += [
+    (change, point)
+    for change in ("add", "del", "object", "export-del", "reopen", "replace", "resize")
     for point in ("state-synced", "state-renamed")
 ]
 
