@@ -20,7 +20,8 @@ class Image(Enum):
     FILLED = "filled"  # every cluster allocated
     EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
     OVERLAY = "overlay"  # nothing of its own, on a filled backing file
-    LEGS = "legs"  # the same three times: also at {image}.b and {image}.c
+    CHAIN = "chain"  # 200 of these, one on the other
+    LEGS = "legs"  # FILLED three times: also at {image}.b and {image}.c
     DEDUP = "dedup"  # the data device of an empty dedup store; metadata in {image}.meta
     DEDUP_FILLED = "dedup-filled"  # the same with the data on its disk
     FLAGSHIP = "flagship"  # LEGS, of which each has the encrypted data of LUKS
@@ -28,6 +29,7 @@ class Image(Enum):
 
 
 EMPTY_SIZE = 4 << 30
+CHAIN_DEPTH = 200
 PASSPHRASE = "bench"
 
 
@@ -44,6 +46,11 @@ def path_of(image: Image, file: Path) -> Path:
 def legs_of(path: Path) -> tuple[Path, ...]:
     """All files of a row with several legs."""
     return (path, Path(f"{path}.b"), Path(f"{path}.c"))
+
+
+def chain_of(path: Path) -> tuple[Path, ...]:
+    """All overlays of a chain, the lowest first."""
+    return (*(Path(f"{path}.{number}") for number in range(1, CHAIN_DEPTH)), path)
 
 
 def prepare(image: Image, file: Path) -> None:
@@ -69,6 +76,12 @@ def prepare(image: Image, file: Path) -> None:
         filled = path_of(Image.FILLED, file)
         prepare(Image.FILLED, file)
         _qemu_img("create", "-q", "-f", "qcow2", "-b", str(filled), "-F", "qcow2", str(path))
+    elif image is Image.CHAIN and not path.exists():
+        prepare(Image.FILLED, file)
+        below = path_of(Image.FILLED, file)
+        for overlay in chain_of(path):
+            _qemu_img("create", "-q", "-f", "qcow2", "-b", str(below), "-F", "qcow2", str(overlay))
+            below = overlay
     elif image is Image.DEDUP or (image is Image.DEDUP_FILLED and not path.exists()):
         asyncio.run(
             _make_store(path, file.stat().st_size, file if image is Image.DEDUP_FILLED else None)
@@ -117,7 +130,8 @@ async def _make_store(path: Path, file_size: int, content: Path | None) -> None:
 def forget(file: Path) -> None:
     """The data have changed, or nobody needs the images any more."""
     for image in Image:
-        for path in legs_of(path_of(image, file)):
+        made = path_of(image, file)
+        for path in (*legs_of(made), *chain_of(made)):
             path.unlink(missing_ok=True)
             shutil.rmtree(f"{path}.meta", ignore_errors=True)
 

@@ -333,6 +333,16 @@ ROWS: tuple[Row, ...] = (
         daemons=QCOW2_DAEMONS,
         image=Image.OVERLAY,
     ),
+    # What 200 snapshots cost a read from the bottom: the row above is the same with one.
+    Row(
+        name="qcow2-chain-randread",
+        title="200 qcow2 overlays on a filled backing file",
+        nodes=qcow2(),
+        compare=Compare.IOPS,
+        target=None,
+        daemons=QCOW2_DAEMONS,
+        image=Image.CHAIN,
+    ),
     # Three legs on tmpfs, 20 snapshots of all of them under load.
     Row(
         name="snapshot-stall",
