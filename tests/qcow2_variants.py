@@ -53,7 +53,10 @@ def _variants() -> tuple[Variant, ...]:
         v("v2", {"compat": "0.10"}),
         v("v2-4k", {"compat": "0.10", "cluster_size": "4k"}),
     ]
-    found += [v(f"cluster-{size}", {"cluster_size": size}) for size in ("512", "1k", "4k", "2M")]
+    found += [
+        v(f"cluster-{size}", {"cluster_size": size})
+        for size in ("512", "1k", "2k", "4k", "8k", "32k", "128k", "1M", "2M")
+    ]
     found += [
         v(f"refcount-{bits}", {"refcount_bits": bits, "cluster_size": "1k"}, snapshots=bits > 1)
         for bits in (1, 2, 4, 8, 32, 64)

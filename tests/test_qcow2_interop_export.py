@@ -48,7 +48,7 @@ def test_random_requests(tmp_path: Path, short_dir: Path, variant: Variant, queu
             assert tools.content(image.path, "qcow2", "-l", f"snapshot.name={name}") == content
 
 
-@some
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_read_only(tmp_path: Path, short_dir: Path, variant: Variant) -> None:
     image = make(tmp_path, variant, newest_tools(), seed=21)
     before = image.path.read_bytes()
