@@ -279,6 +279,11 @@ def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixt
     raw = tmp_path / "disk.raw"
     assert main(["create", "-f", "raw", str(raw), "3M"]) == 0
     assert raw.stat().st_size == 3 * MIB
+    qed = tmp_path / "disk.qed"
+    for path in (qed, tmp_path / "again.qcow2"):
+        words = ["-f", path.suffix[1:], "-o", "nocow=on,extent_size_hint=1M"]
+        assert main(["create", *words, str(path), "3M"]) == 0
+        qemu("qemu-img", "check", "-q", path)
     capsys.readouterr()
 
 
@@ -291,7 +296,14 @@ def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixt
         (["-f", "qcow2", "-o", "clusters=5", "new", "1M"], "unexpected"),
         (["-f", "qcow2", "-o", "clusters", "new", "1M"], "not KEY=VALUE"),
         (["-f", "qcow2", "-o", "=1", "new", "1M"], "not KEY=VALUE"),
-        (["-f", "qcow2", "-o", "encrypt.format=luks", "new", "1M"], "blockdev-create"),
+        (["-f", "qcow2", "-o", "encrypt.format=luks", "new", "1M"], "no terminal to ask"),
+        (["-f", "qcow2", "-o", "encrypt.format=aes", "new", "1M"], "allowed: luks"),
+        (["-f", "qcow2", "-o", "encrypt=luks", "new", "1M"], "encrypt.format=luks"),
+        (["-f", "qcow2", "-o", "encrypt.key-secret=s", "new", "1M"], "read with --key-file"),
+        (["-f", "qcow2", "--key-file", "there", "new", "1M"], "has no passphrase"),
+        (["-f", "qed", "-o", "encrypt.format=luks", "new", "1M"], "unexpected"),
+        (["-f", "qcow2", "--header", "there2", "new", "1M"], "no header of its own"),
+        (["-f", "qcow2", "-o", "nocow=maybe", "new", "1M"], "'nocow'"),
         (["-f", "qcow2", "-b", "there", "new", "1M"], "-b needs -F"),
         (["-f", "qcow2", "-b", "missing", "-F", "raw", "new", "1M"], "does not exist"),
         (["-f", "raw", "-b", "there", "-F", "raw", "new", "1M"], "cannot have a backing file"),

@@ -168,7 +168,7 @@ def test_a_detached_header(tmp_path: Path) -> None:
         (["create", "-f", "luks", "-o", "sector-size=4096", "X", "1M"], "LUKS1 does not"),
         (["create", "-f", "luks", "-o", "sector-size=4096,version=luks2", "X", "1000"],
          "not a multiple"),
-        (["create", "-f", "raw", "--key-file", "-", "X", "1M"], "neither header nor passphrase"),
+        (["create", "-f", "raw", "--key-file", "-", "X", "1M"], "raw has no passphrase"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path: Path, words: list[str], said: str) -> None:

@@ -13,6 +13,7 @@ from crash import newest_tools
 from in_process import MIB, Host, refused, with_host
 from luks_headers import qemu
 
+from vhostblk.cli import main
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES, REQ_MAY_UNMAP
 from vhostblk.schema import VhostblkError
 
@@ -154,6 +155,21 @@ def test_nothing_of_the_guest_is_on_disk_in_plain(tmp_path: Path) -> None:
 
     with_host(test)
     assert secret not in path.read_bytes()
+
+
+def test_the_command_makes_one_that_qemu_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, key = tmp_path / "new.qcow2", tmp_path / "key"
+    key.write_text(PASSPHRASE)
+    options = "encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,cluster_size=4k"
+    words = ["-f", "qcow2", "-o", options, "--key-file", str(key)]
+    assert main(["create", *words, str(path), str(DISK)]) == 0
+    assert f"qcow2, {DISK} bytes" in capsys.readouterr().out
+    command = ("qemu-io", "--image-opts", image_options(path), "-c", "write -q -P 7 0 1M")
+    qemu(PASSPHRASE, *command)
+    assert content(tmp_path, path) == b"\7" * MIB + bytes(DISK - MIB)
+    assert PASSPHRASE.encode() not in path.read_bytes()
 
 
 def test_a_backing_file_that_is_not_encrypted(tmp_path: Path) -> None:

@@ -28,12 +28,16 @@ examples:
   vhostblk create -f raw -o preallocation=falloc disk.img 40G
   vhostblk create -f luks -o version=luks2,sector-size=4096 disk.luks 40G
       An encrypted disk; the passphrase is asked for, or read with --key-file.
+  vhostblk create -f qcow2 -o encrypt.format=luks disk.qcow2 40G
+      The same inside a qcow2 image.
 
 Options are those of blockdev-create, and the names that 'qemu-img create -o' has for them
-(cluster_size, compat=0.10 or 1.1, backing_fmt, …).
+(cluster_size, compat=0.10 or 1.1, backing_fmt, …); nocow and extent_size_hint are the file's.
 """
 
 SECTOR = 512
+_PASSPHRASE = "passphrase"  # the id of the secret object
+_OF_FILE = ("nocow", "extent-size-hint")
 _COMPAT = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
 
 
@@ -70,8 +74,11 @@ def run(args: argparse.Namespace) -> int:
     for file in files:
         if os.path.exists(file) and os.path.getsize(file) and not args.force:
             raise CliError(f"'{file}' exists and is not empty; --force replaces it")
-    if args.format != "luks" and (args.header or passphrase.is_given(args, "key-")):
-        raise CliError(f"{args.format} has neither header nor passphrase; luks has", status=USAGE)
+    if args.format != "luks" and args.header:
+        raise CliError(f"{args.format} has no header of its own; luks has", status=USAGE)
+    if args.format != "luks" and "encrypt" not in options and passphrase.is_given(args, "key-"):
+        raise CliError(f"{args.format} has no passphrase; luks has, and qcow2 with -o "
+                       "encrypt.format=luks", status=USAGE)  # fmt: skip
     made = args.format
     if args.backing is not None and args.format in ("raw", "luks"):
         raise CliError(f"a {args.format} image cannot have a backing file", status=USAGE)
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             raise CliError(f"the format of a backing file is one of {', '.join(known)}, not "
                            f"'{fmt}'{near}", status=USAGE)  # fmt: skip
         size = -(-size // SECTOR) * SECTOR
-        asyncio.run(_create(args.format, str(path), size, options))
+        asyncio.run(_create(args, size, options))
     print(f"{path}: {made}, {size} bytes")
     return 0
 
@@ -104,12 +111,17 @@ def _options(words: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise CliError(f"'{word}' in -o is not KEY=VALUE", status=USAGE)
         name = key.replace("_", "-")
-        if name.partition(".")[0] == "encrypt":
-            raise CliError(
-                f"'{key}' in -o: an encrypted image needs a secret object, which a running backend "
-                "has: use 'vhostblk qmp blockdev-create' (or -f luks)",
-                status=USAGE,
-            )
+        group, _, member = name.partition(".")
+        if group == "encrypt":
+            if not member:
+                raise CliError(f"'{word}' in -o: say encrypt.format=luks", status=USAGE)
+            if member == "key-secret":
+                raise CliError(
+                    f"'{key}' in -o: the passphrase is asked for, or read with --key-file",
+                    status=USAGE,
+                )
+            options.setdefault(group, {"key-secret": _PASSPHRASE})[member] = value
+            continue
         if name == "compat":
             if value not in _COMPAT:
                 raise CliError(f"compat is 0.10 or 1.1, not '{value}'", status=USAGE)
@@ -135,9 +147,13 @@ def _check_backing(path: Path, name: str) -> None:
         raise CliError("an image cannot be its own backing file", status=USAGE)
 
 
-async def _create(format: str, path: str, size: int, options: dict[str, Any]) -> None:
+async def _create(args: argparse.Namespace, size: int, options: dict[str, Any]) -> None:
     from vhostblk.backend import Backend
     from vhostblk.jobs.create import Creator, check_options
+    from vhostblk.schema import validate
+
+    path: str = args.file
+    of_file = {name: options.pop(name) for name in _OF_FILE if name in options}
 
     backend = Backend()
     await backend.start()
@@ -145,7 +161,7 @@ async def _create(format: str, path: str, size: int, options: dict[str, Any]) ->
         creator = Creator(backend.graph, backend.driver_registry, "create", locked=False)
         files = [path]
         wanted = {
-            "driver": format,
+            "driver": args.format,
             "file": {"driver": "file", "filename": path},
             "size": size,
             **options,
@@ -156,13 +172,20 @@ async def _create(format: str, path: str, size: int, options: dict[str, Any]) ->
         # Before a file is emptied that --force may replace.
         driver, checked = check_options(backend.driver_registry, wanted)
         driver.check_create(checked)
+        new = [
+            validate(FileCreateOptions, {"driver": "file", "filename": file, "size": 0, **of_file})
+            for file in files
+        ]
+        if "encrypt" in options:
+            secret = passphrase.as_object(args, "key-", "new passphrase", twice=True)
+            await backend.object_add({"id": _PASSPHRASE, **secret})
         made: list[str] = []
         try:
-            for file in files:
-                existed = os.path.exists(file)
-                create_file(FileCreateOptions(driver="file", filename=file, size=0))
+            for one in new:
+                existed = os.path.exists(one.filename)
+                create_file(one)
                 if not existed:
-                    made.append(file)
+                    made.append(one.filename)
             await creator.create(wanted)
         except BaseException:
             for file in made:

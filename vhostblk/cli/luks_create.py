@@ -20,7 +20,7 @@ from vhostblk.schema import validate
 
 def configure(parser: Parser) -> None:
     """Declare the options that this format has in addition."""
-    passphrase.configure(parser, "key-", "with -f luks, the passphrase")
+    passphrase.configure(parser, "key-", "of what is encrypted, the passphrase")
     parser.add_argument(
         "--header", metavar="FILE", help="with -f luks: put the header into this file, and into "
         "the image nothing but data"

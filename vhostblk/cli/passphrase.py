@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import sys
+from typing import Any
 
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser
@@ -33,26 +34,40 @@ def configure(parser: Parser, prefix: str, what: str) -> None:
 def get(args: argparse.Namespace, prefix: str, what: str, *, twice: bool = False) -> SecretBytes:
     """The passphrase."""
     forbid_core_dumps()
+    where = _where(args, prefix)
+    if "file" in where:
+        return source.read_file(where["file"])
+    if "fd" in where:
+        return source.read_fd(where["fd"])
+    if "credential" in where:
+        return source.read_credential(where["credential"])
+    return SecretBytes(_ask(what, f"--{prefix}file", twice).encode())
+
+
+def as_object(
+    args: argparse.Namespace, prefix: str, what: str, *, twice: bool = False
+) -> dict[str, Any]:
+    """Options of a secret object that has it, but for the id."""
+    forbid_core_dumps()
+    where = _where(args, prefix) or {"data": _ask(what, f"--{prefix}file", twice)}
+    return {"qom-type": "secret", **where}
+
+
+def _where(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """What an option says, if one does."""
     name = prefix.replace("-", "_")
-    file: str | None = getattr(args, f"{name}file")
-    fd: int | None = getattr(args, f"{name}fd")
-    credential: str | None = getattr(args, f"{name}credential")
-    if file is not None:
-        return source.read_fd(0) if file == "-" else source.read_file(file)
-    if fd is not None:
-        return source.read_fd(fd)
-    if credential is not None:
-        return source.read_credential(credential)
-    return _ask(what, f"--{prefix}file", twice)
+    given = {end: getattr(args, name + end) for end in ("file", "fd", "credential")}
+    if given["file"] == "-":
+        return {"fd": 0}
+    return {end: value for end, value in given.items() if value is not None}
 
 
 def is_given(args: argparse.Namespace, prefix: str) -> bool:
     """Whether an option says where the passphrase is."""
-    name = prefix.replace("-", "_")
-    return any(getattr(args, name + end) is not None for end in ("file", "fd", "credential"))
+    return bool(_where(args, prefix))
 
 
-def _ask(what: str, option: str, twice: bool) -> SecretBytes:
+def _ask(what: str, option: str, twice: bool) -> str:
     if not sys.stdin.isatty():
         raise CliError(
             f"there is no terminal to ask for the {what}; say where it is with {option} "
@@ -62,4 +77,4 @@ def _ask(what: str, option: str, twice: bool) -> SecretBytes:
     words = getpass.getpass(f"{what[0].upper()}{what[1:]}: ")
     if twice and getpass.getpass("The same again: ") != words:
         raise CliError("the two are not the same")
-    return SecretBytes(words.encode())
+    return words
