@@ -112,11 +112,14 @@ def test_an_l2_table_beyond_the_end_of_the_file() -> None:
     with_host(test)
 
 
-def test_counts_beyond_the_end_of_the_file_do_not_make_clusters_free() -> None:
+@pytest.mark.parametrize("where", ["beyond the end", "the block before"])
+def test_counts_that_are_elsewhere_do_not_make_clusters_free(where: str) -> None:
     async def test(host: Host) -> None:
         disk = new_disk(host, cluster_size="512")
         disk.tools.io(disk.path, "write -q -P 5 0 4M")
-        put(disk.path, number(disk.path, TABLE_OFFSET) + 8 * 20, ">Q", 1 << 40)
+        entry = number(disk.path, TABLE_OFFSET) + 8 * 20
+        wrong = 1 << 40 if where == "beyond the end" else number(disk.path, entry - 8)
+        put(disk.path, entry, ">Q", wrong)
         await disk.open(overlap_check="none")
         with pytest.raises(OSError):
             for offset in range(4 * MIB, 8 * MIB, 64 * KIB):

@@ -84,6 +84,7 @@ class Refcounts:
         self.table = array("Q")
         """Host offset of each block; 0: there is none, its clusters are free."""
         self._blocks: dict[int, array[int]] = {}
+        self._read: dict[int, int] = {}  # from where, those that were not made here
         self._dirty: set[int] = set()
         self._table_dirty: set[int] = set()
         self._unsure: tuple[set[int], set[int]] = set(), set()
@@ -103,6 +104,9 @@ class Refcounts:
             offset = self.table[number]
             if offset % self._cluster_size or offset >= self._storage.size:
                 raise _corrupt(f"refcount table entry {number} ({offset:#x}) is not valid")
+            if offset and self._read.setdefault(offset, number) != number:
+                # A million times the same one must not take a million times the memory either.
+                raise _corrupt(f"refcount table entries name the same block ({offset:#x})")
             data = await self._storage.read(offset, self._cluster_size) if offset else None
             block = self._blocks.get(number)  # somebody may have been faster
             if block is None:
