@@ -22,6 +22,7 @@ from in_process import MIB, Host, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from vhostblk.filter import Filter, Request
+from vhostblk.schema import VhostblkError
 
 SECTOR = 512
 SIZE = 8 * MIB
@@ -261,3 +262,71 @@ def test_a_change_that_storage_forgets(what: str) -> None:
         number += 1
         assert number < 100
     assert number > 1
+
+
+@pytest.mark.parametrize("place", ["old", "new"])
+@pytest.mark.parametrize("failing", ["read", "write", "flush"])
+@pytest.mark.parametrize("format", ["qcow2", "qed"])
+def test_a_move_that_fails(format: str, failing: str, place: str) -> None:
+    """To other storage, at whichever request to the old or the new one; the next attempt works."""
+    tools = newest_tools()
+
+    def attempt(skip: int) -> bool:
+        done = False
+
+        async def test(host: Host) -> None:
+            nonlocal done
+            content = bytearray(SIZE)
+            old, new = Path(host.path("old")), Path(host.path("new"))
+            tools.create(old, SIZE, format)
+
+            async def storage(path: Path) -> None:
+                await host.add("file", f"{path.name}-file", filename=str(path))
+                await host.add("error-inject", path.name, file=f"{path.name}-file", count=0)
+
+            async def fail(count: int) -> None:
+                broken = {"driver": "error-inject", "node-name": place, "file": f"{place}-file"}
+                broken |= {"operations": [failing], "skip": skip, "count": count}
+                await host.command("blockdev-reopen", options=[broken])
+
+            await storage(old)
+            node = await host.add(format, "disk", file="old")
+            for offset in (0, 3 * MIB):
+                await host.write("disk", offset, b"\1" * 8192)
+                content[offset : offset + 8192] = b"\1" * 8192
+            shutil.copy(old, new)
+            await storage(new)
+            await fail(1)
+            replace = {"parent-type": "driver", "node-name": "disk", "child": "file"}
+            actions = [("blockdev-replace", {**replace, "new-child": "new"})]
+            try:
+                await host.backend.transaction(actions)
+                done = True
+            except (OSError, VhostblkError):
+                await fail(0)
+                if format == "qcow2":
+                    assert node.log.path.exists() and node.map.log is node.log
+                    assert old.read_bytes()[88:96] != bytes(8)  # which say that there is a log
+                await _flush(host)
+                assert await host.read("disk", 0, SIZE) == content
+                await host.backend.transaction(actions)
+            await fail(0)
+            judge(old, content)
+            await host.write("disk", MIB, b"\3" * 8192)
+            content[MIB : MIB + 8192] = b"\3" * 8192
+            await host.backend.blockdev_del("disk")
+            judge(new, content)
+
+        with_host(test)
+        return done
+
+    def judge(path: Path, content: bytearray) -> None:
+        check = tools.check(path, format=format)
+        assert not check.corruptions and not check.errors, check.text
+        assert tools.content(path, format) == content
+
+    attempts = 0
+    while not attempt(attempts):
+        attempts += 1
+        assert attempts < 60
+    assert attempts or (format, failing, place) == ("qed", "write", "new")
