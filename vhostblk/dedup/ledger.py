@@ -422,6 +422,7 @@ class Ledger:
             self._journal(Taken(segment))
         except OSError:
             self._space.give_back(segment)
+            self._space.add_free(segment)
             raise
         self.state.segments.append(segment)
         self.state.head = self._super.segment_at(segment)

@@ -12,6 +12,7 @@ import errno
 import heapq
 from collections.abc import Iterable, Iterator
 
+from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import SECTOR, Superblock
 
 RESERVE = 2
@@ -162,15 +163,26 @@ class Space:
         return segment
 
     def give_back(self, segment: int) -> None:
-        """The ledger does not need one any more."""
-        assert segment not in self.used
-        self.ledger.discard(segment)
-        self._free.add(segment)
+        """The ledger does not need one any more; add_free() makes it free."""
+        if segment in self.used or segment not in self.ledger:
+            raise InconsistentError(f"segment {segment} is given back, but was not the ledger's")
+        self.ledger.remove(segment)
 
     def taken(self, segment: int) -> None:
         """The journal says that one is the ledger's."""
         self.ledger.add(segment)
         self._free.discard(segment)
+        if self.used.get(segment) == 0:
+            # The database's head may be at the end of a segment that has become free since.
+            del self.used[segment]
+        if self._segment_before(self.head) == segment:
+            self.head = 0
+
+    def check(self) -> None:
+        """Nobody has what is somebody else's."""
+        free, used = set(self._free), self.used.keys()
+        if twice := sorted((self.ledger & used) | (free & used) | (free & self.ledger)):
+            raise InconsistentError(f"segments {twice[:10]} are used for two things")
 
     def landed(self, offset: int) -> None:
         """What was allocated there is written and recorded, or has failed."""
@@ -189,8 +201,10 @@ class Space:
     def lose(self, lost: list[tuple[int, int]]) -> None:
         """The database says that these bytes of segments are not needed."""
         for segment, length in lost:
-            self.used[segment] = self.used.get(segment, 0) - length
-            assert self.used[segment] >= 0
+            left = self.used.get(segment, 0) - length
+            if left < 0:
+                raise InconsistentError(f"segment {segment} would have {left} bytes in use")
+            self.used[segment] = left
 
     def recount(self, used: dict[int, int]) -> None:
         """What is in use was wrong. Segments that are being written to stay what they are."""
@@ -209,8 +223,13 @@ class Space:
         ]
 
     def release(self, segment: int) -> None:
-        """One of those is free from now on."""
+        """Nobody has one of those any more; add_free() makes it free."""
+        if self.used.get(segment) != 0 or segment in self.ledger:
+            raise InconsistentError(f"segment {segment} is released, but something is there")
         del self.used[segment]
+
+    def add_free(self, segment: int) -> None:
+        """Whoever needs a segment may have this one."""
         self._free.add(segment)
 
     def replayed(self, offset: int, length: int) -> None:

@@ -45,6 +45,7 @@ from typing import Any, Protocol, TypeVar
 
 from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.compression import compress, decompress
+from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import (
     DISK_NAME_MAX,
     HASHES,
@@ -211,7 +212,8 @@ class Store:
         self._moved = False
         self._durable = 0
         self._dirty = False
-        self._journal_failed = False
+        self._journal_lost = 0  # the journal may lack earlier frames, and the database, too
+        self._stopped = False
         self._full_devices: set[str] = set()  # those of which the operator has been told so
         self._told_level = {"data": 0, "metadata": 0}
         self._watched = -1  # free segments when _watch() has last looked
@@ -279,12 +281,21 @@ class Store:
         self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name, self.emit)
         try:
             await self._recover(data)
-        except BaseException:
+        except BaseException as error:
             self.journal.close()
             self.tables.close()
             self._unlock()
+            if isinstance(error, InconsistentError):
+                raise self._damaged(error) from error
             raise
         self._run(self._now_and_then())
+
+    def _damaged(self, error: Exception) -> VhostblkError:
+        return VhostblkError(
+            f"the metadata of the dedup store in '{self.directory}' are damaged: {error}; make "
+            "them anew with dedup-rebuild",
+            data={"code": "bad-metadata"},
+        )
 
     async def _next_life(self, data: Data) -> LedgerState:
         """The database knows of it, durably, before the data device is written to."""
@@ -402,6 +413,7 @@ class Store:
                 if isinstance(record, Stored):
                     self.space.replayed(record.offset, stored_space(record.length))
             self.ledger.add(frame, pack_records(held))
+        self.space.check()
         if frames:
             logger.info(
                 "dedup store '%s' was not closed: %d changes replayed", self.directory, len(frames)
@@ -416,7 +428,6 @@ class Store:
         # Files of the past must not seem to follow what is written from now on.
         number = journal.last_number(state.journal) + 1
         journal.begin(number, last)
-        self._durable = last
         await self._checkpoint(data, rotate=False)
 
     async def _is_there(self, data: Data, record: Stored) -> bool:
@@ -534,7 +545,7 @@ class Store:
         Whoever gets an offset writes the blocks there, and calls end_new().
         """
         tables, tuning, space = self.tables, self.tuning, self.space
-        if self._still is not None or tuning.verify or tuning.compress:
+        if self._still is not None or self._stopped or tuning.verify or tuning.compress:
             return None
         if tables.changes > _BACKLOG * tuning.changes or len(set(prints)) != len(prints):
             return None
@@ -620,6 +631,7 @@ class Store:
 
     async def _may_change(self, data: Data) -> None:
         """Memory is bounded: too many changes wait for the database to take some."""
+        self._refuse_if_stopped()
         while self.tables.changes > _BACKLOG * self.tuning.changes:
             try:
                 await self._checkpoint(data)
@@ -651,6 +663,7 @@ class Store:
 
     def _append(self, records: Iterable[Record]) -> None:
         """To the journal, and with the next flush to the ledger."""
+        self._refuse_if_stopped()
         payload = pack_records(records)
         self.ledger.add(self.journal.append(payload), payload)
 
@@ -675,6 +688,7 @@ class Store:
     async def allocate(self, data: Data, wanted: int) -> tuple[int, int]:
         """Space at the head of the log; waits or fails if there is none."""
         while True:
+            self._refuse_if_stopped()
             try:
                 return self.space.allocate(wanted)
             except NoSpace:
@@ -752,30 +766,38 @@ class Store:
             await self._to_the_end(self._flush(data))
 
     async def _flush(self, data: Data) -> None:
-        while self._journal_failed and (self.tables.frozen or self.tables.changes):
-            # Syncing it once more might succeed without having written what is lost.
-            await self._checkpoint(data)
-        self._journal_failed = False
+        self._refuse_if_stopped()
         wanted = self.journal.next_frame
-        async with self._flush_lock:
-            if self._durable >= wanted:
-                return  # somebody else's flush has done it
-            frame = self.journal.next_frame
-            await self.ledger.write(data)
-            await self._flush_data(data, frame)
-            await self._until(lambda: self._append([Marked(frame)]))
-            alone = self.journal.next_frame == frame + 1
-            older = self.journal.older
-            try:
-                await asyncio.to_thread(self.journal.syncing())
-            except OSError:
-                self._journal_failed = True
-                raise
-            self.journal.let_go(older)
-            # What came between `frame` and the mark may have missed the data device's flush.
-            self._durable = frame + 1 if alone else frame
-            if self.journal.next_frame == self._durable:
-                self._clean()
+        while self._durable < wanted:
+            if self._journal_lost:
+                # Syncing it once more might succeed without having written what is lost.
+                await self._checkpoint(data)
+            async with self._flush_lock:
+                # Somebody else's flush may have done it, or failed.
+                if self._durable < wanted and not self._journal_lost:
+                    await self._flush_journal(data)
+
+    async def _flush_journal(self, data: Data) -> None:
+        frame = self.journal.next_frame
+        await self.ledger.write(data)
+        await self._flush_data(data, frame)
+        await self._until(lambda: self._append([Marked(frame)]))
+        alone = self.journal.next_frame == frame + 1
+        older = self.journal.older
+        try:
+            await asyncio.to_thread(self.journal.syncing())
+        except OSError:
+            self._journal_lost = self.journal.next_frame
+            raise
+        self.journal.let_go(older)
+        # What came between `frame` and the mark may have missed the data device's flush.
+        self._now_durable(frame + 1 if alone else frame)
+
+    def _now_durable(self, frame: int) -> None:
+        """All earlier frames are on stable storage, with what they speak of."""
+        self._durable = max(self._durable, frame)
+        if self.journal.next_frame == self._durable:
+            self._clean()
 
     async def _flush_data(self, data: Data, frame: int) -> None:
         """The blocks of all earlier frames are on stable storage, and the ledger has these."""
@@ -843,18 +865,56 @@ class Store:
         if level > told or percent < told - 5:
             self._told_level[device] = level
 
-    def _run(self, work: Any) -> None:
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped:
+            raise OSError(errno.EIO, "the dedup store has stopped; the log says why")
+
+    def _stop(self, error: BaseException) -> None:
+        """What is in memory is wrong: before it does harm, nothing is written any more."""
+        if self._stopped:
+            return
+        self._stopped = True
+        logger.critical(
+            "dedup store '%s' has stopped: %s; guests' writes and flushes fail, reads go on; "
+            "what was complete is in the journal: close the store, open it again, and dedup-check",
+            self.directory,
+            error,
+            exc_info=error,
+        )
+
+    async def _stopping(self, work: Coroutine[Any, Any, Result_]) -> Result_:
+        """An error that is not a device's, or an operator's, stops the store."""
+        try:
+            return await work
+        except (OSError, VhostblkError):
+            raise
+        except Exception as error:
+            self._stop(error)
+            raise OSError(errno.EIO, f"the dedup store has stopped: {error}") from error
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         # Not on behalf of the request that happens to be current.
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._stop(error)  # nobody else would see it
 
     async def _to_the_end(self, work: Coroutine[Any, Any, Result_]) -> Result_:
         """Whoever waits for this may be cancelled; the work itself must not stop in the middle."""
-        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        task = asyncio.get_running_loop().create_task(
+            self._stopping(work), context=contextvars.Context()
+        )
         self._protected.add(task)
         task.add_done_callback(self._protected.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            # Its error knows the frames it has passed, this one and the guest's memory above.
+            del task
 
     async def _checkpoint_soon(self) -> None:
         try:
@@ -877,10 +937,12 @@ class Store:
 
     async def _make_checkpoint(self, data: Data, rotate: bool) -> None:
         async with self._checkpoint_lock:
+            self._refuse_if_stopped()
             tables, journal, state = self.tables, self.journal, self.tables.state
             if not tables.frozen:
                 if rotate:
-                    if not tables.changes and not self.ledger.unsaved:
+                    due = tables.changes or tables.dying() or self.ledger.unsaved
+                    if not due and not self._journal_lost:
                         return
                     journal.begin(journal.number + 1, journal.next_frame)
                 state.journal, state.frame = journal.number, journal.next_frame
@@ -899,6 +961,9 @@ class Store:
                 raise
             tables.written()
             self._full_devices.discard("metadata")
+            if self._journal_lost <= state.frame:
+                self._journal_lost = 0
+            self._now_durable(state.frame)
             dump_now = self._begin_dump(data, state.frame)
             self.counters.checkpoints += 1
             async with self._flush_lock:
@@ -927,11 +992,13 @@ class Store:
 
     async def _release(self, data: Data, segments: list[int], give: Callable[[int], None]) -> None:
         for segment in segments:
+            give(segment)
+            # Nobody may have it before the discard is done.
             if self.tuning.discard:
                 with contextlib.suppress(OSError):
                     offset = self.super.segment_at(segment)
                     await data.discard(offset, self.super.segment_size)
-            give(segment)
+            self.space.add_free(segment)
 
     # ---- snapshots in the ledger
 
@@ -1018,7 +1085,7 @@ class Store:
             still = self._still = _future()
             try:
                 await self._checkpoint(data)
-                while self.tables.frozen or self.tables.changes:
+                while self.tables.frozen or self.tables.changes or self.tables.dying():
                     await self._checkpoint(data)
                 result = Check(self.tables, self.super, data.size, repair=repair).run()
                 if result.repaired:
@@ -1325,6 +1392,7 @@ class Store:
         return await self._to_the_end(self._gather(data, numbers))
 
     async def _gather(self, data: Data, numbers: list[int]) -> int:
+        self._refuse_if_stopped()
         async with self._collect_lock:
             moved = await self._move_blocks(data, numbers, 0, 1 << 63, GUESTS_RESERVE)
         self._watch()

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dedup: what was flushed stays, and no place is written to while something needs it.
+
+Power cuts are in tests/test_dedup_crash.py; here are moments that these do not meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import struct
+import threading
+from array import array
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound
+from in_process import MIB, Host, refused, with_host
+
+from vhostblk.dedup.errors import InconsistentError
+from vhostblk.dedup.format import Marked, Superblock, pack_block
+from vhostblk.dedup.ledger import State
+from vhostblk.dedup.space import Space
+from vhostblk.dedup.tables import FILE, PAGE, Tables
+from vhostblk.engine import OP_DISCARD, OP_FLUSH
+
+_KEY = struct.Struct(">Q")
+_PAGE_KEY = struct.Struct(">IQ")
+
+
+async def submit(host: Host, op: int, offset: int = 0, length: int = 0, node: str = "disk") -> None:
+    handle = host.backend.graph.node(node).effective
+    await host.backend.engine.submit(handle, op, offset, None, length)
+
+
+async def killed(host: Host, **options: Any) -> Any:
+    """A disk `again` of the store as kill -9 would leave it now; its node."""
+    there = host.directory / "killed"
+    there.mkdir()
+    shutil.copy(host.path("data.raw"), there)
+    shutil.copytree(host.path("meta"), there / "meta")
+    await host.add("file", "data2", filename=str(there / "data.raw"), discard="unmap")
+    return await host.add("dedup", "again", file="data2", metadata=str(there / "meta"), **options)
+
+
+# ---- segments
+
+
+def test_a_segment_that_the_ledger_has_taken_is_not_the_logs() -> None:
+    """The database's head may be at the end of a segment that has become free since."""
+    super = Superblock(12, 18, "blake3", bytes(16))
+    space = Space(super, 20 * SEGMENT, {5: BLOCK}, super.segment_at(4), ())
+    space.taken(3)
+    space.check()
+    assert 3 not in space.empty() and space.allocate(BLOCK)[0] < super.segment_at(3)
+    with pytest.raises(InconsistentError):
+        space.release(3)
+    space.give_back(3)
+    space.add_free(3)
+    with pytest.raises(InconsistentError):
+        space.give_back(3)
+    with pytest.raises(InconsistentError):
+        space.release(5)
+    space.ledger.add(5)
+    with pytest.raises(InconsistentError):
+        space.check()
+
+
+def test_what_is_flushed_after_a_kill_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment becomes free while the database is written whose head is at its end, and the
+    ledger takes it."""
+
+    async def test(host: Host) -> None:
+        await create(host, data=16 * MIB, size=8 * MIB)
+        node = await open_disk(host, discard="unmap")
+        store, space, rnd = node.store, node.store.space, random.Random(1)
+        at = 0
+        while space.head % SEGMENT != store.super.segment_at(0) % SEGMENT or not at:
+            await host.write("disk", at, rnd.randbytes(BLOCK))
+            at += BLOCK
+        last = store.super.segment_of(space.head - 1)
+        await submit(host, OP_DISCARD, 0, at)
+        gate, write = threading.Event(), Tables.write
+
+        def slow(self: Tables) -> None:
+            gate.wait()
+            write(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tables, "write", slow)
+            checkpoint = asyncio.create_task(store.checkpoint())
+            await host.until(lambda: store.tables.frozen)
+            await host.write("disk", 4 * MIB, rnd.randbytes(BLOCK))
+            gate.set()
+            await checkpoint
+        taken = set(space.ledger)
+        blocks = [rnd.randbytes(BLOCK) for _ in range(3)]
+        count = 0
+        while space.ledger == taken:
+            for _ in range(400):
+                await host.write("disk", count % 1024 * BLOCK, blocks[count % 3])
+                count += 1
+            await submit(host, OP_FLUSH)
+        assert last in space.ledger
+        again = await killed(host, discard="unmap")
+        assert last in again.store.space.ledger
+        content = {}
+        for at in range(0, 2 * MIB, BLOCK):
+            content[at] = rnd.randbytes(BLOCK)
+            await host.write("again", at, content[at])
+        await submit(host, OP_FLUSH, node="again")
+        again.store.ledger.least_log = 1  # soon there is a new generation
+        for at in range(4 * MIB, 4 * MIB + 6 * BLOCK, BLOCK):
+            content[at] = rnd.randbytes(BLOCK)
+            await host.write("again", at, content[at])
+            await again.store.checkpoint()
+            await host.until(lambda: again.store._dump is None)
+        await host.until(lambda: last not in again.store.space.ledger)
+        again.forget_places()
+        for at, data in content.items():
+            assert await host.read("again", at, BLOCK) == data, at
+        await sound(host, "again")
+
+    with_host(test)
+
+
+def test_a_store_that_contradicts_itself_stops() -> None:
+    """Nothing is written any more; what was complete is there when it is opened again."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        store, data = node.store, random.Random(2).randbytes(MIB)
+        await host.write("disk", 0, data)
+        await store.checkpoint()
+        tables = store.tables
+        wrong = store.super.segment_of(tables.block(tables.get(node.number, 0)).offset)
+        await submit(host, OP_DISCARD, 0, SEGMENT)
+        store.space.ledger.add(wrong)
+        store.tuning.changes = SEGMENT // BLOCK  # a checkpoint is due
+        await host.write("disk", 0, b"x" * BLOCK)
+        await host.until(lambda: store._stopped)
+        await check_that_it_fails(host, random.Random(4).randbytes(BLOCK))
+        await check_that_it_fails(host, data[MIB // 2 : MIB // 2 + BLOCK])  # it is stored
+        await check_that_it_fails(host, bytes(BLOCK))
+        expected = b"x" * BLOCK + bytes(SEGMENT - BLOCK) + data[SEGMENT:]
+        assert await host.read("disk", 0, MIB) == expected
+        with pytest.raises(OSError):
+            await store.checkpoint()
+        await host.backend.blockdev_del("disk")
+        await open_disk(host)
+        assert await host.read("disk", 0, MIB) == expected
+        await host.write("disk", 0, bytes(BLOCK))
+        await sound(host)
+
+    with_host(test)
+
+
+async def check_that_it_fails(host: Host, data: bytes) -> None:
+    with pytest.raises(OSError) as caught:
+        await host.write("disk", 8 * BLOCK, data)
+    assert caught.value.errno == 5
+
+
+def test_metadata_that_give_a_segment_to_two_are_refused() -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        await host.write("disk", 0, random.Random(3).randbytes(MIB))
+        await node.store.checkpoint()
+        [wrong, *_] = [segment for segment, used in node.store.space.used.items() if used]
+        await host.backend.blockdev_del("disk")
+        with lmdb.open(os.fspath(Path(host.path("meta")) / FILE), subdir=False, max_dbs=8) as env:
+            db = env.open_db(b"state")
+            with env.begin(write=True) as txn:
+                state = State.parse(txn.get(b"ledger", db=db))
+                state.segments.append(wrong)
+                txn.put(b"ledger", state.pack(), db=db)
+        with refused("two things", "dedup-rebuild"):
+            await open_disk(host)
+
+    with_host(test)
+
+
+# ---- flushes
+
+
+def test_a_flush_beside_one_that_fails_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second fdatasync() reports success although the kernel has given up the pages."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        store, data = (await open_disk(host)).store, random.Random(5).randbytes(2 * BLOCK)
+        failing, sync = [threading.Event()], os.fdatasync
+
+        def fails_once(fd: int) -> None:
+            if failing:
+                failing.pop().wait()
+                raise OSError(5, "Input/output error")
+            sync(fd)
+
+        await host.write("disk", 0, data[:BLOCK])
+        monkeypatch.setattr("vhostblk.dedup.journal.os.fdatasync", fails_once)
+        event, before = failing[0], store.counters.checkpoints
+        first = asyncio.create_task(submit(host, OP_FLUSH))
+        await host.until(lambda: not failing)
+        await host.write("disk", 2 * BLOCK, data[BLOCK:])
+        second = asyncio.create_task(submit(host, OP_FLUSH))
+        await host.until(lambda: len(store._protected) == 2)
+        event.set()
+        with pytest.raises(OSError):
+            await first
+        await second
+        assert store.counters.checkpoints == before + 1
+        assert store.tables.state.frame == store.journal.next_frame
+
+    with_host(test)
+
+
+def test_a_flush_after_one_that_failed_ends_while_others_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(host: Host) -> None:
+        await create(host, data=32 * MIB)
+        node = await open_disk(host)
+        store = node.store
+        await open_disk(host, "other", disk="other", size=MIB)
+        write = Tables.write
+
+        def fails(fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        def busy(self: Tables) -> None:
+            """Something has changed whenever the database has been written."""
+            asyncio.run_coroutine_threadsafe(change(), loop).result()
+            write(self)
+
+        async def change() -> None:
+            nonlocal count
+            count += 1
+            await host.write("other", count % 64 * BLOCK, random.Random(count).randbytes(BLOCK))
+
+        count, loop = 0, asyncio.get_running_loop()
+        await host.write("disk", 0, random.Random(6).randbytes(BLOCK))
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostblk.dedup.journal.os.fdatasync", fails)
+            with pytest.raises(OSError):
+                await submit(host, OP_FLUSH)
+        await host.write("disk", BLOCK, random.Random(7).randbytes(BLOCK))
+        monkeypatch.setattr(Tables, "write", busy)
+        before = store.counters.checkpoints
+        await asyncio.wait_for(submit(host, OP_FLUSH), 20)
+        assert store.counters.checkpoints == before + 1 and store.tables.changes
+        # And where nothing changes but the journal has lost something.
+        monkeypatch.undo()
+        await store.checkpoint()
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostblk.dedup.journal.os.fdatasync", fails)
+            store._append([Marked(0)])
+            with pytest.raises(OSError):
+                await store.flush(node.data)
+        await asyncio.wait_for(store.flush(node.data), 20)
+        await sound(host)
+
+    with_host(test)
