@@ -267,3 +267,129 @@ def test_a_flush_after_one_that_failed_ends_while_others_write(
         await sound(host)
 
     with_host(test)
+
+
+# ---- blocks that nothing shows
+
+
+class Held:
+    """Writes of new blocks to the data device wait, and then fail."""
+
+    def __init__(self, node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = asyncio.Event()
+        self.waiting = 0
+
+        async def forward_part(*_: Any) -> None:
+            self.waiting += 1
+            await self.go.wait()
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(type(node.data), "forward_part", forward_part)
+
+
+async def orphan(host: Host, node: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Held, Any]:
+    """The only user of a block goes while another write is about to use it; that write."""
+    data = random.Random(8).randbytes(2 * BLOCK)
+    await host.write("disk", 0, data[:BLOCK])
+    held = Held(node, monkeypatch)
+    write = asyncio.create_task(host.write("disk", 40 * BLOCK, data))
+    await host.until(lambda: held.waiting > 0)
+    await host.write("disk", 0, bytes(BLOCK))
+    await node.store.checkpoint()
+    return held, write
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_block_whose_last_user_goes_while_a_write_wants_it_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, repair: bool
+) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        store = node.store
+        held, write = await orphan(host, node, monkeypatch)
+        held.go.set()
+        with pytest.raises(OSError):
+            await write
+        monkeypatch.undo()
+        assert not store.tables.changes
+        found = await host.command("dedup-check", node_name="disk", repair=repair)
+        assert found["leaks"] + found["wrong"] + found["corruptions"] == 0, found
+        assert store.tables.state.blocks == 0
+        await host.write("disk", 0, random.Random(9).randbytes(BLOCK))
+        await store.checkpoint()
+        await sound(host)
+
+    with_host(test)
+
+
+def test_a_block_that_nothing_shows_is_given_back_after_a_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        held, write = await orphan(host, node, monkeypatch)
+        assert node.store.tables.state.blocks == 1
+        monkeypatch.undo()
+        again = await killed(host)
+        assert again.store.tables.state.blocks == 0
+        await sound(host, "again")
+        held.go.set()
+        with pytest.raises(OSError):
+            await write
+
+    with_host(test)
+
+
+def test_a_leak_is_a_leak_and_nothing_else() -> None:
+    """What knows the block is no corruption."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        tables = node.store.tables
+        await host.write("disk", 0, random.Random(10).randbytes(4 * BLOCK))
+        await node.store.checkpoint()
+        with tables.transaction() as (txn, dbs):
+            txn.delete(_PAGE_KEY.pack(node.number, 0), db=dbs["map"])
+        tables.state.mapped = 0
+        found = await node.check_image()
+        assert (found["corruptions"], found["leaks"]) == (0, 4)
+        found = await host.command("dedup-check", node_name="disk", repair=True)
+        assert (found["corruptions"], found["wrong"], found["leaks"]) == (0, 0, 4), found
+        assert found["repaired"]
+        await sound(host)
+        await host.write("disk", 0, random.Random(10).randbytes(4 * BLOCK))
+        await node.store.checkpoint()
+        await sound(host)
+
+    with_host(test)
+
+
+def test_references_that_are_repaired_are_believed() -> None:
+    """A block that a write holds, and whose references were wrong."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        store, tables = node.store, node.store.tables
+        await host.write("disk", 0, random.Random(11).randbytes(2 * BLOCK))
+        await store.checkpoint()
+        shown, other = tables.page(node.number, 0)[:2]
+        with tables.transaction() as (txn, dbs):
+            for number, refs in ((shown, 0), (other, 1)):
+                key, block = _KEY.pack(number), tables.block(number)
+                txn.put(key, pack_block(block._replace(refs=refs)), db=dbs["blocks"])
+            page = array("Q", [shown]).tobytes().ljust(8 * PAGE, b"\0")
+            txn.put(_PAGE_KEY.pack(node.number, 0), page, db=dbs["map"])
+        tables.state.mapped = 1
+        tables.pins |= {shown: 1, other: 1}
+        tables._unreferenced.add(shown)
+        assert (await store.check(node.data, repair=True)).leaks == 2
+        tables.pins.clear()
+        await store.checkpoint()
+        assert tables.state.blocks == 1
+        await sound(host)
+
+    with_host(test)

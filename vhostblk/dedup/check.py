@@ -71,6 +71,7 @@ class Check:
         self._ledger = set(State.parse(ledger).segments if ledger else ())
         self._numbers = array("Q")  # of all stored blocks, sorted
         self._shown = array("I")  # how often each of them is
+        self._unshown = 0  # so many of them are leaks
         self.result = Result()
 
     def run(self) -> Result:
@@ -144,16 +145,21 @@ class Check:
         """Each entry leads to a block that is there. The keys of those that do not."""
         result, wrong, end = self.result, [], 0
         for key, value in self._pairs("places"):
-            offset = int(_KEY.unpack(key)[0])
-            block = self._block_at(offset, int(_NUMBER.unpack(value)[0]))
+            offset, number = int(_KEY.unpack(key)[0]), int(_NUMBER.unpack(value)[0])
+            block = self._block_at(offset, number)
             if block is None:
                 wrong.append(key)
+                result.wrong += not self._is_leak(number)
                 continue
             if offset < end:
                 self._two_at(offset)
             end = max(end, offset + block.space)
-        result.wrong += len(wrong)
         return wrong
+
+    def _is_leak(self, number: int) -> bool:
+        """A stored block that nothing needs. What else knows it is a part of that."""
+        position = self._position(number)
+        return position >= 0 and not self._is_needed(position)
 
     def _block_at(self, offset: int, number: int) -> Block | None:
         """A stored block, if it is needed, and there."""
@@ -172,6 +178,7 @@ class Check:
         blocks: list[tuple[bytes, bytes | None]] = []  # changes of the table of blocks
         places: list[tuple[bytes, bytes | None]] = [(key, None) for key in wrong_places]
         used: dict[int, int] = {}
+        unneeded: dict[int, int] = {}
         for position, (key, value) in enumerate(self._pairs("blocks")):
             number, shown, block = (
                 self._numbers[position],
@@ -182,6 +189,10 @@ class Check:
                 result.leaks += 1
                 result.say(f"nothing shows stored block {number}")
                 blocks.append((key, None))
+                self._unshown += 1
+                if self._possible(block):
+                    segment = super.segment_of(block.offset)
+                    unneeded[segment] = unneeded.get(segment, 0) + block.space
                 continue
             if shown != block.refs:
                 result.leaks += 1
@@ -198,18 +209,18 @@ class Check:
             owner = self._txn.get(place, db=self._dbs["places"])
             if owner == name:
                 continue
-            if owner is None:
+            if owner is None or self._is_leak(int(_NUMBER.unpack(owner)[0])):
                 result.wrong += 1
             elif self._block_at(block.offset, int(_NUMBER.unpack(owner)[0])) is not None:
                 self._two_at(block.offset)
                 continue
             places.append((place, name))
-        if places:
-            result.say(f"the table of places has {len(places)} wrong entries")
+        if result.wrong:
+            result.say(f"the table of places has {result.wrong} wrong entries")
         for table, changes in (("blocks", blocks), ("places", places)):
             for key, new in changes:
                 self._change(table, key, new)
-        self._look_at_segments(used)
+        self._look_at_segments(used, unneeded)
 
     def _possible(self, block: Block) -> bool:
         super = self._super
@@ -223,39 +234,46 @@ class Check:
             and super.segment_of(block.offset) not in self._ledger
         )
 
-    def _look_at_segments(self, used: dict[int, int]) -> None:
+    def _look_at_segments(self, used: dict[int, int], unneeded: dict[int, int]) -> None:
         wanted = {_KEY.pack(segment): _NUMBER.pack(count) for segment, count in used.items()}
+        expected = dict(wanted)
+        for segment, count in unneeded.items():
+            expected[_KEY.pack(segment)] = _NUMBER.pack(count + used.get(segment, 0))
         found = dict(self._pairs("segments"))
-        wrong = [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)]
-        for key in wrong:
-            self._change("segments", key, wanted.get(key))
+        wrong = 0
+        for key in found.keys() | expected.keys():
+            wrong += found.get(key) != expected.get(key)
+            if found.get(key) != wanted.get(key):
+                self._change("segments", key, wanted.get(key))
         if wrong:
-            self.result.wrong += len(wrong)
-            self.result.say(f"the table of segments has {len(wrong)} wrong entries")
+            self.result.wrong += wrong
+            self.result.say(f"the table of segments has {wrong} wrong entries")
 
     # ---- what is found by content
 
     def _look_at_index(self) -> None:
         """Each entry leads to a block with that content. (One that is missing costs space only.)"""
-        wrong = []
+        wrong, leaks = [], 0
         for key, value in self._pairs("index"):
-            found = self._txn.get(_KEY.pack(_NUMBER.unpack(value)[0]), db=self._dbs["blocks"])
+            number = int(_NUMBER.unpack(value)[0])
+            found = self._txn.get(_KEY.pack(number), db=self._dbs["blocks"])
             if found is None or unpack_block(found).fingerprint[:INDEX_KEY] != key:
                 wrong.append(key)
+                leaks += self._is_leak(number)
         for key in wrong:
             self._change("index", key, None)
-        if wrong:
-            self.result.wrong += len(wrong)
-            self.result.say(f"the index has {len(wrong)} entries of blocks that do not exist")
+        if count := len(wrong) - leaks:
+            self.result.wrong += count
+            self.result.say(f"the index has {count} entries of blocks that do not exist")
 
     def _look_at_state(self) -> None:
         state, result = self._tables.state, self.result
-        if (state.blocks, state.mapped) != (result.blocks, result.mapped):
+        if (state.blocks - self._unshown, state.mapped) != (result.blocks, result.mapped):
             result.wrong += 1
             result.say(
                 f"the counters say {state.blocks} stored blocks, shown {state.mapped} times; it is "
-                f"{result.blocks} and {result.mapped}"
+                f"{result.blocks + self._unshown} and {result.mapped}"
             )
-            if self._repair:
-                state.blocks, state.mapped = result.blocks, result.mapped
+        if self._repair:
+            state.blocks, state.mapped = result.blocks, result.mapped
             self._change("state", b"state", state.pack())

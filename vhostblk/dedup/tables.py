@@ -32,6 +32,7 @@ from typing import Any
 
 import lmdb
 
+from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import (
     Block,
     Disk,
@@ -103,6 +104,8 @@ class Layer:
     disks: dict[int, tuple[int, str]] = field(default_factory=dict)
     ledger: bytes | None = None
     """What the database is to know of the ledger."""
+    unreferenced: list[int] = field(default_factory=list)
+    """Blocks that nothing refers to yet, or any more."""
     state: State = field(default_factory=State)
 
     def __len__(self) -> int:
@@ -170,6 +173,8 @@ class Tables:
         """Blocks that may not go although nothing refers to them yet."""
         value = self._get("state", b"state")
         self.state = State(*_STATE.unpack(value)) if value else State()
+        waiting = self._get("state", b"unreferenced")
+        self._look_for_unreferenced(array("Q", waiting or b""))
 
     def close(self) -> None:
         """Nothing is being written."""
@@ -364,10 +369,15 @@ class Tables:
         """Blocks that nothing refers to."""
         return sorted(number for number in self._unreferenced if not self.pins.get(number))
 
+    def _look_for_unreferenced(self, numbers: Iterable[int]) -> None:
+        blocks = ((number, self.block(number)) for number in numbers)
+        self._unreferenced = {number for number, block in blocks if block and block.refs == 0}
+
     def end(self, number: int) -> None:
         """A block that nothing refers to goes."""
         block = self.block(number)
-        assert block is not None and block.refs == 0
+        if block is None or block.refs:
+            raise InconsistentError(f"stored block {number} is to go, but is {block}")
         self._vacate(block)
         self._active.blocks[number] = None
         self._active.unindexed.append((block.fingerprint[:INDEX_KEY], number))
@@ -382,6 +392,7 @@ class Tables:
         assert self._frozen is None
         self._frozen, self._active = self._active, Layer()
         self._frozen.state = State(**vars(self.state))
+        self._frozen.unreferenced = sorted(self._unreferenced)
         lost, self._lost = self._lost, []
         return lost
 
@@ -447,6 +458,8 @@ class Tables:
             else:
                 txn.delete(_KEY.pack(disk), db=dbs["disks"])
         txn.put(b"state", layer.state.pack(), db=dbs["state"])
+        unreferenced = array("Q", layer.unreferenced).tobytes()
+        txn.put(b"unreferenced", unreferenced, db=dbs["state"])
         if layer.ledger is not None:
             txn.put(b"ledger", layer.ledger, db=dbs["state"])
 
@@ -478,7 +491,8 @@ class Tables:
         name, db = _KEY.pack(segment), self._dbs["segments"]
         value = txn.get(name, db=db)
         used = (int(_NUMBER.unpack(value)[0]) if value else 0) + change
-        assert used >= 0, f"segment {segment} would have {used} bytes"
+        if used < 0:
+            raise InconsistentError(f"segment {segment} would have {used} bytes in use")
         if used:
             txn.put(name, _NUMBER.pack(used), db=db)
         elif value:
@@ -520,6 +534,8 @@ class Tables:
 
     def _load_block(self, txn: Any, record: Kept, used: dict[int, int]) -> None:
         block, state, dbs = unpack_block(record.value), self.state, self._dbs
+        if block.refs == 0:
+            self._unreferenced.add(record.number)
         number = _NUMBER.pack(record.number)
         txn.put(_KEY.pack(record.number), record.value, db=dbs["blocks"])
         txn.put(block.fingerprint[:INDEX_KEY], number, db=dbs["index"])
@@ -539,6 +555,8 @@ class Tables:
             yield txn, self._dbs
         self._reader.abort()
         self._reader = self._env.begin()
+        # References may have been repaired.
+        self._look_for_unreferenced(self._unreferenced | self.pins.keys())
 
     def copy(self, path: Path, ledger: bytes) -> None:
         """A consistent copy of the database, while it is in use, with that for ledger(). Any
