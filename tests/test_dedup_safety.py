@@ -393,3 +393,32 @@ def test_references_that_are_repaired_are_believed() -> None:
         await sound(host)
 
     with_host(test)
+
+
+# ---- who writes to the data device
+
+
+def test_a_copy_of_the_metadata_is_not_opened_beside_the_store() -> None:
+    """Both would write to the same segments; nor does anybody else write there."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=MIB)
+        await host.command("dedup-backup", node_name="disk", directory=host.path("copy"))
+        copy = {"metadata": host.path("copy"), "disk": "disk"}
+        with refused("Permission conflict on node 'data'", "'write'"):
+            await open_disk(host, "third", **copy)
+        with refused("data.raw", "lock"):
+            await open_disk(
+                host, "third", file={"driver": "file", "filename": host.path("data.raw")}, **copy
+            )
+        with refused("Permission conflict on node 'data'"):
+            await host.export("data")
+        await host.backend.blockdev_del("disk")
+        await host.backend.blockdev_del("other")
+        await open_disk(host, "third", **copy)
+        with refused("Permission conflict"):
+            await open_disk(host)
+
+    with_host(test)

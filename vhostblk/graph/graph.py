@@ -675,7 +675,7 @@ class Graph:
         uses = [(edge, *self._edge_permissions(edge, above)) for edge in edges]
         pairs = itertools.permutations(uses, 2) if len(uses) > 1 else ()
         for (one, perm, _), (other, _, shared) in pairs:
-            conflict = perm & ~shared
+            conflict = perm & ~shared & ~_between(one, other)
             if conflict:
                 raise VhostblkError(
                     f"Permission conflict on node '{node.name}': permissions "
@@ -901,6 +901,13 @@ class Graph:
                 child.refresh()
         for backend in self._backends:
             backend.refresh_size()
+
+
+def _between(one: Edge, other: Edge) -> Perm:
+    """What the parent of `other` lets that of `one` do, besides what it lets everybody do."""
+    if isinstance(one.parent, BlockBackend) or isinstance(other.parent, BlockBackend):
+        return Perm.NONE
+    return other.parent.shared_with(one.parent)
 
 
 def _log_failure(what: str, error: BaseException) -> None:

@@ -458,6 +458,10 @@ class NodeDriver:
         """What this node does to a child in `role`, and lets others do, given its own parents."""
         return _child_permissions(role.kind, self.read_only, perm, shared)
 
+    def shared_with(self, other: NodeDriver) -> Perm:
+        """What it lets another parent of its child do, besides what it lets everybody do."""
+        return Perm.NONE
+
     def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
         """Make sure that the new permissions can be had, from other processes too."""
 

@@ -33,7 +33,7 @@ from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.image.extent import merged
 from vhostblk.nodes.dedup.create import DedupCreateOptions, create
-from vhostblk.nodes.driver import ChildRole, CreateHost, NodeOptions, Perm, RoleKind
+from vhostblk.nodes.driver import ChildRole, CreateHost, NodeDriver, NodeOptions, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedNode, Request
 from vhostblk.schema import BlockdevRef, Model, OnOff, Size, VhostblkError
 
@@ -104,7 +104,7 @@ class Dedup(HookedNode):
         self._most_tables = max(16, self.options.cache_size // _TABLE_BYTES)
         if self.read_only:
             raise self._error("a dedup store cannot be opened read-only: opening it may repair it")
-        self._directory = os.path.realpath(self.options.metadata)
+        self._directory = self._metadata_path()
         self._key = (id(self.engine), self._directory)
         await self._open_store()
         try:
@@ -212,11 +212,16 @@ class Dedup(HookedNode):
             del _Shared.stores[self._key]
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        # The store's other disks write there, too. Nobody makes it smaller under us.
-        return (
-            Perm.CONSISTENT_READ | Perm.WRITE,
-            Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED,
-        )
+        # Nobody makes it smaller under us.
+        return Perm.CONSISTENT_READ | Perm.WRITE, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+
+    def shared_with(self, other: NodeDriver) -> Perm:
+        # Other disks of the store write there, too. Not those of a copy of its metadata.
+        same = isinstance(other, Dedup) and other._metadata_path() == self._metadata_path()
+        return Perm.WRITE if same else Perm.NONE
+
+    def _metadata_path(self) -> str:
+        return os.path.realpath(self.options.metadata)
 
     # ---- what it is
 
