@@ -27,6 +27,7 @@ from vhostblk.dedup.ledger import State
 from vhostblk.dedup.space import Space
 from vhostblk.dedup.tables import FILE, PAGE, Tables
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
+from vhostblk.schema import VhostblkError
 
 _KEY = struct.Struct(">Q")
 _PAGE_KEY = struct.Struct(">IQ")
@@ -265,6 +266,76 @@ def test_a_flush_after_one_that_failed_ends_while_others_write(
                 await store.flush(node.data)
         await asyncio.wait_for(store.flush(node.data), 20)
         await sound(host)
+
+    with_host(test)
+
+
+def full(self: Tables) -> None:
+    raise OSError(28, "the metadata of the dedup store are full")
+
+
+def test_a_store_opens_after_a_kill_when_its_database_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It goes on with the journal, of which the old files are synced by the next flush, too."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        await open_disk(host)
+        rnd = random.Random(12)
+        content = rnd.randbytes(MIB // 2)
+        await host.write("disk", 0, content)
+        synced: set[str] = set()
+        sync = os.fdatasync
+
+        def watched(fd: int) -> None:
+            synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+            sync(fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tables, "write", full)
+            patch.setattr("vhostblk.dedup.journal.os.fdatasync", watched)
+            again = await killed(host, on_enospc="hold")
+            journals = {str(path) for path in Path(again._directory).glob("journal.*")}
+            assert len(journals) >= 2
+            await submit(host, OP_FLUSH, node="again")
+            assert synced == journals
+            content += rnd.randbytes(BLOCK)
+            await host.write("again", MIB // 2, content[-BLOCK:])
+            await submit(host, OP_FLUSH, node="again")
+            assert await host.read("again", 0, len(content)) == content
+            # And once more.
+            there = host.directory / "once more"
+            shutil.copytree(host.directory / "killed", there)
+            await host.add("file", "data3", filename=str(there / "data.raw"))
+            meta = str(there / "meta")
+            await host.add("dedup", "third", file="data3", metadata=meta, on_enospc="hold")
+            assert await host.read("third", 0, len(content)) == content
+        for name in ("third", "again"):
+            await host.write(name, 0, rnd.randbytes(BLOCK))
+            await sound(host, name)
+            assert (await host.read(name, 0, len(content)))[BLOCK:] == content[BLOCK:]
+
+    with_host(test)
+
+
+def test_a_store_that_lost_blocks_with_the_power_does_not_open_without_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With frames that do not hold the journal cannot go on: marks would say that they do."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        await host.write("disk", 0, random.Random(13).randbytes(BLOCK))
+        tables = node.store.tables
+        lost = tables.block(tables.get(node.number, 0)).offset
+        await host.write("data", lost, bytes(BLOCK))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tables, "write", full)
+            with pytest.raises((VhostblkError, OSError)) as caught:
+                await killed(host)
+            assert "full" in str(caught.value)
 
     with_host(test)
 

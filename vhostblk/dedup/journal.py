@@ -79,6 +79,14 @@ class Journal:
         self._directory_changed = True
         self.number, self.next_frame = number, frame
 
+    def go_on_from(self, number: int) -> None:
+        """The files from `number` on, of an earlier process, are to be synced, too."""
+        self._unsynced = [
+            os.open(self.path(old), os.O_RDONLY | os.O_CLOEXEC)
+            for old in range(number, self.number)
+            if self.path(old).exists()
+        ] + self._unsynced
+
     def append(self, payload: bytes) -> int:
         """A frame of packed records; its number. It is in the page cache, or OSError is raised."""
         number = self.next_frame

@@ -24,6 +24,8 @@ class Replay:
         self._is_there = is_there
         self._missing: set[int] = set()
         self._dropped: set[tuple[int, int]] = set()
+        self.whole = True
+        """All of the blocks were there."""
 
     @property
     def dropped(self) -> int:
@@ -38,13 +40,10 @@ class Replay:
             if isinstance(record, Stored):
                 if number < self._trusted or await self._is_there(record):
                     missing.discard(record.number)
-                elif tables.block(record.number) is None:
-                    missing.add(record.number)
-                    state = tables.state
-                    state.next_block = max(state.next_block, record.number + 1)
-                    continue
                 else:
-                    continue  # it has not moved
+                    self.whole = False
+                    self._leave_out(record)
+                    continue
             elif isinstance(record, Mapped):
                 if record.number in missing:
                     self._dropped.update(_shown(record))
@@ -54,6 +53,13 @@ class Replay:
             tables.apply(record)
             held.append(record)
         return held
+
+    def _leave_out(self, record: Stored) -> None:
+        if self._tables.block(record.number) is not None:
+            return  # it has not moved
+        self._missing.add(record.number)
+        state = self._tables.state
+        state.next_block = max(state.next_block, record.number + 1)
 
 
 def _shown(record: Mapped) -> Iterator[tuple[int, int]]:

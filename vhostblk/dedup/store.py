@@ -427,8 +427,21 @@ class Store:
         last = frames[-1][0] + 1 if frames else state.frame
         # Files of the past must not seem to follow what is written from now on.
         number = journal.last_number(state.journal) + 1
+        first = state.journal
         journal.begin(number, last)
-        await self._checkpoint(data, rotate=False)
+        try:
+            await self._checkpoint(data, rotate=False)
+        except OSError as error:
+            # A mark behind frames of which some do not hold would say that they do.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not replay.whole:
+                raise
+            logger.warning(
+                "dedup store '%s': there is no space to write the database: %s; the journal goes on",
+                self.directory,
+                error.strerror,
+            )
+            journal.go_on_from(first)
+            self._dirty = True
 
     async def _is_there(self, data: Data, record: Stored) -> bool:
         block = Block(record.offset, record.length, 0, record.fingerprint)
