@@ -7,19 +7,23 @@ Power cuts are in tests/test_dedup_crash.py; here are moments that these do not 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
 import struct
 import threading
 from array import array
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound
-from in_process import MIB, Host, refused, with_host
+from frontend import Status, Type
+from frontend.protocol import NO_STATUS
+from in_process import MIB, Guest, Host, refused, with_host
 
 from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import Marked, Superblock, pack_block
@@ -27,6 +31,8 @@ from vhostblk.dedup.ledger import State
 from vhostblk.dedup.space import Space
 from vhostblk.dedup.tables import FILE, PAGE, Tables
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
+from vhostblk.graph import PAUSE_PATIENCE
+from vhostblk.nodes.dedup import driver
 from vhostblk.schema import VhostblkError
 
 _KEY = struct.Struct(">Q")
@@ -491,5 +497,72 @@ def test_a_copy_of_the_metadata_is_not_opened_beside_the_store() -> None:
         await open_disk(host, "third", **copy)
         with refused("Permission conflict"):
             await open_disk(host)
+
+    with_host(test)
+
+
+# ---- writes that are held, and somebody who waits for them
+
+
+@contextlib.asynccontextmanager
+async def held_write(host: Host) -> AsyncIterator[tuple[Guest, Any]]:
+    """A guest whose write waits for space, and that write."""
+    await create(host, data=3 * MIB, size=8 * MIB)
+    await open_disk(host, on_enospc="hold")
+    await host.export("disk")
+    rnd = random.Random(14)
+
+    written = 0
+
+    async def fill() -> None:
+        nonlocal written
+        while True:
+            await host.write("disk", written, rnd.randbytes(SEGMENT))
+            written += SEGMENT
+
+    filling = asyncio.create_task(fill())
+    await host.until(lambda: bool(host.named("DEDUP_FULL")))
+    try:
+        async with host.device() as guest:
+            data = rnd.randbytes(SEGMENT)
+            write = guest.device.prepare(Type.OUT, 6 * MIB // 512, data)
+            guest.device.publish(write)
+            await asyncio.sleep(0.3)
+            assert not filling.done() and write.status == NO_STATUS
+            try:
+                yield guest, write
+            finally:
+                filling.cancel()
+                await submit(host, OP_DISCARD, 0, written)
+    finally:
+        await asyncio.gather(filling, return_exceptions=True)
+
+
+def test_a_held_write_fails_when_its_vm_is_being_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU hangs until GET_VRING_BASE is answered."""
+    assert driver.HOLD_PATIENCE > PAUSE_PATIENCE
+    monkeypatch.setattr(driver, "HOLD_PATIENCE", 0.5)
+
+    async def test(host: Host) -> None:
+        async with held_write(host) as (guest, write):
+            await guest.stop_queue(guest.device.queues[0])
+            assert write.status == Status.IOERR
+
+    with_host(test)
+
+
+def test_a_held_write_outlives_a_change_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change is given up, and the write goes on waiting."""
+    monkeypatch.setattr("vhostblk.graph.graph.PAUSE_PATIENCE", 0.5)
+
+    async def test(host: Host) -> None:
+        async with held_write(host) as (guest, write):
+            with refused("Nothing was changed"):
+                await host.backend.block_resize("disk", 9 * MIB)
+            await asyncio.sleep(1.0)  # it has been tried again
+            assert write.status == NO_STATUS
+            await submit(host, OP_DISCARD, 0, MIB)
+            await guest.wait(write)
+            assert write.status == Status.OK
 
     with_host(test)

@@ -92,7 +92,7 @@ class Backend:
         """Disconnect all front-ends, let requests finish, free everything."""
         if self._started is None:
             return
-        self._closing = True
+        self._closing = self.graph.closing = True
         await self.jobs.close()
         for use in self._uses:
             use.cancel()

@@ -132,6 +132,9 @@ class Member(Protocol):
     def set_dirty(self, dirty: bool) -> None:
         """Whether there is something to be flushed."""
 
+    def is_patient(self) -> bool:
+        """Whether its writes may wait for space."""
+
     def forget_places(self) -> None:
         """Blocks have moved."""
 
@@ -436,7 +439,7 @@ class Store:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not replay.whole:
                 raise
             logger.warning(
-                "dedup store '%s': there is no space to write the database: %s; the journal goes on",
+                "dedup store '%s': the database cannot be written: %s; the journal goes on",
                 self.directory,
                 error.strerror,
             )
@@ -524,7 +527,7 @@ class Store:
             await writing.prepare()
             numbers: list[int] = []
             await self._moving()
-            await self._until(lambda: self._publish(writing, disk, first, numbers))
+            await self._until(data, lambda: self._publish(writing, disk, first, numbers))
         finally:
             self._storing -= 1
             writing.end()
@@ -636,7 +639,7 @@ class Store:
             shown = self.tables.page(disk, page)[begin % PAGE : begin % PAGE + stop - begin]
             if any(shown):
                 record = Mapped(disk, begin, stop - begin, 0)
-                await self._until(partial(self._record, [record]))
+                await self._until(data, partial(self._record, [record]))
                 self._watch()
             yield begin, stop - begin
             if page % 64 == 63:
@@ -652,9 +655,14 @@ class Store:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 self._full("metadata")
-                if not self.tuning.hold:
+                if not self._holds(data):
                     raise
                 await asyncio.sleep(HOLD_INTERVAL)
+
+    def _holds(self, data: Data) -> bool:
+        """Whether a write that has no space waits for it."""
+        mine = (member for member in self.members if member.data is data)
+        return self.tuning.hold and all(member.is_patient() for member in mine)
 
     async def _moving(self) -> None:
         """Wait while somebody needs metadata that stand still."""
@@ -683,7 +691,7 @@ class Store:
     def _journal_ledger(self, record: Record) -> None:
         self._append([record])
 
-    async def _until(self, attempt: Any) -> None:
+    async def _until(self, data: Data, attempt: Callable[[], None]) -> None:
         """Do something that may fail for want of space in the metadata directory."""
         while True:
             try:
@@ -694,7 +702,7 @@ class Store:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 self._full("metadata")
-                if not self.tuning.hold:
+                if not self._holds(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
                 await asyncio.sleep(HOLD_INTERVAL)
 
@@ -716,7 +724,7 @@ class Store:
                 finally:
                     self._waiting -= 1
                 self._full("data")
-                if not self.tuning.hold:
+                if not self._holds(data):
                     raise
                 await self._wait_for_room()
 
@@ -794,7 +802,7 @@ class Store:
         frame = self.journal.next_frame
         await self.ledger.write(data)
         await self._flush_data(data, frame)
-        await self._until(lambda: self._append([Marked(frame)]))
+        await self._until(data, lambda: self._append([Marked(frame)]))
         alone = self.journal.next_frame == frame + 1
         older = self.journal.older
         try:
@@ -1455,7 +1463,7 @@ class _Write:
             # Others may be waiting for ours while we wait for theirs.
             if self._fresh:
                 await store._moving()
-                await store._until(lambda: store._record(self.stored_records()))
+                await store._until(self._data, lambda: store._record(self.stored_records()))
                 self.published()
             futures = [store._writing.get(self._prints[index]) for index in waiting]
             await asyncio.wait([future for future in futures if future is not None] or [_done()])
@@ -1548,7 +1556,7 @@ class _Write:
                 if error.errno != errno.ENOSPC:
                     raise
                 store._full("data")
-                if not store.tuning.hold:
+                if not store._holds(self._data):
                     raise
                 await asyncio.sleep(HOLD_INTERVAL)
 

@@ -100,6 +100,7 @@ class Graph:
         self.lock = asyncio.Lock()
         """Held by whoever changes the graph: one change at a time."""
         self.state_path: str | None = None
+        self.closing = False
         """The state file, beside which nodes may have files of their own."""
         self.on_switched: Callable[[], Awaitable[None]] | None = None
         """Called when a change is in force and guests are still paused; may refuse by raising."""

@@ -153,6 +153,10 @@ class NodeHost(Protocol):
     def is_drained(self, node: NodeDriver) -> bool:
         """Whether `drain_begin()` has been called for it and `drain_end()` not yet."""
 
+    @property
+    def closing(self) -> bool:
+        """The process ends: what has not been done the next one finds in front-ends' records."""
+
     def working(self, node: NodeDriver) -> AbstractAsyncContextManager[None]:
         """A step of background work on a node: `async with host.working(self): …`.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 from array import array
 from collections import deque
@@ -38,6 +39,9 @@ from vhostblk.nodes.hooks import HookedNode, Request
 from vhostblk.schema import BlockdevRef, Model, OnOff, Size, VhostblkError
 
 _PAGE_BITS = PAGE.bit_length() - 1
+HOLD_PATIENCE = 12.0
+"""Seconds until writes that are held fail because a VM is being stopped, and QEMU hangs until they
+end. Longer than the graph's patience: a change is given up before."""
 _TABLE_BYTES = 8 * PAGE + 256  # what one costs in memory, about
 
 
@@ -101,6 +105,7 @@ class Dedup(HookedNode):
         self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
         self._tables: deque[int] = deque()
         self._installed: set[int] = set()
+        self._patient_until = math.inf
         self._most_tables = max(16, self.options.cache_size // _TABLE_BYTES)
         if self.read_only:
             raise self._error("a dedup store cannot be opened read-only: opening it may repair it")
@@ -223,6 +228,14 @@ class Dedup(HookedNode):
     def _metadata_path(self) -> str:
         return os.path.realpath(self.options.metadata)
 
+    # ---- drained sections
+
+    def drain_begin(self) -> None:
+        self._patient_until = self.engine.loop.time() + HOLD_PATIENCE
+
+    def drain_end(self) -> None:
+        self._patient_until = math.inf
+
     # ---- what it is
 
     @property
@@ -308,6 +321,10 @@ class Dedup(HookedNode):
     def set_dirty(self, dirty: bool) -> None:
         """Whether flushes must come up."""
         self.map.set_dirty(dirty)
+
+    def is_patient(self) -> bool:
+        """Whether writes may wait for space: not for long if somebody waits for them to end."""
+        return self.host.closing or self.engine.loop.time() < self._patient_until
 
     def forget_places(self) -> None:
         """Blocks have moved."""
