@@ -25,6 +25,7 @@ from frontend import Status, Type
 from frontend.protocol import NO_STATUS
 from in_process import MIB, Guest, Host, refused, with_host
 
+from vhostblk.dedup.database_file import is_whole
 from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import Marked, Superblock, pack_block
 from vhostblk.dedup.ledger import State
@@ -564,5 +565,95 @@ def test_a_held_write_outlives_a_change_of_the_graph(monkeypatch: pytest.MonkeyP
             await submit(host, OP_DISCARD, 0, MIB)
             await guest.wait(write)
             assert write.status == Status.OK
+
+    with_host(test)
+
+
+# ---- metadata that are damaged
+
+
+async def fill_and_close(host: Host, **options: Any) -> bytes:
+    """A store that is closed, with everything in its database; what its disk shows."""
+    await create(host, size=4 * MIB, data=16 * MIB, **options)
+    node = await open_disk(host)
+    content = random.Random(15).randbytes(4 * MIB)
+    await host.write("disk", 0, content)
+    await node.store.checkpoint()
+    await host.backend.blockdev_del("disk")
+    return content
+
+
+def test_a_database_that_has_lost_its_end_is_refused() -> None:
+    """LMDB would read beyond it, and the process would get SIGBUS."""
+
+    async def test(host: Host) -> None:
+        content = await fill_and_close(host)
+        database = Path(host.path("meta")) / FILE
+        before = database.read_bytes()
+        for size in (len(before) // 2, len(before) // 2 + 100, 8192, 5000, 100):
+            os.truncate(database, size)
+            with refused("damaged", "dedup-rebuild"):
+                await open_disk(host)
+            database.write_bytes(before)
+        os.truncate(database, 0)
+        with refused("missing", "dedup-rebuild"):
+            await open_disk(host)
+        database.unlink()
+        with refused("missing", "dedup-rebuild"):
+            await open_disk(host)
+        database.write_bytes(before)
+        await open_disk(host)
+        assert await host.read("disk", 0, 4 * MIB) == content
+        await sound(host)
+
+    with_host(test)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_pages_at_the_end_that_are_free_need_not_be_there(tmp_path: Path, big: bool) -> None:
+    """LMDB does not write those; only what the trees lead to is missed."""
+    path = tmp_path / FILE
+    value = bytes(100_000) if big else bytes(1000)
+    with lmdb.open(os.fspath(path), subdir=False, map_size=1 << 30, max_dbs=2) as env:
+        page_size = env.stat()["psize"]
+        db = env.open_db(b"one")
+        with env.begin(write=True) as txn:
+            for number in range(1000 if not big else 10):
+                txn.put(number.to_bytes(8, "big"), value, db=db)
+    whole = path.read_bytes()
+    assert is_whole(path)
+    pages = len(whole) // page_size
+    # The last page is that of a tree here, or of a value, but for what the meta pages claim.
+    for lost in range(1, pages - 2):
+        path.write_bytes(whole[: len(whole) - lost * page_size])
+        assert not is_whole(path), lost
+    last = page_size + 16 + 24 + 2 * 48
+    for claim in (0, page_size):
+        at = last - page_size + claim
+        [page] = struct.unpack_from("<Q", whole, at)
+        whole = whole[:at] + struct.pack("<Q", page + 5) + whole[at + 8 :]
+    path.write_bytes(whole)
+    assert is_whole(path)
+
+
+def test_damage_inside_the_database_is_told_and_ends_nothing() -> None:
+    async def test(host: Host) -> None:
+        await fill_and_close(host)
+        database = Path(host.path("meta")) / FILE
+        before = database.read_bytes()
+        for page in range(8192, len(before), 3 * 4096):
+            database.write_bytes(before[:page] + bytes(4096) + before[page + 4096 :])
+            try:
+                await open_disk(host)
+            except VhostblkError as error:
+                assert "dedup-rebuild" in error.desc
+                continue
+            with contextlib.suppress(OSError):
+                await host.read("disk", 0, 4 * MIB)
+            with contextlib.suppress(VhostblkError, OSError):
+                await host.command("dedup-check", node_name="disk")
+            await host.backend.blockdev_del("disk")
+            for path in database.parent.glob("journal.*"):
+                path.unlink()
 
     with_host(test)

@@ -3,6 +3,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from vhostblk.schema import VhostblkError
+
 
 class InconsistentError(Exception):
     """What is in memory contradicts itself, and would lead writes to places where something is."""
+
+
+def damaged(directory: Path, error: Exception | str) -> VhostblkError:
+    """The metadata in a directory are not to be used."""
+    return VhostblkError(
+        f"the metadata of the dedup store in '{directory}' are damaged: {error}; dedup-rebuild "
+        "makes them anew",
+        data={"code": "bad-metadata"},
+    )

@@ -45,7 +45,7 @@ from typing import Any, Protocol, TypeVar
 
 from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.compression import compress, decompress
-from vhostblk.dedup.errors import InconsistentError
+from vhostblk.dedup.errors import InconsistentError, damaged
 from vhostblk.dedup.format import (
     DISK_NAME_MAX,
     HASHES,
@@ -69,7 +69,7 @@ from vhostblk.dedup.ledger import Ledger, portions
 from vhostblk.dedup.ledger import State as LedgerState
 from vhostblk.dedup.replay import Replay
 from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
-from vhostblk.dedup.tables import FILE, PAGE, Dump, Tables
+from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, Dump, Tables
 from vhostblk.schema import VhostblkError
 
 logger = logging.getLogger(__name__)
@@ -261,6 +261,12 @@ class Store:
 
     async def open(self, data: Data) -> None:
         """Open the store, and repair what a crash has left."""
+        try:
+            await self._open(data)
+        except (InconsistentError, *DAMAGES) as error:
+            raise damaged(self.directory, error) from error
+
+    async def _open(self, data: Data) -> None:
         await self._lock()
         try:
             self.super = await self._read_superblock(data)
@@ -284,21 +290,12 @@ class Store:
         self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name, self.emit)
         try:
             await self._recover(data)
-        except BaseException as error:
+        except BaseException:
             self.journal.close()
             self.tables.close()
             self._unlock()
-            if isinstance(error, InconsistentError):
-                raise self._damaged(error) from error
             raise
         self._run(self._now_and_then())
-
-    def _damaged(self, error: Exception) -> VhostblkError:
-        return VhostblkError(
-            f"the metadata of the dedup store in '{self.directory}' are damaged: {error}; make "
-            "them anew with dedup-rebuild",
-            data={"code": "bad-metadata"},
-        )
 
     async def _next_life(self, data: Data) -> LedgerState:
         """The database knows of it, durably, before the data device is written to."""
@@ -308,6 +305,8 @@ class Store:
             return state
         uuid = self.super.uuid
         there = parse_life(uuid, await data.read(LIFE_AT, SUPERBLOCK))
+        if saved is None and there:
+            raise damaged(self.directory, f"{FILE} is missing, or empty")
         if there not in (state.life, state.previous):
             logger.warning(
                 "dedup store '%s': these metadata are not those that the data device was last used "
@@ -909,6 +908,8 @@ class Store:
             return await work
         except (OSError, VhostblkError):
             raise
+        except DAMAGES as error:
+            raise OSError(errno.EIO, damaged(self.directory, error).desc) from error
         except Exception as error:
             self._stop(error)
             raise OSError(errno.EIO, f"the dedup store has stopped: {error}") from error
@@ -1048,7 +1049,7 @@ class Store:
                 index += 1
             async with self._step() as where:
                 await self._to_the_end(self._end_dump(where or data, length))
-        except OSError as error:
+        except (OSError, *DAMAGES) as error:
             self.ledger.abandon(error)
         finally:
             self.ledger.abandon()

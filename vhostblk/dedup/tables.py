@@ -32,7 +32,8 @@ from typing import Any
 
 import lmdb
 
-from vhostblk.dedup.errors import InconsistentError
+from vhostblk.dedup.database_file import is_whole
+from vhostblk.dedup.errors import InconsistentError, damaged
 from vhostblk.dedup.format import (
     Block,
     Disk,
@@ -47,6 +48,8 @@ from vhostblk.dedup.format import (
 )
 from vhostblk.schema import VhostblkError
 
+DAMAGES = (lmdb.Error, struct.error)
+"""What reading a database raises that is not as it was written."""
 PAGE = 128
 """Blocks of a disk in one entry of the map."""
 _PAGE_BITS = 7
@@ -145,6 +148,8 @@ class Tables:
     def __init__(self, directory: Path, super: Superblock, size: int) -> None:
         self._super = super
         self.path = directory / FILE
+        if not is_whole(self.path):
+            raise damaged(directory, f"{FILE} has lost its end")
         try:
             self._env = lmdb.open(
                 os.fspath(self.path),
@@ -160,10 +165,7 @@ class Tables:
                 name: self._env.open_db(name.encode()) for name in DATABASES
             }
         except lmdb.Error as error:
-            raise VhostblkError(
-                f"the metadata of the dedup store in '{directory}' cannot be opened: {error}",
-                data={"code": "bad-metadata"},
-            ) from None
+            raise damaged(directory, error) from None
         self._reader = self._env.begin()
         self._active = Layer()
         self._frozen: Layer | None = None
@@ -182,7 +184,10 @@ class Tables:
         self._env.close()
 
     def _get(self, name: str, key: bytes) -> bytes | None:
-        value: bytes | None = self._reader.get(key, db=self._dbs[name])
+        try:
+            value: bytes | None = self._reader.get(key, db=self._dbs[name])
+        except lmdb.Error as error:
+            raise OSError(errno.EIO, damaged(self.path.parent, error).desc) from None
         return value
 
     # ---- looking
@@ -403,7 +408,7 @@ class Tables:
 
     def put_ledger(self, value: bytes) -> None:
         """The same at once, durably."""
-        with self._env.begin(write=True) as txn:
+        with self._writing() as txn:
             txn.put(b"ledger", value, db=self._dbs["state"])
         self._reader.abort()
         self._reader = self._env.begin()
@@ -416,9 +421,14 @@ class Tables:
         """Put the frozen changes into the database, durably. Any thread; OSError if it fails."""
         frozen = self._frozen
         assert frozen is not None
+        with self._writing() as txn:
+            self._write(txn, frozen)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
         try:
             with self._env.begin(write=True) as txn:
-                self._write(txn, frozen)
+                yield txn
         except lmdb.MapFullError:
             raise OSError(errno.ENOSPC, "the metadata of the dedup store are full") from None
         except lmdb.Error as error:
@@ -515,7 +525,7 @@ class Tables:
         """Put records of a snapshot into a database that is being made anew. Durable."""
         state = self.state
         used: dict[int, int] = {}
-        with self._env.begin(write=True) as txn:
+        with self._writing() as txn:
             for record in records:
                 if isinstance(record, Kept):
                     self._load_block(txn, record, used)
@@ -551,8 +561,11 @@ class Tables:
     def transaction(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """To look at the whole database, and change it; nothing waits to be written."""
         assert self._frozen is None and not self.changes
-        with self._env.begin(write=True) as txn:
-            yield txn, self._dbs
+        try:
+            with self._writing() as txn:
+                yield txn, self._dbs
+        except struct.error as error:
+            raise damaged(self.path.parent, error) from error
         self._reader.abort()
         self._reader = self._env.begin()
         # References may have been repaired.
@@ -561,9 +574,11 @@ class Tables:
     def copy(self, path: Path, ledger: bytes) -> None:
         """A consistent copy of the database, while it is in use, with that for ledger(). Any
         thread."""
-        self._env.copy(os.fspath(path), compact=True)
-        copy = lmdb.open(
-            os.fspath(path), subdir=False, map_size=self._env.info()["map_size"], max_dbs=1
-        )
-        with copy, copy.begin(write=True) as txn:
-            txn.put(b"ledger", ledger, db=copy.open_db(b"state", txn))
+        size = self._env.info()["map_size"]
+        try:
+            self._env.copy(os.fspath(path), compact=True)
+            copy = lmdb.open(os.fspath(path), subdir=False, map_size=size, max_dbs=1)
+            with copy, copy.begin(write=True) as txn:
+                txn.put(b"ledger", ledger, db=copy.open_db(b"state", txn))
+        except lmdb.Error as error:
+            raise OSError(errno.EIO, f"a copy of the metadata: {error}") from None
