@@ -268,33 +268,23 @@ class Store:
 
     async def _open(self, data: Data) -> None:
         await self._lock()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlock)
             self.super = await self._read_superblock(data)
+            self._hash = HASHES[self.super.hash]
+            self.zero = self._hash(bytes(self.super.block_size))
             self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
+            undo.callback(self.tables.close)
             sync_directory(self.directory)  # the database may be new
-        except BaseException:
-            self._unlock()
-            raise
-        self._hash = HASHES[self.super.hash]
-        self.zero = self._hash(bytes(self.super.block_size))
-        self.journal = Journal(self.directory, self.super.uuid)
-        try:
-            ledger = await self._next_life(data)
-        except BaseException:
-            self.tables.close()
-            self._unlock()
-            raise
-        head, used = self.tables.state.head, self.tables.segments()
-        self.space = Space(self.super, data.size, used, head, ledger.segments)
-        name = str(self.directory)
-        self.ledger = Ledger(self.super, self.space, ledger, self._journal_ledger, name, self.emit)
-        try:
+            self.journal = Journal(self.directory, self.super.uuid)
+            undo.callback(self.journal.close)
+            state = await self._next_life(data)
+            head, used = self.tables.state.head, self.tables.segments()
+            self.space = Space(self.super, data.size, used, head, state.segments)
+            name, add = str(self.directory), self._journal_ledger
+            self.ledger = Ledger(self.super, self.space, state, add, name, self.emit)
             await self._recover(data)
-        except BaseException:
-            self.journal.close()
-            self.tables.close()
-            self._unlock()
-            raise
+            undo.pop_all()
         self._run(self._now_and_then())
 
     async def _next_life(self, data: Data) -> LedgerState:

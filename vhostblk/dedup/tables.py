@@ -161,22 +161,32 @@ class Tables:
                 sync=True,
                 mode=0o600,
             )
-            self._dbs: dict[str, Any] = {
-                name: self._env.open_db(name.encode()) for name in DATABASES
-            }
-        except lmdb.Error as error:
+        except (lmdb.CorruptedError, lmdb.InvalidError) as error:
             raise damaged(directory, error) from None
-        self._reader = self._env.begin()
+        except lmdb.Error as error:
+            raise VhostblkError(
+                f"the metadata of the dedup store in '{directory}' cannot be opened: {error}",
+                data={"code": "bad-metadata"},
+            ) from None
         self._active = Layer()
         self._frozen: Layer | None = None
         self._unreferenced: set[int] = set()
         self._lost: list[tuple[int, int]] = []
         self.pins: dict[int, int] = {}
         """Blocks that may not go although nothing refers to them yet."""
+        try:
+            self._begin()
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _begin(self) -> None:
+        self._dbs: dict[str, Any] = {name: self._env.open_db(name.encode()) for name in DATABASES}
+        self._reader = self._env.begin()
         value = self._get("state", b"state")
         self.state = State(*_STATE.unpack(value)) if value else State()
         waiting = self._get("state", b"unreferenced")
-        self._look_for_unreferenced(array("Q", waiting or b""))
+        self._look_for_unreferenced(number for [number] in _NUMBER.iter_unpack(waiting or b""))
 
     def close(self) -> None:
         """Nothing is being written."""
@@ -187,8 +197,19 @@ class Tables:
         try:
             value: bytes | None = self._reader.get(key, db=self._dbs[name])
         except lmdb.Error as error:
-            raise OSError(errno.EIO, damaged(self.path.parent, error).desc) from None
+            raise self._damage(error) from None
         return value
+
+    @contextlib.contextmanager
+    def _cursor(self, name: str) -> Iterator[Any]:
+        try:
+            with self._reader.cursor(self._dbs[name]) as cursor:
+                yield cursor
+        except DAMAGES as error:
+            raise self._damage(error) from None
+
+    def _damage(self, error: Exception) -> OSError:
+        return OSError(errno.EIO, damaged(self.path.parent, error).desc)
 
     # ---- looking
 
@@ -227,7 +248,10 @@ class Tables:
         if self._frozen is not None and number in self._frozen.blocks:
             return self._frozen.blocks[number]
         value = self._get("blocks", _KEY.pack(number))
-        return unpack_block(value) if value is not None else None
+        try:
+            return unpack_block(value) if value is not None else None
+        except struct.error as error:
+            raise self._damage(error) from None
 
     def find(self, fingerprint: bytes) -> int:
         """The stored block with this content; 0: there is none."""
@@ -249,7 +273,7 @@ class Tables:
     def disks(self) -> dict[int, tuple[int, str]]:
         """All disks: size and name."""
         found = {}
-        with self._reader.cursor(self._dbs["disks"]) as cursor:
+        with self._cursor("disks") as cursor:
             for key, value in cursor:
                 [size] = _DISK.unpack_from(value)
                 found[int(_KEY.unpack(key)[0])] = (int(size), value[_DISK.size :].decode())
@@ -261,7 +285,7 @@ class Tables:
     def places(self, start: int, end: int) -> list[tuple[int, int]]:
         """Blocks in a part of the data device, as the database has them: offset, number."""
         found = []
-        with self._reader.cursor(self._dbs["places"]) as cursor:
+        with self._cursor("places") as cursor:
             if cursor.set_range(_KEY.pack(start)):
                 for key, value in cursor:
                     [offset] = _KEY.unpack(key)
@@ -272,14 +296,14 @@ class Tables:
 
     def segments(self) -> dict[int, int]:
         """Bytes in use of the segments that have any, as the database has them."""
-        with self._reader.cursor(self._dbs["segments"]) as cursor:
+        with self._cursor("segments") as cursor:
             return {
                 int(_KEY.unpack(key)[0]): int(_NUMBER.unpack(value)[0]) for key, value in cursor
             }
 
     def pages(self, disk: int) -> Iterator[tuple[int, array[int]]]:
         """The pages of a disk that the database has."""
-        with self._reader.cursor(self._dbs["map"]) as cursor:
+        with self._cursor("map") as cursor:
             if cursor.set_range(_PAGE_KEY.pack(disk, 0)):
                 for key, value in cursor:
                     found, number = _PAGE_KEY.unpack(key)
