@@ -3,7 +3,7 @@
 
 As in tests/crash, the data device is a recorded file, cut at many moments. Here the metadata are
 recorded against the same clock: the journal's files, of whose unsynced frames any sectors may be
-lost, and the database, which after a cut is as its last durable transaction left it (that is
+lost, and their names until the directory has been synced; and the database, which after a cut is as its last durable transaction left it (that is
 LMDB's promise; one that is being committed may be there or not). Whatever is left must open, show
 what the guest's history allows, and be sound down to the content of each stored block. And the
 power may go once more while that is being repaired.
@@ -30,8 +30,9 @@ from crash.stage import SEED_VARIABLE
 from dedup_lab import BLOCK, SEGMENT, contents, create, rebuilt
 from in_process import MIB, Host, with_host
 
+from vhostblk.dedup import journal as journal_module
 from vhostblk.dedup import store as store_module
-from vhostblk.dedup.journal import Journal
+from vhostblk.dedup.journal import Journal, sync_directory
 from vhostblk.dedup.space import NoSpace
 from vhostblk.dedup.tables import FILE, PAGE, Tables
 
@@ -47,11 +48,20 @@ class Metadata:
     databases: list[tuple[int, int, bytes]] = field(default_factory=list)
     """Begin and end of a commit, and the database after it."""
     removed: dict[str, int] = field(default_factory=dict)
+    created: dict[str, int] = field(default_factory=dict)
+    synced: list[tuple[int, int]] = field(default_factory=list)
+    """Begin and end of a sync of the directory: names from before are on stable storage."""
 
     def begin_file(self, name: str) -> None:
         if name not in self.recording.files:
             self.recording.add_file(name, b"")
         self.removed.pop(name, None)
+        self.created[name] = self.recording.clock.tick()
+
+    def has_name(self, name: str, time: int) -> bool:
+        """Whether it is sure that the directory names a file."""
+        created = self.created.get(name, -1)  # else it was there before
+        return created < 0 or any(created < begin and end <= time for begin, end in self.synced)
 
     def leave(self, directory: Path, time: int, survival: Survival) -> None:
         """The directory as a cut right after `time` may leave it."""
@@ -67,6 +77,8 @@ class Metadata:
                 continue
             begun = any(c.file == name and c.begin <= time for c in self.recording.changes)
             if not begun or (self.removed.get(name, time + 1) <= time and survival.toss()):
+                continue
+            if not self.has_name(name, time) and not survival.toss():
                 continue
             (directory / name).write_bytes(self.recording.image(name, time, survival))
 
@@ -136,8 +148,17 @@ class RecordedTables(Tables):
             metadata.databases.append((begin, end, self.path.read_bytes()))
 
 
+def recorded_sync(directory: Path) -> None:
+    metadata = watched.get(directory)
+    begin = metadata.recording.clock.tick() if metadata is not None else 0
+    sync_directory(directory)
+    if metadata is not None:
+        metadata.synced.append((begin, metadata.recording.clock.tick()))
+
+
 @pytest.fixture(autouse=True)
 def recorded_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "sync_directory", recorded_sync)
     monkeypatch.setattr(store_module, "Journal", RecordedJournal)
     monkeypatch.setattr(store_module, "Tables", RecordedTables)
     watched.clear()

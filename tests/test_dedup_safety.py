@@ -20,7 +20,7 @@ from typing import Any
 
 import lmdb
 import pytest
-from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound
+from dedup_lab import BLOCK, SEGMENT, create, new_store, open_disk, sound
 from frontend import Status, Type
 from frontend.protocol import NO_STATUS
 from in_process import MIB, Guest, Host, refused, with_host
@@ -32,6 +32,7 @@ from vhostblk.dedup.ledger import State
 from vhostblk.dedup.space import Space
 from vhostblk.dedup.tables import FILE, PAGE, Tables
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
+from vhostblk.filter import Filter, Request
 from vhostblk.graph import PAUSE_PATIENCE
 from vhostblk.nodes.dedup import driver
 from vhostblk.schema import VhostblkError
@@ -671,3 +672,87 @@ def spoil(path: Path, table: str, key: bytes) -> None:
         db = env.open_db(table.encode())
         with env.begin(write=True) as txn:
             assert txn.replace(key, b"bad", db=db)
+
+
+# ---- places that are used again
+
+
+class Holding(Filter):
+    """Holds one request of the kind that it is armed for, until it is let go."""
+
+    driver = "holding"
+
+    async def open(self) -> None:
+        self.armed = ""
+        self.caught, self.go = asyncio.Event(), asyncio.Event()
+
+    async def read(self, request: Request) -> None:
+        await self._hold(request)
+        request.forward()
+
+    async def write(self, request: Request) -> None:
+        await self._hold(request)
+        request.forward()
+
+    async def _hold(self, request: Request) -> None:
+        if self.armed == request.operation:
+            self.armed = ""
+            self.caught.set()
+            await self.go.wait()
+
+
+@pytest.mark.parametrize("way", ["engine", "compressed", "duplicate"])
+def test_a_place_is_not_used_again_while_somebody_needs_it(way: str) -> None:
+    """A read that the engine's map has sent to it, one by way of Python, and a write that has
+    found the block. All else that was in the segment is overwritten meanwhile."""
+
+    async def test(host: Host) -> None:
+        host.file("data.raw", 8 * MIB)
+        await host.add("file", "storage", filename=host.path("data.raw"), discard="unmap")
+        data = await host.add("holding", "data", file="storage")
+        await new_store(host, "data", size=4 * MIB)
+        options = {"compress": "zstd"} if way == "compressed" else {}
+        store = (await open_disk(host, discard="unmap", **options)).store
+        rnd = random.Random(16)
+        old = b"".join(rnd.randbytes(BLOCK // 2) * 2 for _ in range(2 * SEGMENT // BLOCK))
+        await host.write("disk", 0, old)
+        await store.checkpoint()
+        assert await host.read("disk", 0, len(old)) == old
+        fresh = rnd.randbytes(BLOCK)
+        if way == "duplicate":
+            data.armed = "write"
+            held = asyncio.create_task(host.write("disk", 3 * MIB, old[:BLOCK] + fresh))
+        else:
+            data.armed = "read"
+            held = asyncio.create_task(host.read("disk", 0, BLOCK))
+        await data.caught.wait()
+        await host.write("disk", 0, bytes(len(old)))
+        checkpoint = asyncio.create_task(store.checkpoint())
+        await asyncio.wait([checkpoint], timeout=0.5)
+        await host.write("disk", MIB, rnd.randbytes(MIB))  # the segment that is free would be next
+        data.go.set()
+        got = await held
+        if way == "duplicate":
+            got = await host.read("disk", 3 * MIB, 2 * BLOCK)
+        assert got == old[:BLOCK] + (fresh if way == "duplicate" else b"")
+        await checkpoint
+        await sound(host)
+
+    with_host(test, Holding)
+
+
+def test_a_discard_gives_space_back_to_the_device() -> None:
+    async def test(host: Host) -> None:
+        await create(host, size=4 * MIB)
+        node = await open_disk(host, discard="unmap")
+        rnd = random.Random(17)
+        for at in range(0, 4 * MIB, MIB):
+            await host.write("disk", at, rnd.randbytes(MIB))
+        await node.store.checkpoint()
+        used = os.stat(host.path("data.raw")).st_blocks * 512
+        assert used >= 4 * MIB
+        await submit(host, OP_DISCARD, 0, 4 * MIB)
+        await node.store.checkpoint()
+        assert os.stat(host.path("data.raw")).st_blocks * 512 <= used - 3 * MIB
+
+    with_host(test)
