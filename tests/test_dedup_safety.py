@@ -62,7 +62,7 @@ async def killed(host: Host, **options: Any) -> Any:
 def test_a_segment_that_the_ledger_has_taken_is_not_the_logs() -> None:
     """The database's head may be at the end of a segment that has become free since."""
     super = Superblock(12, 18, "blake3", bytes(16))
-    space = Space(super, 20 * SEGMENT, {5: BLOCK}, super.segment_at(4), ())
+    space = Space(super, 20 * SEGMENT, {5: BLOCK}, super.segment_at(4) - BLOCK, ())
     space.taken(3)
     space.check()
     assert 3 not in space.empty() and space.allocate(BLOCK)[0] < super.segment_at(3)
@@ -173,6 +173,30 @@ async def check_that_it_fails(host: Host, data: bytes) -> None:
     with pytest.raises(OSError) as caught:
         await host.write("disk", 8 * BLOCK, data)
     assert caught.value.errno == 5
+
+
+def test_background_work_that_fails_as_nobody_expects_stops_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(host: Host) -> None:
+        await create(host)
+        store, data = (await open_disk(host)).store, random.Random(19).randbytes(BLOCK)
+
+        async def checkpoint() -> None:
+            raise KeyError("no such segment")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "checkpoint", checkpoint)
+            store.tuning.changes = 1
+            await host.write("disk", 0, data)
+            await host.until(lambda: store._stopped)
+        await check_that_it_fails(host, bytes(BLOCK))
+        await host.backend.blockdev_del("disk")
+        await open_disk(host)
+        assert await host.read("disk", 0, BLOCK) == data
+        await sound(host)
+
+    with_host(test)
 
 
 def test_metadata_that_give_a_segment_to_two_are_refused() -> None:
@@ -410,13 +434,14 @@ def test_a_block_that_nothing_shows_is_given_back_after_a_kill(
         node = await open_disk(host)
         held, write = await orphan(host, node, monkeypatch)
         assert node.store.tables.state.blocks == 1
-        monkeypatch.undo()
-        again = await killed(host)
-        assert again.store.tables.state.blocks == 0
-        await sound(host, "again")
-        held.go.set()
+        try:
+            again = await killed(host)
+        finally:
+            held.go.set()
         with pytest.raises(OSError):
             await write
+        assert again.store.tables.state.blocks == 0
+        await sound(host, "again")
 
     with_host(test)
 
@@ -694,6 +719,10 @@ class Holding(Filter):
         await self._hold(request)
         request.forward()
 
+    async def discard(self, request: Request) -> None:
+        await self._hold(request)
+        request.forward()
+
     async def _hold(self, request: Request) -> None:
         if self.armed == request.operation:
             self.armed = ""
@@ -736,6 +765,30 @@ def test_a_place_is_not_used_again_while_somebody_needs_it(way: str) -> None:
             got = await host.read("disk", 3 * MIB, 2 * BLOCK)
         assert got == old[:BLOCK] + (fresh if way == "duplicate" else b"")
         await checkpoint
+        await sound(host)
+
+    with_host(test, Holding)
+
+
+def test_a_segment_is_free_when_its_discard_is_done() -> None:
+    async def test(host: Host) -> None:
+        host.file("data.raw", 8 * MIB)
+        await host.add("file", "storage", filename=host.path("data.raw"), discard="unmap")
+        data = await host.add("holding", "data", file="storage")
+        await new_store(host, "data", size=4 * MIB)
+        store = (await open_disk(host, discard="unmap")).store
+        rnd = random.Random(18)
+        await host.write("disk", 0, rnd.randbytes(MIB))
+        await store.checkpoint()
+        await submit(host, OP_DISCARD, 0, MIB)
+        data.armed = "discard"
+        checkpoint = asyncio.create_task(store.checkpoint())
+        await data.caught.wait()
+        content = rnd.randbytes(MIB)
+        await host.write("disk", MIB, content)
+        data.go.set()
+        await checkpoint
+        assert await host.read("disk", MIB, MIB) == content
         await sound(host)
 
     with_host(test, Holding)
