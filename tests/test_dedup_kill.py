@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from backend_process import BackendProcess
 from crash import Clock, History
 from crash.stage import SEED_VARIABLE
 from dedup_lab import rebuild
-from frontend import Device
+from frontend import Device, Type
 from test_qcow2_crash_kill import SIZE, Load
 
 from vhostblk.dedup.check import Result
@@ -32,11 +33,11 @@ Start = Callable[..., BackendProcess]
 SEGMENT_BITS = 18
 
 
-def make_store(directory: Path, block_bits: int, disks: int) -> None:
-    """A store with room for all its disks and what is under way."""
+def make_store(directory: Path, block_bits: int, disks: int, size: int | None = None) -> None:
+    """A store with room for all its disks and what is under way, if no size is given."""
     path = directory / "data.raw"
     with open(path, "wb") as file:
-        file.truncate(disks * SIZE * 2)
+        file.truncate(size or disks * SIZE * 2)
 
     async def make() -> None:
         data = FileData(path)
@@ -63,15 +64,15 @@ def check(directory: Path) -> Result:
     return asyncio.run(run())
 
 
-def arguments(directory: Path, disks: int) -> list[str]:
-    """A backend's command line."""
+def arguments(directory: Path, disks: int, options: str = "") -> list[str]:
+    """A backend's command line, with more options for its disks."""
     given = ["--control", "none"]
     given += ["--blockdev", f"driver=file,node-name=data,filename={directory}/data.raw"]
     for disk in range(disks):
         given += [
             "--blockdev",
             f"driver=dedup,node-name=d{disk},disk=d{disk},file=data,metadata={directory}/meta,"
-            f"size={SIZE}",
+            f"size={SIZE}{options}",
             "--export",
             f"type=vhost-user-blk,id=e{disk},node-name=d{disk},writable=on,num-queues=2,"
             f"addr.type=unix,addr.path={{dir}}/d{disk}.sock",
@@ -135,5 +136,35 @@ def test_flushed_and_killed_at_once(short_dir: Path, start_backend: Start) -> No
         step = 256 << 10
         read = b"".join(device.read(at, step) for at in range(0, SIZE, step))
         assert read == content
+    assert backend.stop() == 0, "\n".join(backend.log[-80:])
+    assert check(short_dir).sound
+
+
+def test_a_write_that_is_held_outlives_the_backend(short_dir: Path, start_backend: Start) -> None:
+    """It ends without it, and the next one holds it until there is space."""
+    make_store(short_dir, 12, 1, size=3 << 20)
+    given = [*arguments(short_dir, 1, ",on-enospc=hold,discard=unmap"), "--stop-timeout", "1"]
+    backend = start_backend(*given)
+    rnd, piece, at = random.Random(3), 64 << 10, 0
+    with Device(short_dir / "d0.sock", timeout=30) as device:
+        deadline = time.monotonic() + 30
+        while True:
+            data = rnd.randbytes(piece)
+            write = device.submit(Type.OUT, at // 512, data)
+            while not write.done and not any("writes wait" in line for line in backend.log):
+                assert time.monotonic() < deadline
+                device.settle(seconds=0.01)
+                device.reap()
+            if not write.done:
+                break
+            at += piece
+        assert backend.stop() == 1, "\n".join(backend.log[-80:])
+        device.reap()
+        assert not write.done
+        backend = start_backend(*given)
+        device.reconnect()
+        device.discard((0, at))
+        device.wait(write)
+        assert write.status == 0 and device.read(at, piece) == data
     assert backend.stop() == 0, "\n".join(backend.log[-80:])
     assert check(short_dir).sound

@@ -578,6 +578,24 @@ def test_a_held_write_fails_when_its_vm_is_being_stopped(monkeypatch: pytest.Mon
     with_host(test)
 
 
+def test_a_held_write_is_not_answered_when_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one finds it in the front-end's record (tests/test_dedup_kill.py)."""
+    monkeypatch.setattr(driver, "HOLD_PATIENCE", 0.0)
+
+    async def test(host: Host) -> None:
+        async with held_write(host) as (_, write):
+            graph = host.backend.graph
+            graph.closing = True
+            with graph.releasing([], [graph.node("disk")]):
+                await asyncio.sleep(1.2)  # it is tried again twice
+                assert write.status == NO_STATUS
+            graph.closing = False
+
+    with_host(test)
+
+
 def test_a_held_write_outlives_a_change_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The change is given up, and the write goes on waiting."""
     monkeypatch.setattr("vhostblk.graph.graph.PAUSE_PATIENCE", 0.5)

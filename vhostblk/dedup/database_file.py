@@ -22,6 +22,7 @@ _BIG, _SUB = 0x01, 0x02  # the value is in pages of its own, or a tree
 _META = struct.Struct("<IIQQ")  # magic, version, address, size of the map
 _LAST = struct.Struct("<QQ")  # last page, transaction
 _NONE = (1 << 64) - 1
+_PAGE_SIZES = [1 << bits for bits in range(9, 17)]
 
 
 class _Tree(NamedTuple):
@@ -41,7 +42,7 @@ _TREE = struct.Struct("<IHHQQQQQ")
 
 
 class _MissingError(Exception):
-    """A page that is in use is not in the file."""
+    """A page that is in use is not in the file, or not what it should be."""
 
 
 def is_whole(path: Path) -> bool:
@@ -67,6 +68,8 @@ class _Look:
     def run(self) -> None:
         first = self._meta(0)
         self._page_size = first[1].page_size
+        if self._page_size not in _PAGE_SIZES:
+            raise _MissingError
         _, free, main, last = max(first, self._meta(1))
         if (last + 1) * self._page_size > self._size:
             self._walk(free, values=True)
@@ -100,6 +103,8 @@ class _Look:
             if depth <= 1 and not values:
                 self._need(number, 1)
                 continue
+            if depth < 1:
+                raise _MissingError
             page = self._read(number)
             _, _, flags, end, _ = _PAGE.unpack_from(page)
             for [at] in struct.iter_unpack("<H", page[_PAGE.size : end]):

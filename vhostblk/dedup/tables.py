@@ -149,7 +149,7 @@ class Tables:
         self._super = super
         self.path = directory / FILE
         if not is_whole(self.path):
-            raise damaged(directory, f"{FILE} has lost its end")
+            raise damaged(directory, f"{FILE} is not whole")
         try:
             self._env = lmdb.open(
                 os.fspath(self.path),
