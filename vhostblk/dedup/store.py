@@ -889,7 +889,7 @@ class Store:
             "what was complete is in the journal: close the store, open it again, and dedup-check",
             self.directory,
             error,
-            exc_info=error,
+            exc_info=error if logger.isEnabledFor(logging.DEBUG) else None,
         )
 
     async def _stopping(self, work: Coroutine[Any, Any, Result_]) -> Result_:
