@@ -455,6 +455,8 @@ class Tables:
                 yield txn
         except lmdb.MapFullError:
             raise OSError(errno.ENOSPC, "the metadata of the dedup store are full") from None
+        except lmdb.CorruptedError as error:
+            raise self._damage(error) from None
         except lmdb.Error as error:
             code = errno.ENOSPC if "No space" in str(error) else errno.EIO
             raise OSError(code, f"the metadata of the dedup store: {error}") from None
