@@ -270,7 +270,7 @@ def test_compressed_blocks(block: int) -> None:
             content[offset : offset + length] = data
         assert await host.read("disk", 0, 2 * MIB) == content
         store = store_of(host)
-        await store.collect()
+        await store.collector.collect()
         stats = store.stats()
         assert stats["compressed"] < 0.8 * stats["unique"]
         await sound(host)
@@ -390,7 +390,7 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         failures = 1
         await asyncio.gather(*(host.write("disk", at * 4 * BLOCK, new) for at in range(8)))
         assert await host.read("disk", 0, 32 * BLOCK) == 8 * new
-        assert not store._writing and not store._storing and not store.space._flying
+        assert not store.being_written and not store._storing and not store.space._flying
         await store.checkpoint()
         assert store.tables.state.blocks == 4
         await sound(host)

@@ -168,7 +168,7 @@ def test_content_is_checked_beside_everything_else(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(type(node.data), "read", slow)
         check = asyncio.create_task(host.command("dedup-check", node_name="disk", content=True))
         await began.wait()
-        await store.collect()
+        await store.collector.collect()
         go_on.set()
         found = await check
         assert found["corruptions"] == 3
@@ -341,7 +341,7 @@ def test_a_command_keeps_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(host: Host) -> None:
         await create(host)
         await open_disk(host)
-        monkeypatch.setattr(store_module.Store, "_check_content", endless)
+        monkeypatch.setattr(store_module, "check_content", endless)
         check = asyncio.create_task(host.command("dedup-check", node_name="disk", content=True))
         await began.wait()
         with refused("is in use", "command 'dedup-check'"):

@@ -369,10 +369,10 @@ async def moves(drive: Drive) -> None:
     async def move() -> None:
         for page in range(drive.size // store.super.block_size // PAGE + 1):
             async with node.working():
-                if numbers := store.scattered(node.number, page):
+                if numbers := store.collector.scattered(node.number, page):
                     with contextlib.suppress(NoSpace):
-                        await store.gather(node.data, numbers)
-        await store.collect()
+                        await store.collector.gather(node.data, numbers)
+        await store.collector.collect()
 
     for _ in range(6):
         await drive.batch(8, ("write", "write", "discard"), biggest=4 * BLOCK)

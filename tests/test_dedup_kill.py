@@ -27,7 +27,8 @@ from test_qcow2_crash_kill import SIZE, Load
 from vhostblk.dedup.check import Result
 from vhostblk.dedup.file import FileData
 from vhostblk.dedup.format import Superblock
-from vhostblk.dedup.store import Store, Tuning
+from vhostblk.dedup.interface import Tuning
+from vhostblk.dedup.store import Store
 
 Start = Callable[..., BackendProcess]
 SEGMENT_BITS = 18

@@ -94,7 +94,7 @@ class Model:
         elif kind == "checkpoint":
             await store.checkpoint()
         elif kind == "collect":
-            await store.collect()
+            await store.collector.collect()
         elif kind == "reopen":
             await self.close()
             await self.open()

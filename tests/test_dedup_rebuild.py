@@ -87,7 +87,7 @@ class Load:
             if rnd.random() < 0.1:
                 await submit(self.host, name, OP_FLUSH)
             if rnd.random() < 0.02:
-                await store_of(self.host).collect()
+                await store_of(self.host).collector.collect()
 
     async def compare(self) -> None:
         for name, content in self.content.items():
@@ -172,7 +172,7 @@ def test_an_end_that_the_power_did_not_let_come(monkeypatch: pytest.MonkeyPatch)
         await submit(host, "disk", OP_FLUSH)
         number = store.tables.get(node.number, 0)
         before = store.tables.block(number).offset
-        await store.gather(node.data, [number])
+        await store.collector.gather(node.data, [number])
         moved = store.tables.block(number).offset
         assert moved != before
         await host.write("disk", 0, rnd.randbytes(BLOCK))
@@ -421,7 +421,7 @@ def test_a_snapshot_of_a_log_that_has_failed(monkeypatch: pytest.MonkeyPatch) ->
                 store.ledger.fail(OSError(errno.EIO, os.strerror(errno.EIO)))
                 await host.write("disk", MIB, content[MIB:])
                 await submit(host, "disk", OP_FLUSH)
-                await store._checkpoint(node.data)
+                await store.checkpoint_now(node.data)
                 await end(data, *arguments)
             finally:
                 ended.set()

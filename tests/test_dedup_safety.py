@@ -458,7 +458,7 @@ def test_a_leak_is_a_leak_and_nothing_else() -> None:
         with tables.transaction() as (txn, dbs):
             txn.delete(_PAGE_KEY.pack(node.number, 0), db=dbs["map"])
         tables.state.mapped = 0
-        found = await node.check_image()
+        found = await node.check_image(None)
         assert (found["corruptions"], found["leaks"]) == (0, 4)
         found = await host.command("dedup-check", node_name="disk", repair=True)
         assert (found["corruptions"], found["wrong"], found["leaks"]) == (0, 0, 4), found

@@ -17,7 +17,6 @@ import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
 from in_process import MIB, Host, refused, with_host
 
-from vhostblk.dedup import store as store_module
 from vhostblk.dedup.format import Superblock
 from vhostblk.dedup.space import FreeSegments
 from vhostblk.dedup.tables import PAGE, Tables
@@ -402,12 +401,12 @@ def test_a_segment_that_cannot_be_read_for_a_while_does_not_stop_collection(
             await host.write("disk", at, rnd.randbytes(3 * BLOCK))
         with monkeypatch.context() as patch:
             patch.setattr(type(node.data), "read", failing)
-            patch.setattr(store_module, "UNMOVABLE_INTERVAL", 0.2)
-            assert await node.store.collect() >= 2
+            patch.setattr("vhostblk.dedup.collection.UNMOVABLE_INTERVAL", 0.2)
+            assert await node.store.collector.collect() >= 2
         assert used[first] > 0
         # Once it can be read again, it is emptied, too.
         await asyncio.sleep(0.2)
-        await node.store.collect()
+        await node.store.collector.collect()
         assert not used.get(first)
         assert (await host.read("disk", 0, MIB))[3 * BLOCK : 4 * BLOCK] == (
             data[3 * BLOCK : 4 * BLOCK]

@@ -38,7 +38,6 @@ from hypothesis.stateful import (
 from in_process import MIB, Host
 from luks_headers import CHEAP1, header
 
-from vhostblk.dedup import store
 from vhostblk.jobs.quorum import start_rebuild
 from vhostblk.jobs.stream import StreamJob, start_stream
 from vhostblk.nodes.driver import NodeDriver
@@ -502,7 +501,9 @@ def images(node: NodeDriver) -> list[NodeDriver]:
 def test_stack(
     stack: tuple[str, ...], images_made: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "UNMOVABLE_INTERVAL", 0.0)  # it works again at once
+    monkeypatch.setattr(
+        "vhostblk.dedup.collection.UNMOVABLE_INTERVAL", 0.0
+    )  # it works again at once
     kind = type("Machine", (Machine,), {"stack": stack, "images": images_made})
     run_state_machine_as_test(
         kind,

@@ -195,7 +195,7 @@ def test_a_snapshot_when_the_table_of_counts_has_moved() -> None:
         await disk.open()
         await disk.write(0, b"a" * (12 * MIB))
         await disk.flush()
-        found = await disk.node.check_image()
+        found = await disk.node.check_image(None)
         assert found["check-errors"] == 0 and "corruptions" not in found and "leaks" not in found
         await host.backend.internal_snapshot("disk", "create", "snap")
         await disk.write(0, b"b" * MIB)

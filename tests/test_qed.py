@@ -267,7 +267,7 @@ def test_need_check_bit_whose_going_failed(tmp_path: Path, tools: Tools, failing
         insert = {"filter": broken, "node-name": "d", "child": "file"}
         await host.backend.transaction([("block-filter-insert", insert)])
         with pytest.raises(OSError):
-            await node.check_image()  # which needs an image that is marked no more
+            await node.check_image(None)  # which needs an image that is marked no more
         assert bool(features(image) & NEED_CHECK) == (failing == "write")
         await host.write("d", 2 * MIB, b"b" * 8192)
         assert features(image) & NEED_CHECK

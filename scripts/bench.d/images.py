@@ -95,7 +95,8 @@ def prepare(image: Image, file: Path) -> None:
 async def _make_store(path: Path, file_size: int, content: Path | None) -> None:
     from vhostblk.dedup.file import FileData
     from vhostblk.dedup.format import FIRST_SEGMENT, Superblock
-    from vhostblk.dedup.store import Store, Tuning
+    from vhostblk.dedup.interface import Tuning
+    from vhostblk.dedup.store import Store
     from vhostblk.engine.dedup import blake3
 
     metadata = Path(f"{path}.meta")

@@ -51,7 +51,7 @@ async def query_dedup(context: Context, arguments: DedupNode) -> Any:
 async def dedup_collect(context: Context, arguments: DedupNode) -> Any:
     """Collect garbage now: empty segments that are three quarters full at most."""
     node = _dedup(context, arguments.node_name)
-    return {"segments": await _use(context, node, "dedup-collect", node.store.collect)}
+    return {"segments": await _use(context, node, "dedup-collect", node.store.collector.collect)}
 
 
 class DedupCheck(DedupNode):

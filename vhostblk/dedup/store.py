@@ -28,23 +28,22 @@ import fcntl
 import logging
 import os
 import time
-from array import array
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
     Iterator,
     Sequence,
 )
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from vhostblk.dedup.check import Check, Result
-from vhostblk.dedup.compression import compress, decompress
+from vhostblk.dedup.collection import Collector
+from vhostblk.dedup.compression import decompress
+from vhostblk.dedup.content import check_content
 from vhostblk.dedup.errors import InconsistentError, damaged
 from vhostblk.dedup.format import (
     DISK_NAME_MAX,
@@ -64,12 +63,15 @@ from vhostblk.dedup.format import (
     parse_life,
     stored_space,
 )
+from vhostblk.dedup.futures import in_thread, new_future
+from vhostblk.dedup.interface import BACKLOG, HOLD_INTERVAL, Counters, Data, Member, Send, Tuning
 from vhostblk.dedup.journal import Journal, sync_directory, write_file
 from vhostblk.dedup.ledger import Ledger, portions
 from vhostblk.dedup.ledger import State as LedgerState
 from vhostblk.dedup.replay import Replay
 from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
 from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, Dump, Tables
+from vhostblk.dedup.writing import Writing
 from vhostblk.schema import VhostblkError
 
 logger = logging.getLogger(__name__)
@@ -78,118 +80,13 @@ Result_ = TypeVar("Result_")
 
 _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
-_CHECK_PORTION = 128 << 10
-HOLD_INTERVAL = 0.5
-"""Seconds until something that failed for want of space is tried again."""
-UNMOVABLE_INTERVAL = 5.0
-"""Seconds until a segment that could not be read is tried again."""
 LEVELS = (80, 90, 95)
 """Per cent of either device: when more is in use, there is an event."""
 LEAST_SEGMENTS = 8
 """Of a store: what is kept for garbage collection and the ledger, and a few for data."""
-CHANGE_BYTES = 256
-"""Memory for a change that waits for the database, at most (tests/test_dedup_space.py)."""
-_BACKLOG = 4
-"""Writes wait when there are so many times more changes than begin a checkpoint."""
 STATISTICS_INTERVAL = 10.0
 """Seconds from one event with statistics to the next, if something has happened; and until a ledger
 that is broken is begun again."""
-
-
-class Data(Protocol):
-    """The data device."""
-
-    size: int
-
-    def read(self, offset: int, into: int | bytearray | memoryview) -> Awaitable[Any]:
-        """The buffer, or a new one of that many bytes."""
-
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> Awaitable[Any]:
-        """Write."""
-
-    def flush(self) -> Awaitable[Any]:
-        """What was written before is on stable storage."""
-
-    def discard(self, offset: int, length: int) -> Awaitable[Any]:
-        """The range is not needed."""
-
-
-Send = Callable[[int, int, int], Awaitable[Any]]
-"""Writes to an offset of the data device: where in the content, how many bytes."""
-
-
-class Member(Protocol):
-    """A disk of the store that is in use."""
-
-    @property
-    def disk(self) -> str:
-        """Which one."""
-
-    @property
-    def data(self) -> Data:
-        """The data device, as this disk reaches it."""
-
-    def set_dirty(self, dirty: bool) -> None:
-        """Whether there is something to be flushed."""
-
-    def is_patient(self) -> bool:
-        """Whether its writes may wait for space."""
-
-    def forget_places(self) -> None:
-        """Blocks have moved."""
-
-    async def grace(self) -> None:
-        """Done when no request under way uses a place that it has learnt before."""
-
-    def working(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """A step of background work."""
-
-    def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Send an event to the control clients."""
-
-
-@dataclass
-class Tuning:
-    """How a store behaves, apart from what is on disk."""
-
-    metadata_size: int = 256 << 30
-    """The most that the database may grow to."""
-    changes: int = 32768
-    """A checkpoint is made after that many changes."""
-    journal: int = 64 << 20
-    """Or when the journal has that many bytes."""
-    compress: bool = False
-    """Blocks are compressed with zstd if that makes them smaller."""
-    verify: bool = False
-    """Compare what has the same fingerprint byte by byte."""
-    hold: bool = False
-    """Writes wait when there is no space, instead of failing."""
-    discard: bool = False
-    """Free segments are discarded on the data device."""
-    garbage: float = 0.25
-    """Garbage collection begins when less than this part of the data device is free."""
-
-    @staticmethod
-    def changes_in(memory: int) -> int:
-        """After how many changes to begin a checkpoint so that all that wait fit into memory.
-
-        Two layers of them: one on its way to the database, and one that takes new ones.
-        """
-        return max(64, memory // (2 * _BACKLOG * CHANGE_BYTES))
-
-
-@dataclass
-class Counters:
-    """Since the store was opened."""
-
-    written: int = 0
-    """Blocks that guests have written."""
-    hits: int = 0
-    """Of them, those that were there."""
-    zeroes: int = 0
-    stored: int = 0
-    moved: int = 0
-    checkpoints: int = 0
 
 
 class Store:
@@ -202,17 +99,16 @@ class Store:
         self.deleting: set[str] = set()
         """Disks that are being deleted."""
         self.counters = Counters()
-        self._writing: dict[bytes, asyncio.Future[None]] = {}
+        self.being_written: dict[bytes, asyncio.Future[None]] = {}
         self._readers: set[asyncio.Future[None]] = set()
         self._flush_lock = asyncio.Lock()
         self._checkpoint_lock = asyncio.Lock()
-        self._collect_lock = asyncio.Lock()
         self._room_lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._protected: set[asyncio.Task[Any]] = set()
-        self._checkpointing = self._collecting = False
+        self._checkpointing = False
+        self.collector = Collector(self)
         self._lost: list[tuple[int, int]] = []
-        self._moved = False
         self._durable = 0
         self._dirty = False
         self._journal_lost = 0  # the journal may lack earlier frames, and the database, too
@@ -223,8 +119,6 @@ class Store:
         self._rate = time.monotonic(), 0, 0.0  # when, hits, and hits per second
         self._dump: tuple[Dump, int] | None = None  # what the ledger's snapshot is made of
         self._told_written = 0  # blocks written when statistics were last told
-        # Segments of which not everything could be read, and when that may be tried again.
-        self._unmovable: dict[int, float] = {}
         self._storing = self._waiting = 0  # writes under way, and those that wait for space
         self._not_before = 0.0  # background work that has failed is not begun again before
         self._room: asyncio.Future[None] | None = None
@@ -271,8 +165,8 @@ class Store:
         with contextlib.ExitStack() as undo:
             undo.callback(self._unlock)
             self.super = await self._read_superblock(data)
-            self._hash = HASHES[self.super.hash]
-            self.zero = self._hash(bytes(self.super.block_size))
+            self.hash = HASHES[self.super.hash]
+            self.zero = self.hash(bytes(self.super.block_size))
             self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
             undo.callback(self.tables.close)
             sync_directory(self.directory)  # the database may be new
@@ -378,7 +272,7 @@ class Store:
         await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.gather(*self._protected, return_exceptions=True)
         try:
-            await self._checkpoint(data)
+            await self.checkpoint_now(data)
         except OSError as error:
             # The journal has it all.
             logger.warning("dedup store '%s': no last checkpoint: %s", self.directory, error)
@@ -422,7 +316,7 @@ class Store:
         first = state.journal
         journal.begin(number, last)
         try:
-            await self._checkpoint(data, rotate=False)
+            await self.checkpoint_now(data, rotate=False)
         except OSError as error:
             # A mark behind frames of which some do not hold would say that they do.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not replay.whole:
@@ -438,7 +332,7 @@ class Store:
     async def _is_there(self, data: Data, record: Stored) -> bool:
         block = Block(record.offset, record.length, 0, record.fingerprint)
         with contextlib.suppress(OSError, VhostblkError):
-            return self._hash(await self.read(data, block)) == record.fingerprint
+            return self.hash(await self.read(data, block)) == record.fingerprint
         return False
 
     # ---- disks
@@ -460,7 +354,7 @@ class Store:
         disks = self.tables.disks()
         known = [number for number, (_, other) in disks.items() if other == name]
         number = known[0] if known else max(disks, default=0) + 1
-        self._record([Disk(number, size, name)])
+        self.record([Disk(number, size, name)])
         return number
 
     # ---- reading
@@ -468,7 +362,7 @@ class Store:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Places that are looked up inside are not used again before the end."""
-        done = _future()
+        done = new_future()
         self._readers.add(done)
         try:
             yield
@@ -510,17 +404,17 @@ class Store:
         Nobody else writes to them meanwhile. `send` is another way to write the content.
         """
         await self._may_change(data)
-        writing = _Write(self, data, content, prints, send)
+        writing = Writing(self, data, content, prints, send)
         self._storing += 1
         try:
             await writing.prepare()
             numbers: list[int] = []
-            await self._moving()
-            await self._until(data, lambda: self._publish(writing, disk, first, numbers))
+            await self.until_moving()
+            await self.with_room(data, lambda: self._publish(writing, disk, first, numbers))
         finally:
             self._storing -= 1
             writing.end()
-        self._watch()
+        self.watch()
         return numbers
 
     def write_known(self, disk: int, first: int, prints: Sequence[bytes]) -> list[int] | None:
@@ -528,7 +422,7 @@ class Store:
         tables, zero = self.tables, self.zero
         if self._still is not None or self.tuning.verify:
             return None
-        if tables.changes > _BACKLOG * self.tuning.changes:
+        if tables.changes > BACKLOG * self.tuning.changes:
             return None
         numbers = []
         for name in prints:
@@ -540,7 +434,7 @@ class Store:
             self._map(disk, first, numbers, [])
         except OSError:
             return None  # nothing has happened; write() knows what to do
-        self._watch()
+        self.watch()
         return numbers
 
     def begin_new(self, prints: list[bytes]) -> int | None:
@@ -552,19 +446,19 @@ class Store:
         tables, tuning, space = self.tables, self.tuning, self.space
         if self._still is not None or self._stopped or tuning.verify or tuning.compress:
             return None
-        if tables.changes > _BACKLOG * tuning.changes or len(set(prints)) != len(prints):
+        if tables.changes > BACKLOG * tuning.changes or len(set(prints)) != len(prints):
             return None
         for name in prints:
-            if name == self.zero or name in self._writing or tables.find(name):
+            if name == self.zero or name in self.being_written or tables.find(name):
                 return None
         length = len(prints) << self.super.block_bits
         if not space.fits(length):
             return None
         offset, _ = space.allocate(length)
         self._storing += 1
-        waiting = _future()
+        waiting = new_future()
         for name in prints:
-            self._writing[name] = waiting
+            self.being_written[name] = waiting
         return offset
 
     def end_new(
@@ -587,14 +481,14 @@ class Store:
         finally:
             self._storing -= 1
             self.space.landed(offset)
-            waiting = self._writing[prints[0]]
+            waiting = self.being_written[prints[0]]
             for name in prints:
-                del self._writing[name]
+                del self.being_written[name]
             waiting.set_result(None)
-        self._watch()
+        self.watch()
         return numbers
 
-    def _publish(self, writing: _Write, disk: int, first: int, run: list[int]) -> None:
+    def _publish(self, writing: Writing, disk: int, first: int, run: list[int]) -> None:
         records = writing.stored_records()
         run[:] = writing.numbers()
         self._map(disk, first, run, records)
@@ -610,7 +504,7 @@ class Store:
                 end += 1
             records.append(Mapped(disk, first + at, end - at, run[at]))
             at = end
-        self._record(records)
+        self.record(records)
         counters, zeroes = self.counters, run.count(0)
         counters.written += len(run)
         counters.zeroes += zeroes
@@ -623,42 +517,42 @@ class Store:
         """Blocks of a disk show zeroes; gives those for which that is so: first, how many."""
         for page in range(first // PAGE, (end - 1) // PAGE + 1):
             await self._may_change(data)
-            await self._moving()
+            await self.until_moving()
             begin, stop = max(first, page * PAGE), min(end, (page + 1) * PAGE)
             shown = self.tables.page(disk, page)[begin % PAGE : begin % PAGE + stop - begin]
             if any(shown):
                 record = Mapped(disk, begin, stop - begin, 0)
-                await self._until(data, partial(self._record, [record]))
-                self._watch()
+                await self.with_room(data, partial(self.record, [record]))
+                self.watch()
             yield begin, stop - begin
             if page % 64 == 63:
                 await asyncio.sleep(0)  # others want to live
 
     async def _may_change(self, data: Data) -> None:
         """Memory is bounded: too many changes wait for the database to take some."""
-        self._refuse_if_stopped()
-        while self.tables.changes > _BACKLOG * self.tuning.changes:
+        self.refuse_if_stopped()
+        while self.tables.changes > BACKLOG * self.tuning.changes:
             try:
-                await self._checkpoint(data)
+                await self.checkpoint_now(data)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self._full("metadata")
-                if not self._holds(data):
+                self.tell_full("metadata")
+                if not self.holds(data):
                     raise
                 await asyncio.sleep(HOLD_INTERVAL)
 
-    def _holds(self, data: Data) -> bool:
+    def holds(self, data: Data) -> bool:
         """Whether a write that has no space waits for it."""
         mine = (member for member in self.members if member.data is data)
         return self.tuning.hold and all(member.is_patient() for member in mine)
 
-    async def _moving(self) -> None:
+    async def until_moving(self) -> None:
         """Wait while somebody needs metadata that stand still."""
         while self._still is not None:
             await asyncio.wait([self._still])
 
-    def _record(self, records: list[Record]) -> None:
+    def record(self, records: list[Record]) -> None:
         """A change takes effect: first in the journal, then in memory."""
         self._append(records)
         if not self._dirty:
@@ -673,14 +567,14 @@ class Store:
 
     def _append(self, records: Iterable[Record]) -> None:
         """To the journal, and with the next flush to the ledger."""
-        self._refuse_if_stopped()
+        self.refuse_if_stopped()
         payload = pack_records(records)
         self.ledger.add(self.journal.append(payload), payload)
 
     def _journal_ledger(self, record: Record) -> None:
         self._append([record])
 
-    async def _until(self, data: Data, attempt: Callable[[], None]) -> None:
+    async def with_room(self, data: Data, attempt: Callable[[], None]) -> None:
         """Do something that may fail for want of space in the metadata directory."""
         while True:
             try:
@@ -690,15 +584,15 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self._full("metadata")
-                if not self._holds(data):
+                self.tell_full("metadata")
+                if not self.holds(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
                 await asyncio.sleep(HOLD_INTERVAL)
 
     async def allocate(self, data: Data, wanted: int) -> tuple[int, int]:
         """Space at the head of the log; waits or fails if there is none."""
         while True:
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             try:
                 return self.space.allocate(wanted)
             except NoSpace:
@@ -712,8 +606,8 @@ class Store:
                         continue
                 finally:
                     self._waiting -= 1
-                self._full("data")
-                if not self._holds(data):
+                self.tell_full("data")
+                if not self.holds(data):
                     raise
                 await self._wait_for_room()
 
@@ -723,19 +617,19 @@ class Store:
         async with self._room_lock:
             with contextlib.suppress(OSError):
                 if space.free_segments <= GUESTS_RESERVE:
-                    await self._checkpoint(data)
+                    await self.checkpoint_now(data)
                 for _ in range(space.count):
-                    if space.free_segments > GUESTS_RESERVE or not self._worst(limit):
+                    if space.free_segments > GUESTS_RESERVE or not self.collector.worst(limit):
                         break
-                    await self._collect(data, limit)
+                    await self.collector.empty(data, limit)
         return space.free_segments > GUESTS_RESERVE
 
     async def _wait_for_room(self) -> None:
         if self._room is None or self._room.done():
-            self._room = _future()
+            self._room = new_future()
         await asyncio.wait([self._room], timeout=HOLD_INTERVAL)
 
-    def _full(self, what: str) -> None:
+    def tell_full(self, what: str) -> None:
         """Tell the operator, once until there is space again."""
         if what in self._full_devices:
             return
@@ -773,15 +667,15 @@ class Store:
     async def flush(self, data: Data) -> None:
         """All that was complete before is on stable storage."""
         if self._durable < self.journal.next_frame:
-            await self._to_the_end(self._flush(data))
+            await self.to_the_end(self._flush(data))
 
     async def _flush(self, data: Data) -> None:
-        self._refuse_if_stopped()
+        self.refuse_if_stopped()
         wanted = self.journal.next_frame
         while self._durable < wanted:
             if self._journal_lost:
                 # Syncing it once more might succeed without having written what is lost.
-                await self._checkpoint(data)
+                await self.checkpoint_now(data)
             async with self._flush_lock:
                 # Somebody else's flush may have done it, or failed.
                 if self._durable < wanted and not self._journal_lost:
@@ -791,7 +685,7 @@ class Store:
         frame = self.journal.next_frame
         await self.ledger.write(data)
         await self._flush_data(data, frame)
-        await self._until(data, lambda: self._append([Marked(frame)]))
+        await self.with_room(data, lambda: self._append([Marked(frame)]))
         alone = self.journal.next_frame == frame + 1
         older = self.journal.older
         try:
@@ -825,7 +719,7 @@ class Store:
 
     # ---- checkpoints
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """Start what is due."""
         tuning, tables = self.tuning, self.tables
         due = tables.changes >= tuning.changes or self.journal.size >= tuning.journal
@@ -842,17 +736,25 @@ class Store:
         self._watched = self.space.free_segments
         if (
             self.space.free < tuning.garbage * self.space.size
-            and not self._collecting
-            and self._worst(self.super.segment_size // 2)
+            and not self.collector.running
+            and self.collector.worst(self.super.segment_size // 2)
         ):
-            self._collecting = True
-            self._run(self._collect_soon())
+            self.collector.running = True
+            self._run(self.collector.collect_soon())
+
+    def look_again(self) -> None:
+        """There may be something to start."""
+        self._watched = -1
+
+    def postpone(self) -> None:
+        """Background work has failed, and is not begun again at once."""
+        self._not_before = time.monotonic() + 1.0
 
     def _watch_ledger(self) -> None:
         """A store that is not changed, or hardly, can be rebuilt, too."""
         if not self.ledger.sound and self.ledger.is_due(self.tables.dump_size()):
             self.ledger.unsaved = True
-            self._watch()
+            self.watch()
 
     def _watch_space(self) -> None:
         """Tell the operator while there is still time."""
@@ -875,7 +777,7 @@ class Store:
         if level > told or percent < told - 5:
             self._told_level[device] = level
 
-    def _refuse_if_stopped(self) -> None:
+    def refuse_if_stopped(self) -> None:
         if self._stopped:
             raise OSError(errno.EIO, "the dedup store has stopped; the log says why")
 
@@ -915,7 +817,7 @@ class Store:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._stop(error)  # nobody else would see it
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, Result_]) -> Result_:
+    async def to_the_end(self, work: Coroutine[Any, Any, Result_]) -> Result_:
         """Whoever waits for this may be cancelled; the work itself must not stop in the middle."""
         task = asyncio.get_running_loop().create_task(
             self._stopping(work), context=contextvars.Context()
@@ -933,23 +835,23 @@ class Store:
             await self.checkpoint()
         except OSError as error:
             logger.warning("dedup store '%s': no checkpoint: %s", self.directory, error)
-            self._not_before = time.monotonic() + 1.0
+            self.postpone()
         finally:
             self._watched = -1
             self._checkpointing = False
 
     async def checkpoint(self) -> None:
         """Bring the database up to date."""
-        async with self._step() as data:
+        async with self.step() as data:
             if data is not None:
-                await self._checkpoint(data)
+                await self.checkpoint_now(data)
 
-    async def _checkpoint(self, data: Data, *, rotate: bool = True) -> None:
-        await self._to_the_end(self._make_checkpoint(data, rotate))
+    async def checkpoint_now(self, data: Data, *, rotate: bool = True) -> None:
+        await self.to_the_end(self._make_checkpoint(data, rotate))
 
     async def _make_checkpoint(self, data: Data, rotate: bool) -> None:
         async with self._checkpoint_lock:
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             tables, journal, state = self.tables, self.journal, self.tables.state
             if not tables.frozen:
                 if rotate:
@@ -1032,13 +934,13 @@ class Store:
         last = False
         try:
             while not last:
-                part, last = await _in_thread(lambda: next(parts))
-                async with self._step() as where:
+                part, last = await in_thread(lambda: next(parts))
+                async with self.step() as where:
                     put = self.ledger.put_snapshot(where or data, part, base, index, last=last)
-                    length += await self._to_the_end(put)
+                    length += await self.to_the_end(put)
                 index += 1
-            async with self._step() as where:
-                await self._to_the_end(self._end_dump(where or data, length))
+            async with self.step() as where:
+                await self.to_the_end(self._end_dump(where or data, length))
         except (OSError, *DAMAGES) as error:
             self.ledger.abandon(error)
         finally:
@@ -1056,7 +958,7 @@ class Store:
         self.ledger.completed(length)
 
     @contextlib.asynccontextmanager
-    async def _step(self) -> AsyncIterator[Data | None]:
+    async def step(self) -> AsyncIterator[Data | None]:
         """A step of background work, and the data device as some disk in use reaches it.
 
         That disk stays until what is begun in the step with _to_the_end() is done (leave()).
@@ -1074,8 +976,8 @@ class Store:
         empty = self.space.empty()
         if not empty:
             return
-        if self._moved:
-            self._moved = False
+        if self.collector.moved:
+            self.collector.moved = False
             for member in self.members:
                 member.forget_places()
         for member in list(self.members):
@@ -1092,13 +994,13 @@ class Store:
 
         The metadata are looked at in one go: all disks of the store wait meanwhile.
         """
-        async with self._collect_lock:
-            await self._moving()
-            still = self._still = _future()
+        async with self.collector.lock:
+            await self.until_moving()
+            still = self._still = new_future()
             try:
-                await self._checkpoint(data)
+                await self.checkpoint_now(data)
                 while self.tables.frozen or self.tables.changes or self.tables.dying():
-                    await self._checkpoint(data)
+                    await self.checkpoint_now(data)
                 result = Check(self.tables, self.super, data.size, repair=repair).run()
                 if result.repaired:
                     self.space.recount(self.tables.segments())
@@ -1106,54 +1008,8 @@ class Store:
                 self._still = None
                 still.set_result(None)
         if content:
-            await self._check_content(data, result)
+            await check_content(self, data, result)
         return result
-
-    async def _check_content(self, data: Data, result: Result) -> None:
-        """Guests write meanwhile, and garbage is collected."""
-        super = self.super
-        numbers = array("Q")
-        for segment in range(super.segments(data.size)):
-            found = self.tables.places(super.segment_at(segment), super.segment_at(segment + 1))
-            numbers.extend(number for _, number in found)
-        most = _CHECK_PORTION >> super.block_bits
-        for at in range(0, len(numbers), most):
-            with self.reading():
-                # What is not there any more has been overwritten meanwhile.
-                here = ((number, self.tables.block(number)) for number in numbers[at : at + most])
-                for run in _neighbours((number, block) for number, block in here if block):
-                    for number, block in await self._wrong_blocks(data, run):
-                        result.corruptions += 1
-                        result.bad.append(number)
-                        result.say(f"stored block {number} at {block.offset} has another content")
-
-    async def _wrong_blocks(
-        self, data: Data, run: list[tuple[int, Block]]
-    ) -> list[tuple[int, Block]]:
-        """Those of blocks that follow each other on the data device that are not what they were."""
-        start, (_, last) = run[0][1].offset, run[-1]
-        try:
-            content = memoryview(await data.read(start, last.offset + last.space - start))
-        except OSError:
-            if len(run) == 1:
-                return run
-            return [wrong for one in run for wrong in await self._wrong_blocks(data, [one])]
-        return await _in_thread(
-            lambda: [
-                (number, block)
-                for number, block in run
-                if not self._has(content[block.offset - start :][: block.length], block)
-            ]
-        )
-
-    def _has(self, content: memoryview, block: Block) -> bool:
-        """Whether a stored block has the content that its fingerprint says."""
-        if block.length < self.super.block_size:
-            try:
-                content = memoryview(decompress(bytes(content), self.super.block_size))
-            except VhostblkError:
-                return False
-        return self._hash(content) == block.fingerprint
 
     # ---- what there is
 
@@ -1240,7 +1096,7 @@ class Store:
         try:
             async for _ in self.unmap(data, number, 0, blocks):
                 pass
-            self._record([Disk(number, 0, "")])
+            self.record([Disk(number, 0, "")])
             await self.flush(data)
         finally:
             self.deleting.remove(name)
@@ -1255,7 +1111,7 @@ class Store:
                 f"a backup cannot be made in '{directory}': {error.strerror}",
                 data={"code": "backup"},
             ) from None
-        await self._to_the_end(self._backup(data, directory))
+        await self.to_the_end(self._backup(data, directory))
 
     async def _backup(self, data: Data, directory: Path) -> None:
         # No checkpoint meanwhile: it would remove the journal that goes on from the copy.
@@ -1274,386 +1130,3 @@ class Store:
             write_file(directory / source.name, source.read_bytes())
         write_file(directory / "superblock", self.super.pack())
         sync_directory(directory)
-
-    # ---- garbage collection
-
-    async def _collect_soon(self) -> None:
-        try:
-            while self.members:
-                async with self._step() as data:
-                    if data is None:
-                        return
-                    if not await self._collect(data, self.super.segment_size // 2, most=1):
-                        return
-                if self.space.free >= 2 * self.tuning.garbage * self.space.size:
-                    return
-        except OSError as error:
-            logger.warning("dedup store '%s': garbage collection: %s", self.directory, error)
-            self._not_before = time.monotonic() + 1.0
-        finally:
-            self._watched = -1
-            self._collecting = False
-
-    async def collect(self, used: float = 0.75) -> int:
-        """Empty segments of which at most this part is in use; how many became free."""
-        freed = 0
-        await self.checkpoint()
-        tried: set[int] = set()
-        limit = int(used * self.super.segment_size)
-        while worst := [s for s in self._worst(limit) if s not in tried]:
-            tried.update(worst[:4])
-            async with self._step() as data:
-                if data is None:
-                    break
-                freed += await self._collect(data, limit, most=4)
-        return freed
-
-    def _worst(self, limit: int) -> list[int]:
-        now = time.monotonic()
-        return [s for s in self.space.worst(limit) if self._unmovable.get(s, now) <= now]
-
-    async def _collect(self, data: Data, limit: int, most: int = 4) -> int:
-        """Move what is in the emptiest segments to the head of the log; segments made free."""
-        return await self._to_the_end(self._empty_segments(data, limit, most))
-
-    async def _empty_segments(self, data: Data, limit: int, most: int) -> int:
-        async with self._collect_lock:
-            before = self.space.free_segments
-            budget = self.super.segment_size
-            for segment in self._worst(limit)[:most]:
-                if segment not in self._worst(limit):
-                    continue  # it has become free meanwhile, or is filled again
-                budget -= self.space.used[segment]
-                if budget < 0 and most > 1:
-                    break
-                await self._checkpoint(data)  # the places of all blocks are in the database
-                try:
-                    await self._move_segment(data, segment)
-                except NoSpace:
-                    raise
-                except (OSError, VhostblkError) as error:
-                    # Other segments can be emptied.
-                    self._unmovable[segment] = time.monotonic() + UNMOVABLE_INTERVAL
-                    logger.warning(
-                        "dedup store '%s': segment %d cannot be emptied: %s",
-                        self.directory,
-                        segment,
-                        error,
-                    )
-            await self._checkpoint(data)
-            return self.space.free_segments - before
-
-    async def _move_segment(self, data: Data, segment: int) -> None:
-        start, end = self.super.segment_at(segment), self.super.segment_at(segment + 1)
-        numbers = [number for _, number in self.tables.places(start, end)]
-        most = max(1, _PORTION >> self.super.block_bits)
-        for at in range(0, len(numbers), most):
-            await self._move_blocks(data, numbers[at : at + most], start, end, 0)
-
-    async def _move_blocks(
-        self, data: Data, numbers: list[int], start: int, end: int, reserve: int
-    ) -> int:
-        """Copy blocks that are between two offsets to the log, in this order; how many."""
-        blocks = [(number, self.tables.block(number)) for number in numbers]
-        wanted = [(n, block) for n, block in blocks if block and start <= block.offset < end]
-        with self.reading():
-            contents = await _all(data.read(block.offset, block.space) for _, block in wanted)
-        offsets: list[int] = []
-        try:
-            for _, block in wanted:
-                offsets.append(self.space.allocate(block.length, moving=True, reserve=reserve)[0])
-            await _all(data.write(at, piece) for at, piece in _joined(offsets, contents))
-            moved: list[Record] = [
-                Stored(number, at, block.length, block.fingerprint)
-                for (number, block), at in zip(wanted, offsets, strict=True)
-                if self._is_still(number, block)  # else it has gone meanwhile
-            ]
-            if moved:
-                self._record(moved)
-        finally:
-            for at in offsets:
-                self.space.landed(at)
-        self._moved = True
-        self.counters.moved += len(moved)
-        return len(moved)
-
-    def _is_still(self, number: int, block: Block) -> bool:
-        now = self.tables.block(number)
-        return now is not None and now.offset == block.offset
-
-    # ---- defragmentation
-
-    def scattered(self, disk: int, page: int) -> list[int]:
-        """The blocks that a page of a disk shows, if they are in more pieces than need be."""
-        numbers = [number for number in self.tables.page(disk, page) if number]
-        pieces, end, segment = 0, -1, -1
-        for number in numbers:
-            block = self.tables.block(number)
-            if block is None or block.offset == end:
-                end = block.offset + block.space if block else end
-                continue
-            # The end of a segment is nobody's fault.
-            follows = block.offset == self.super.segment_at(segment + 1)
-            pieces += 0 if follows and pieces else 1
-            segment = self.super.segment_of(block.offset)
-            end = block.offset + block.space
-        return list(dict.fromkeys(numbers)) if pieces > 1 else []
-
-    async def gather(self, data: Data, numbers: list[int]) -> int:
-        """Write blocks again, one after the other; how many bytes."""
-        return await self._to_the_end(self._gather(data, numbers))
-
-    async def _gather(self, data: Data, numbers: list[int]) -> int:
-        self._refuse_if_stopped()
-        async with self._collect_lock:
-            moved = await self._move_blocks(data, numbers, 0, 1 << 63, GUESTS_RESERVE)
-        self._watch()
-        return moved << self.super.block_bits
-
-
-class _Write:
-    """Blocks on their way into the store."""
-
-    def __init__(
-        self,
-        store: Store,
-        data: Data,
-        content: memoryview,
-        prints: Sequence[bytes],
-        send: Send | None,
-    ) -> None:
-        self._store = store
-        self._data = data
-        self._content = content
-        self._prints = prints
-        self._send = send or self._send_content
-        self._numbers = [0] * len(prints)
-        self._same: dict[bytes, int] = {}  # where in this request content was first seen
-        self._fresh: list[tuple[int, int, int]] = []  # index, offset, length: not published yet
-        self._flying: list[int] = []
-        self._futures: dict[bytes, asyncio.Future[None]] = {}
-        self._pinned: list[int] = []
-
-    async def prepare(self) -> None:
-        """Find or store every block."""
-        store = self._store
-        pending: Sequence[int] = range(len(self._prints))
-        while True:
-            fresh: list[int] = []
-            waiting: list[int] = []
-            for index in pending:
-                self._classify(index, fresh, waiting)
-            if store.tuning.verify:
-                fresh += await self._verify(pending, fresh, waiting)
-            if fresh and store.tuning.compress:
-                await self._store_compressed(sorted(fresh))
-            elif fresh:
-                await self._store_blocks(sorted(fresh))
-            if not waiting:
-                return
-            # Others may be waiting for ours while we wait for theirs.
-            if self._fresh:
-                await store._moving()
-                await store._until(self._data, lambda: store._record(self.stored_records()))
-                self.published()
-            futures = [store._writing.get(self._prints[index]) for index in waiting]
-            await asyncio.wait([future for future in futures if future is not None] or [_done()])
-            pending = waiting
-
-    def _classify(self, index: int, fresh: list[int], waiting: list[int]) -> None:
-        store, name = self._store, self._prints[index]
-        if name == store.zero or name in self._same:
-            return
-        number = store.tables.find(name)
-        if number:
-            self._same[name] = index
-            self._pin(number)
-            self._numbers[index] = number
-        elif name in store._writing:
-            waiting.append(index)
-        else:
-            self._same[name] = index
-            self._futures[name] = store._writing[name] = _future()
-            fresh.append(index)
-
-    def _pin(self, number: int) -> None:
-        pins = self._store.tables.pins
-        pins[number] = pins.get(number, 0) + 1
-        self._pinned.append(number)
-
-    async def _verify(
-        self, pending: Sequence[int], fresh: list[int], waiting: list[int]
-    ) -> list[int]:
-        """Which of the blocks that seem to be there are something else."""
-        store, size = self._store, self._store.super.block_size
-        wrong = []
-        for index in pending:
-            number = self._numbers[index]
-            block = store.tables.block(number) if number else None
-            if block is None or index in fresh or index in waiting:
-                continue
-            with store.reading():
-                content = await store.read(self._data, block)
-            if bytes(content) != self._content[index * size : (index + 1) * size]:
-                logger.error(
-                    "dedup store '%s': block %d at %d is not what its fingerprint says",
-                    store.directory,
-                    number,
-                    block.offset,
-                )
-                self._numbers[index] = 0
-                wrong.append(index)
-        return wrong
-
-    async def _store_blocks(self, fresh: list[int]) -> None:
-        """Write new blocks to the log, neighbours in one piece."""
-        store, size = self._store, self._store.super.block_size
-        at = 0
-        parts: list[tuple[int, int, int]] = []  # offset, where in the content, bytes
-        while at < len(fresh):
-            end = at + 1
-            while end < len(fresh) and fresh[end] == fresh[end - 1] + 1:
-                end += 1
-            offset, length = await store.allocate(self._data, (end - at) * size)
-            self._flying.append(offset)
-            count = length // size
-            self._fresh += [(fresh[at + i], offset + i * size, size) for i in range(count)]
-            parts.append((offset, fresh[at] * size, length))
-            at += count
-        await _all(self._write(partial(self._send, *part)) for part in parts)
-
-    async def _store_compressed(self, fresh: list[int]) -> None:
-        """The same, each block for itself, and neighbours in the log in one piece."""
-        store, size, content = self._store, self._store.super.block_size, self._content
-        pieces = await asyncio.to_thread(
-            lambda: [compress(content[index * size : (index + 1) * size]) for index in fresh]
-        )
-        offsets: list[int] = []
-        for index, (piece, length) in zip(fresh, pieces, strict=True):
-            offset, _ = await store.allocate(self._data, len(piece))
-            self._flying.append(offset)
-            offsets.append(offset)
-            self._fresh.append((index, offset, length))
-        joined = _joined(offsets, [piece for piece, _ in pieces])
-        await _all(self._write(partial(self._data.write, *part)) for part in joined)
-
-    async def _write(self, attempt: Callable[[], Awaitable[Any]]) -> None:
-        store = self._store
-        while True:
-            try:
-                await attempt()
-                return
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                store._full("data")
-                if not store._holds(self._data):
-                    raise
-                await asyncio.sleep(HOLD_INTERVAL)
-
-    def _send_content(self, offset: int, begin: int, length: int) -> Awaitable[Any]:
-        return self._data.write(offset, self._content[begin : begin + length])
-
-    def numbers(self) -> list[int]:
-        """The stored block of each block, once they are published (or about to be)."""
-        zero, same, numbers = self._store.zero, self._same, self._numbers
-        next_block = self._store.tables.state.next_block
-        for at, (index, _, _) in enumerate(self._fresh):
-            numbers[index] = next_block + at
-        return [0 if name == zero else numbers[same[name]] for name in self._prints]
-
-    def stored_records(self) -> list[Record]:
-        """What the journal has to say about new blocks."""
-        next_block = self._store.tables.state.next_block
-        return [
-            Stored(next_block + at, offset, length, self._prints[index])
-            for at, (index, offset, length) in enumerate(self._fresh)
-        ]
-
-    def published(self) -> None:
-        """The journal has said it."""
-        first = self._store.tables.state.next_block - len(self._fresh)
-        for at, (index, _, _) in enumerate(self._fresh):
-            self._numbers[index] = first + at
-            self._pin(first + at)
-        self._fresh.clear()
-        self._land()
-
-    def _land(self) -> None:
-        for offset in self._flying:
-            self._store.space.landed(offset)
-        self._flying.clear()
-        for name, future in self._futures.items():
-            if self._store._writing.get(name) is future:
-                del self._store._writing[name]
-            future.set_result(None)
-        self._futures.clear()
-
-    def end(self) -> None:
-        """Whether all went well or not."""
-        self._land()
-        pins = self._store.tables.pins
-        for number in self._pinned:
-            left = pins[number] - 1
-            if left:
-                pins[number] = left
-            else:
-                del pins[number]
-        self._pinned.clear()
-
-
-async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Wait for all of them, even if one fails: they use memory, or a place."""
-    all_of_it = list(work)
-    if len(all_of_it) == 1:  # most often; without a task
-        return [await all_of_it[0]]
-    results = await asyncio.gather(*all_of_it, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-def _neighbours(blocks: Iterable[tuple[int, Block]]) -> Iterator[list[tuple[int, Block]]]:
-    """Blocks that follow each other on the data device together."""
-    run: list[tuple[int, Block]] = []
-    for number, block in blocks:
-        if run and run[-1][1].offset + run[-1][1].space != block.offset:
-            yield run
-            run = []
-        run.append((number, block))
-    if run:
-        yield run
-
-
-def _joined(offsets: list[int], contents: list[bytearray]) -> Iterator[tuple[int, bytearray]]:
-    """Neighbours as one piece."""
-    start, piece = 0, bytearray()
-    for offset, content in zip(offsets, contents, strict=True):
-        if piece and start + len(piece) == offset:
-            piece += content
-            continue
-        if piece:
-            yield start, piece
-        start, piece = offset, bytearray(content)
-    if piece:
-        yield start, piece
-
-
-async def _in_thread(work: Callable[[], Result_]) -> Result_:
-    """Ends when the thread has, also when cancelled."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    finally:
-        await asyncio.wait([task])
-
-
-def _future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()
-
-
-def _done() -> asyncio.Future[None]:
-    future = _future()
-    future.set_result(None)
-    return future

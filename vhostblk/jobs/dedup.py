@@ -50,7 +50,7 @@ class DefragmentJob(BlockJob):
         for page in range(-(-node.size // page_bytes)):
             moved = 0
             async with node.working():
-                numbers = store.scattered(node.number, page)
+                numbers = store.collector.scattered(node.number, page)
                 if numbers:
                     moved = await self._gather(numbers)
             self.current_progress = min(node.size, (page + 1) * page_bytes)
@@ -59,12 +59,12 @@ class DefragmentJob(BlockJob):
     async def _gather(self, numbers: list[int]) -> int:
         store = self._node.store
         try:
-            return await store.gather(self._node.data, numbers)
+            return await store.collector.gather(self._node.data, numbers)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
         await store.make_room(self._node.data)  # what was moved has left holes behind
-        return await store.gather(self._node.data, numbers)
+        return await store.collector.gather(self._node.data, numbers)
 
 
 class RebuildJob(Job):

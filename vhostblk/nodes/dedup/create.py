@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from vhostblk.dedup.format import BLOCK_BITS, SEGMENT_BITS, Superblock
-from vhostblk.dedup.store import Data, Store, Tuning
+from vhostblk.dedup.interface import Data, Tuning
+from vhostblk.dedup.store import Store
 from vhostblk.schema import BlockdevRef, Model, Size, VhostblkError
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vhostblk.dedup.format import HASHES
-from vhostblk.dedup.store import Send, Store, Tuning
+from vhostblk.dedup.interface import Send, Tuning
+from vhostblk.dedup.store import Store
 from vhostblk.dedup.tables import PAGE
 from vhostblk.engine.dedup import DIGEST, new_dedup, written_digests
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
