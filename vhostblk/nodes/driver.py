@@ -192,6 +192,12 @@ class Child:
         self._target = self.node.effective
         self.size = self.node.size
 
+    def refresh_all(self) -> None:
+        """The same from the bottom up: the node has been truncated in use."""
+        for below in self.node.children.values():
+            below.refresh_all()
+        self.refresh()
+
     def detach(self) -> None:
         """Called by the graph when the parent has been closed: no I/O from here on."""
         self._target = None

@@ -74,7 +74,7 @@ class ChildStorage:
         except VhostblkError as error:
             # What cannot grow is full.
             raise OSError(errno.ENOSPC, error.desc) from error
-        _refresh(self.child)
+        self.child.refresh_all()
         if self.child.size < size:
             raise OSError(errno.ENOSPC, f"node {self.child.node.name} cannot grow to {size}")
 
@@ -82,10 +82,3 @@ class ChildStorage:
 def background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """A task of its own: the request that happens to be running now need not wait for its I/O."""
     return asyncio.get_running_loop().create_task(work, context=Context())
-
-
-def _refresh(child: Child) -> None:
-    """Sizes have changed, from `child` down."""
-    for below in child.node.children.values():
-        _refresh(below)
-    child.refresh()
