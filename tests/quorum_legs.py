@@ -15,6 +15,7 @@ from in_process import Host, with_host
 from vhostblk.backend import Backend
 from vhostblk.filter import Filter, FilterOptions, Request
 from vhostblk.nodes.quorum.metadata import Claim, Recorded
+from vhostblk.schema import VhostblkError
 
 BLOCK = 64 * 1024
 
@@ -40,6 +41,14 @@ class Faulty(Filter):
         request.forward()
 
     write = flush = discard = write_zeroes = read
+
+    async def truncate(self, size: int) -> None:
+        if self.name in self.hangs:
+            await self.hangs[self.name].wait()
+        code = self.faults.get(self.name, {}).get("truncate")
+        if code is not None:
+            raise VhostblkError(os.strerror(code), data={"code": "cannot-resize"})
+        await super().truncate(size)
 
 
 def run(test: Callable[[Host], Any]) -> None:

@@ -28,14 +28,14 @@ LATE_ENTRY = 32
 class LegHandle:
     """A leg's state and dirty map, in memory that the caller keeps."""
 
-    def __init__(self, state: int, dirty: int, region_bits: int) -> None:
-        self.pointer = lib.vb_quorum_leg_new(state, dirty, region_bits)
+    def __init__(self, state: int, dirty: int, bits: int, region_bits: int) -> None:
+        self.pointer = lib.vb_quorum_leg_new(state, dirty, bits, region_bits)
         if self.pointer == ffi.NULL:
             raise MemoryError("no memory for a leg")
 
-    def move(self, state: int, dirty: int) -> None:
+    def move(self, state: int, dirty: int, bits: int) -> None:
         """They are at other addresses now. Nothing is in flight."""
-        lib.vb_quorum_leg_move(self.pointer, state, dirty)
+        lib.vb_quorum_leg_move(self.pointer, state, dirty, bits)
 
     def free(self) -> None:
         """Its quorum does not know it any more."""

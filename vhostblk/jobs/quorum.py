@@ -103,7 +103,7 @@ class RebuildJob(QuorumJob):
 
         repair, leg = self.quorum.repair, self.leg
         self.busy = True
-        while leg.handle.strays:  # what was given up must not overwrite what is copied
+        while leg.strays:  # what was given up must not overwrite what is copied
             await self.pace()
             await asyncio.sleep(0.05)
         async with self._backend.graph.using(self.quorum, self.id, "job", writes=True):
@@ -468,7 +468,7 @@ class _Attendant:
         if spare is None:
             logger.warning("quorum '%s': no spare is left for leg '%s'", quorum.name, old)
             return False
-        beside = leg.handle.strays > 0 and len(quorum.children) < MAX_CHILDREN
+        beside = leg.strays > 0 and len(quorum.children) < MAX_CHILDREN
         async with self._backend.graph.change() as change:
             change.set_child(quorum, quorum.free_role() if beside else role, spare)
         logger.warning(
@@ -486,7 +486,7 @@ class _Attendant:
     async def _take_away(self, quorum: Quorum, leg: Leg) -> None:
         """A spare is there for it: it goes as soon as it can, if nobody wants it back."""
         while self._is_given_up(quorum, leg):
-            if leg.handle.strays == 0:
+            if leg.strays == 0:
                 try:
                     async with self._backend.changing(), self._backend.graph.change() as change:
                         if self._is_given_up(quorum, leg):

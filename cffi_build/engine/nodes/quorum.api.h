@@ -24,11 +24,14 @@ typedef struct vb_quorum_leg vb_quorum_leg;
 
 /*
  * The state word and the dirty map (one bit for each region, set where the leg has missed a
- * change) are memory of Python's, a mapped file if they are to outlive the process.
+ * change) are memory of Python's, a mapped file if they are to outlive the process. The map has
+ * `bits` bits, a multiple of 64. Legs may grow at any time: the last one stands for its own region
+ * and for all that are behind it.
  */
-vb_quorum_leg *vb_quorum_leg_new(uint64_t state, uint64_t dirty, uint32_t region_bits);
+vb_quorum_leg *vb_quorum_leg_new(uint64_t state, uint64_t dirty, uint64_t bits,
+                                 uint32_t region_bits);
 /* The same in another place; nothing is in flight. */
-void vb_quorum_leg_move(vb_quorum_leg *leg, uint64_t state, uint64_t dirty);
+void vb_quorum_leg_move(vb_quorum_leg *leg, uint64_t state, uint64_t dirty, uint64_t bits);
 void vb_quorum_leg_free(vb_quorum_leg *leg);
 uint32_t vb_quorum_leg_state(vb_quorum_leg *leg);
 /* False if it is not `from`. */

@@ -24,6 +24,7 @@ struct op;
 struct vb_quorum_leg {
     _Atomic uint32_t *state;    /* Python's memory */
     _Atomic uint64_t *dirty;    /* the same */
+    uint64_t bits;              /* of the map */
     uint32_t region_bits;
     _Atomic bool recorded;
     _Atomic uint32_t users;     /* its owner, and each stray */

@@ -11,22 +11,24 @@
 #include <errno.h>
 #include <stdlib.h>
 
-struct vb_quorum_leg *vb_quorum_leg_new(uint64_t state, uint64_t dirty, uint32_t region_bits)
+struct vb_quorum_leg *vb_quorum_leg_new(uint64_t state, uint64_t dirty, uint64_t bits,
+                                        uint32_t region_bits)
 {
     struct vb_quorum_leg *leg = calloc(1, sizeof(*leg));
 
     if (leg) {
-        vb_quorum_leg_move(leg, state, dirty);
+        vb_quorum_leg_move(leg, state, dirty, bits);
         leg->region_bits = region_bits;
         atomic_init(&leg->users, 1);
     }
     return leg;
 }
 
-void vb_quorum_leg_move(struct vb_quorum_leg *leg, uint64_t state, uint64_t dirty)
+void vb_quorum_leg_move(struct vb_quorum_leg *leg, uint64_t state, uint64_t dirty, uint64_t bits)
 {
     leg->state = (_Atomic uint32_t *)(uintptr_t)state;
     leg->dirty = (_Atomic uint64_t *)(uintptr_t)dirty;
+    leg->bits = bits;
 }
 
 void leg_get(struct vb_quorum_leg *leg)
@@ -109,10 +111,26 @@ static uint64_t mask_of(uint64_t first, uint64_t end)
     return mask;
 }
 
+static uint64_t lesser(uint64_t one, uint64_t other)
+{
+    return one < other ? one : other;
+}
+
+/* Of a region. */
+static uint64_t bit_of(const struct vb_quorum_leg *leg, uint64_t region)
+{
+    return lesser(region, leg->bits - 1);
+}
+
+static bool is_dirty(struct vb_quorum_leg *leg, uint64_t bit)
+{
+    return atomic_load(&leg->dirty[bit >> 6]) >> (bit & 63) & 1;
+}
+
 void leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes)
 {
-    uint64_t first = offset >> leg->region_bits;
-    uint64_t end = ((offset + bytes - 1) >> leg->region_bits) + 1;
+    uint64_t first = bit_of(leg, offset >> leg->region_bits);
+    uint64_t end = bit_of(leg, (offset + bytes - 1) >> leg->region_bits) + 1;
 
     if (bytes == 0) {
         return;
@@ -131,8 +149,9 @@ void leg_missed(struct vb_quorum_leg *leg, uint64_t offset, uint64_t bytes)
 
 void vb_quorum_leg_mark(struct vb_quorum_leg *leg, uint64_t region, uint64_t count, bool dirty)
 {
-    uint64_t end = region + count;
+    uint64_t end = count ? bit_of(leg, region + count - 1) + 1 : 0;
 
+    region = bit_of(leg, region);
     while (region < end) {
         _Atomic uint64_t *word = &leg->dirty[region >> 6];
         uint64_t mask = mask_of(region, end);
@@ -148,26 +167,26 @@ void vb_quorum_leg_mark(struct vb_quorum_leg *leg, uint64_t region, uint64_t cou
 
 uint64_t vb_quorum_leg_next(struct vb_quorum_leg *leg, uint64_t region, uint64_t end)
 {
-    while (region < end) {
+    while (region < lesser(end, leg->bits)) {
         uint64_t word = atomic_load(&leg->dirty[region >> 6]) & (~0ull << (region & 63));
 
         if (word) {
             region = (region & ~63ull) + (uint64_t)__builtin_ctzll(word);
-            return region < end ? region : end;
+            return lesser(region, end);
         }
         region = (region | 63) + 1;
     }
-    return end;
+    return region < end && is_dirty(leg, leg->bits - 1) ? region : end;
 }
 
 uint64_t vb_quorum_leg_count(struct vb_quorum_leg *leg, uint64_t end)
 {
-    uint64_t count = 0;
+    uint64_t count = 0, last = lesser(end, leg->bits);
 
-    for (uint64_t region = 0; region < end; region += 64) {
+    for (uint64_t region = 0; region < last; region += 64) {
         uint64_t word = atomic_load_explicit(&leg->dirty[region >> 6], memory_order_relaxed);
 
-        count += (uint64_t)__builtin_popcountll(word & mask_of(region, end));
+        count += (uint64_t)__builtin_popcountll(word & mask_of(region, last));
     }
-    return count;
+    return last < end && is_dirty(leg, last - 1) ? count + end - last : count;
 }

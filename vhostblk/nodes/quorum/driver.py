@@ -12,12 +12,13 @@ Engine half: cffi_build/engine/nodes/quorum.c.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from vhostblk.engine import MAX_CHILDREN, OP_FLUSH, OP_NAMES, OP_READ, guest_buffers
@@ -31,6 +32,7 @@ from vhostblk.engine.quorum import (
 )
 from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
 from vhostblk.nodes.quorum.legs import (
+    OUT,
     Leg,
     LegState,
     forgets,
@@ -49,6 +51,7 @@ from vhostblk.nodes.quorum.metadata import (
     Metadata,
     Recorded,
     boot,
+    regions_of,
 )
 from vhostblk.nodes.quorum.repair import Repair
 from vhostblk.ratelimit import RateLimitedLog
@@ -60,7 +63,9 @@ SECTOR = 512
 MAX_SUSPECTS = 256  # ranges that wait to be looked at; more than these are found the next time
 # QAPI's QuorumOpType knows three.
 _REPORT_TYPES = ("read", "write", "flush", "write", "write")
-_OUT = (LegState.STALE, LegState.FAILED)
+
+WantedLeg = tuple[NodeDriver, int, float, tuple[bytes, int] | None]
+"""A leg to be made: node, state word, since when, and its map with region bits if it is known."""
 
 
 class QuorumOptions(NodeOptions):
@@ -111,6 +116,8 @@ class Quorum(NodeDriver):
     handle: QuorumHandle | None
     metadata: Metadata | None = None
     _delivering = False
+    _equalizing = False
+    _unequal = False
 
     # ---- life
 
@@ -126,6 +133,8 @@ class Quorum(NodeDriver):
         self._closing = False
         self._arrival: asyncio.Task[None] | None = None
         self.legs: list[Leg] = []
+        self.sizing = asyncio.Lock()
+        """Held while legs get another size."""
         self._check(self.options)
         path = self._metadata_path()
         if path is None and not self.read_only:
@@ -143,6 +152,7 @@ class Quorum(NodeDriver):
         self.repair = Repair(self)
         try:
             await self._begin_use()
+            await self._equalize()
             await self._deliver(late)
             self.handle = new_quorum(
                 self.engine,
@@ -186,13 +196,13 @@ class Quorum(NodeDriver):
     async def _until_back(self, leg: Leg) -> None:
         """A request that was given up uses memory, and a node below, until it comes back."""
         told = False
-        while leg.handle.strays:
+        while leg.strays:
             if not told:
                 told = True
                 logger.warning(
                     "quorum '%s': waiting for %d requests that leg '%s' still has",
                     self.name,
-                    leg.handle.strays,
+                    leg.strays,
                     leg.node.name,
                 )
             await asyncio.sleep(0.05)
@@ -274,12 +284,12 @@ class Quorum(NodeDriver):
         is_whole = claim is not None and claim.is_whole
         nodes = self._leg_nodes()
         records: list[LegRecord | None] = [None] * len(nodes)
-        made: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]]
+        made: list[WantedLeg]
         if recorded is not None:
             records = recognise(nodes, recorded.legs)
         if recorded is None:
             made = [(node, LegState.IN_SYNC.value, 0.0, None) for node in nodes]
-            self._make_legs(made, 1, flags, old_is_whole=False)
+            self._make_legs(made, self._size_of(made, flags), 1, flags, old_is_whole=False)
             return []
         if not any(records):
             path = self._metadata_path()
@@ -300,12 +310,51 @@ class Quorum(NodeDriver):
                 lost = LEG_WHOLE if forgets(node) else since_boot
                 word = LegState.STALE.value | (word & LEG_WHOLE) | lost
             made.append((node, word, record.since, (record.dirty, recorded.region_bits)))
-        late = self._still_late(recorded, records)
-        self._make_legs(made, recorded.generation + 1, flags, old_is_whole=is_whole, late=late)
+        size = self._size_of(made, flags)
+        late = self._still_late(recorded, records, size)
+        generation = recorded.generation + 1
+        self._make_legs(made, size, generation, flags, old_is_whole=is_whole, late=late)
         return late
 
+    def _size_of(self, wanted: Sequence[WantedLeg], flags: int) -> int:
+        """What the legs have, or are going to have (see _equalize()).
+
+        A process may have been killed while they grew: nobody has been told of anything behind
+        the end of the shortest that is in sync. One that is out has the size of its last day.
+        """
+        legs = list(zip(self.children.values(), wanted, strict=True))
+        votes = [child for child, (_, word, *_) in legs if word & 0xFF == LegState.IN_SYNC.value]
+        new = [child for child, (*_, dirty) in legs if dirty is None and child not in votes]
+        if not votes:
+            return max(child.size for child, _ in legs)
+        if not flags & UNCLEAN:
+            self._check_sizes([*votes, *new])
+        sizes = [child.size for child in votes]
+        return max(sizes) if self._may_write else min(sizes)
+
+    @property
+    def _may_write(self) -> bool:
+        return not self.read_only and not any(node.read_only for node in self._leg_nodes())
+
+    async def _equalize(self) -> None:
+        """Legs of which some were longer than others when the last process was killed."""
+        sizes = {leg: self.child_of(leg).size for leg in self.legs if leg.state is LegState.IN_SYNC}
+        size = max(sizes.values(), default=0)
+        short = [leg for leg in sizes if sizes[leg] < size]
+        self._unequal = bool(short)
+        if not short or not self._may_write:
+            return
+        if self.handle is None:
+            self._equalizing = True
+            self.host.update_permissions()
+        try:
+            await self._truncate(short, size)
+        finally:
+            self._equalizing = False
+        self._unequal = False
+
     def _still_late(
-        self, recorded: Recorded, records: Sequence[LegRecord | None]
+        self, recorded: Recorded, records: Sequence[LegRecord | None], size: int
     ) -> list[LateWrite]:
         """Late writes with the legs' numbers of now."""
         found = []
@@ -315,8 +364,8 @@ class Quorum(NodeDriver):
             for index, record in enumerate(recorded.legs):
                 if lacking >> index & 1 and id(record) in numbers:
                     legs |= 1 << numbers[id(record)]
-            if legs and start < min(end, self.size):
-                found.append((start, min(end, self.size), legs))
+            if legs and start < min(end, size):
+                found.append((start, min(end, size), legs))
         return found
 
     async def _deliver(self, late: list[LateWrite]) -> None:
@@ -328,7 +377,7 @@ class Quorum(NodeDriver):
         assert self.metadata is not None
         if not late:
             return
-        if self.read_only or any(node.read_only for node in self._leg_nodes()):
+        if not self._may_write:
             self._leave_late(late)
         else:
             self._delivering = True
@@ -359,15 +408,16 @@ class Quorum(NodeDriver):
 
     def _make_legs(
         self,
-        wanted: list[tuple[NodeDriver, int, float, tuple[bytes, int] | None]],
+        wanted: list[WantedLeg],
+        size: int,
         generation: int,
         flags: int,
         *,
         old_is_whole: bool,
         late: Sequence[LateWrite] = (),
     ) -> None:
-        """Legs and new metadata: node, state word, since when, and a map with its region bits."""
-        metadata = self._new_metadata([node for node, *_ in wanted], generation, flags)
+        """Legs and new metadata."""
+        metadata = self._new_metadata([node for node, *_ in wanted], size, generation, flags)
         try:
             for index, (_, word, since, dirty) in enumerate(wanted):
                 metadata.describe_leg(index, word, generation, since)
@@ -382,16 +432,21 @@ class Quorum(NodeDriver):
             raise
         self.metadata = metadata
         self.legs = [
-            Leg(node, metadata, index, self.size, self._region_bits)
-            for index, (node, *_) in enumerate(wanted)
+            Leg(child.node, role, metadata, index, size, self._region_bits)
+            for index, (role, child) in enumerate(self.children.items())
         ]
         for leg in self.legs:
             leg.settle_flags()
+            if leg.state in OUT:
+                there = self.child_of(leg).size
+                leg.mark(there, max(0, size - there))
 
-    def _new_metadata(self, nodes: list[NodeDriver], generation: int, flags: int) -> Metadata:
+    def _new_metadata(
+        self, nodes: list[NodeDriver], size: int, generation: int, flags: int
+    ) -> Metadata:
         legs = [(node.name, identity(node)) for node in nodes]
         path = self._metadata_path()
-        return Metadata(path, self.size, self._region_bits, legs, generation, flags)
+        return Metadata(path, size, self._region_bits, legs, generation, flags)
 
     def _leg_nodes(self) -> list[NodeDriver]:
         return [child.node for child in self.children.values()]
@@ -400,24 +455,32 @@ class Quorum(NodeDriver):
         """The children are others, or have another size: each keeps the state that it has."""
         nodes = self._leg_nodes()
         assert self.metadata is not None
-        if [leg.node for leg in self.legs] == nodes and all(
-            leg.size == self.size and leg.files == identity(leg.node) for leg in self.legs
-        ):
-            return
         changes = self._changes()
         known = [*self.legs, *(leg for leg in self._former if leg.apart_at == changes)]
         found = _match(nodes, known)
+        self._check_sizes(
+            [
+                child
+                for child, leg in zip(self.children.values(), found, strict=True)
+                if leg is None or not (leg.state in OUT or self._unequal)
+            ]
+        )
+        fits = regions_of(self.size, self._region_bits) <= self.metadata.layout.bits
+        if [leg.node for leg in self.legs] == nodes and all(
+            fits and leg.size == self.size and leg.files == identity(leg.node) for leg in self.legs
+        ):
+            return
         for leg in self.legs:
-            if leg not in found and leg.handle.strays:
+            if leg not in found and leg.strays:
                 raise VhostblkError(
                     f"Leg '{leg.node.name}' of quorum '{self.name}' still has "
-                    f"{leg.handle.strays} requests that were given up; it cannot be taken away "
+                    f"{leg.strays} requests that were given up; it cannot be taken away "
                     "before they come back",
                     data={"code": "leg-busy", "node": leg.node.name},
                 )
         self._check_votes(found)
         generation, flags = self.metadata.generation + 1, self.metadata.flags & ~WHOLE
-        metadata = self._new_metadata(nodes, generation, flags)
+        metadata = self._new_metadata(nodes, self.size, generation, flags)
         try:
             for index, known_leg in enumerate(found):
                 if known_leg is None:
@@ -442,18 +505,17 @@ class Quorum(NodeDriver):
                 leg.keep_apart(self._changes())
                 self._former.append(leg)
         self._former = [leg for leg in self._former if leg not in found]
-        grown = self.size
+        size = self.size
         self.legs = []
-        for index, (node, known) in enumerate(zip(nodes, found, strict=True)):
+        for index, (role, node, known) in enumerate(zip(self.children, nodes, found, strict=True)):
             if known is None:
-                leg = Leg(node, metadata, index, self.size, self._region_bits)
+                leg = Leg(node, role, metadata, index, size, self._region_bits)
                 leg.reason = "it is new"
             else:
-                leg, before = known, known.size
-                leg.node, leg.files, leg.forgets = node, identity(node), forgets(node)
-                leg.moved(metadata, index, grown)
-                if leg.state is not LegState.IN_SYNC and grown > before:
-                    leg.mark(before, grown - before)
+                leg = known
+                leg.node, leg.role, leg.files = node, role, identity(node)
+                leg.forgets = forgets(node)
+                leg.moved(metadata, index, size)
             self.legs.append(leg)
             leg.handle.recorded = False
             leg.settle_flags()
@@ -500,12 +562,24 @@ class Quorum(NodeDriver):
             self.handle.hold_early(False)
         self._holding = False
         # Whatever change there was has succeeded, or is undone.
-        gone = [leg for leg in self._former if leg.handle.strays == 0]
+        gone = [leg for leg in self._former if leg.strays == 0]
         self._former = [leg for leg in self._former if leg not in gone]
         for leg in gone:
             leg.handle.free()
 
     # ---- what it is
+
+    @property
+    def size(self) -> int:
+        """What all legs have that are in sync: while they grow, one is longer before others."""
+        if self.handle is None:
+            return super().size
+        sizes = [
+            self.children[leg.role].size
+            for leg in self.legs
+            if leg.state is LegState.IN_SYNC and leg.role in self.children
+        ]
+        return min(sizes, default=self.legs[0].size)
 
     @property
     def read_only(self) -> bool:
@@ -563,6 +637,8 @@ class Quorum(NodeDriver):
         perm, shared = super().child_permissions(role, perm, shared)
         if self._delivering:
             perm |= Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        if self._equalizing:
+            perm |= Perm.RESIZE
         if perm and (self._rewrites or self.settles):
             perm |= Perm.WRITE_UNCHANGED
         return perm, shared
@@ -596,6 +672,8 @@ class Quorum(NodeDriver):
                 f"'region-size' must be a power of two from 4096 to 1 GiB, and not {size}",
                 "region-size",
             )
+
+    def _check_sizes(self, legs: Sequence[Child]) -> None:
         for leg in legs:
             if leg.size != legs[0].size:
                 raise self._error(
@@ -652,6 +730,7 @@ class Quorum(NodeDriver):
         await super().begin_writing()
         if self.metadata is not None and not self.metadata.flags & IN_USE:
             await self._begin_use()
+            await self._equalize()
             self._tell_unclean()
 
     async def reopen_abort(self) -> None:
@@ -659,9 +738,75 @@ class Quorum(NodeDriver):
         if self.handle is not None:
             self._set()
 
+    # ---- size
+
     async def truncate(self, size: int) -> None:
-        for child in self.children.values():
-            await child.node.truncate(size)
+        """An image above may want more while requests are in flight (ChildStorage.ensure()).
+
+        So no maps are moved: what is behind them has their last bit.
+        """
+        async with self.sizing:
+            legs = [leg for leg in self.legs if leg.state not in OUT]
+            await self._truncate(legs, size)
+
+    async def _truncate(self, legs: list[Leg], size: int) -> None:
+        """Like all else that legs are asked for: those that fail are out if enough others do it."""
+        before: dict[Leg, int] = {}
+        errors: dict[Leg, VhostblkError] = {}
+        for leg in legs:
+            before[leg] = self.child_of(leg).size
+            try:
+                await self._truncate_leg(leg, size, without=errors)
+            except VhostblkError as error:
+                errors[leg] = error
+        done = [leg for leg in legs if leg not in errors]
+        if errors and not self._can_do_without(*errors):
+            for leg in done:
+                await self._truncate_back(leg, before[leg], lost=before[leg] - size)
+            raise next(iter(errors.values()))
+        reached = min((self.child_of(leg).size for leg in done), default=size)
+        for leg in self.legs:
+            leg.resize(reached, has_it=leg.state is LegState.IN_SYNC or leg in done)
+        for leg, failure in errors.items():
+            leg.mark(before[leg], max(0, reached - before[leg]))
+            self.fail_leg(leg, failure.desc)
+
+    async def _truncate_back(self, leg: Leg, size: int, lost: int) -> None:
+        with contextlib.suppress(VhostblkError):
+            await self._truncate_leg(leg, size)
+        if lost > 0 and self._can_do_without(leg):
+            leg.mark(size - lost, lost)
+            self.fail_leg(leg, "a part of it was cut off")
+
+    def _can_do_without(self, *legs: Leg) -> bool:
+        left = sum(leg.state is LegState.IN_SYNC and leg not in legs for leg in self.legs)
+        return left >= self.options.vote_threshold
+
+    async def _truncate_leg(self, leg: Leg, size: int, without: Iterable[Leg] = ()) -> None:
+        """One that hangs is given up, as the engine does with requests."""
+        child, patience = self.child_of(leg), None
+        if self._can_do_without(leg, *without):
+            patience = self.options.leg_timeout / 1000 or None
+        leg.truncation = asyncio.ensure_future(_after(leg.truncation, child.node.truncate(size)))
+        leg.truncation.add_done_callback(lambda work: work.cancelled() or work.exception())
+        done, _ = await asyncio.wait({leg.truncation}, timeout=patience)
+        if not done:
+            raise VhostblkError("its size has taken too long", data={"code": "leg-busy"})
+        leg.truncation.result()
+        child.refresh_all()
+
+    async def fit(self, leg: Leg) -> None:
+        """A leg that was out while the others got another size gets it, too."""
+        child = self.child_of(leg)
+        child.refresh_all()
+        if child.size == leg.size:
+            return
+        try:
+            await self._truncate_leg(leg, leg.size)
+        except VhostblkError as error:
+            raise OSError(errno.EFBIG, error.desc) from error
+        if child.size != leg.size:
+            raise OSError(errno.EFBIG, f"it has {child.size} bytes, and not {leg.size}")
 
     # ---- what the engine tells
 
@@ -769,7 +914,7 @@ class Quorum(NodeDriver):
         return bool(self._waiting or self._unrecorded()) or not whole
 
     def _unrecorded(self) -> list[Leg]:
-        return [leg for leg in self.legs if leg.state in _OUT and not leg.handle.recorded]
+        return [leg for leg in self.legs if leg.state in OUT and not leg.handle.recorded]
 
     async def _record(self) -> None:
         try:
@@ -879,6 +1024,12 @@ class Quorum(NodeDriver):
 
     def _error(self, text: str, parameter: str) -> VhostblkError:
         return VhostblkError(text, data={"code": "bad-quorum", "parameter": parameter})
+
+
+async def _after(before: asyncio.Future[None] | None, work: Awaitable[None]) -> None:
+    if before is not None:
+        await asyncio.wait({before})
+    await work
 
 
 def _sectors(offset: int, length: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ The engine does what concerns requests, errors and timeouts among them; the rest
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import stat
@@ -48,24 +49,37 @@ class LegState(Enum):
         return self.name.lower().replace("_", "-")
 
 
+OUT = (LegState.STALE, LegState.FAILED)
+
+
 class Leg:
     """One leg. The engine may take it out at any time; everything else happens here."""
 
     def __init__(
-        self, node: NodeDriver, metadata: Metadata, index: int, size: int, region_bits: int
+        self,
+        node: NodeDriver,
+        role: str,
+        metadata: Metadata,
+        index: int,
+        size: int,
+        region_bits: int,
     ) -> None:
         self.node = node
+        self.role = role
         self.index = index
         self.metadata = metadata
         self.size = size
+        """The quorum's. The node of a leg that is out gets it with its rebuild."""
         self.region_bits = region_bits
         self.told = LegState.IN_SYNC
         """The state that operators know."""
         self.reason: str | None = None
         """Why it is not in sync."""
-        self.handle = LegHandle(
-            metadata.state_address(index), metadata.dirty_address(index), region_bits
-        )
+        self.handle = LegHandle(*self._place(), region_bits)
+        self._tail_done = 0
+        """Where the copied part ends of what only the last bit stands for."""
+        self.truncation: asyncio.Future[None] | None = None
+        """The last change of its size, which may have been given up."""
         self.left_alone = False
         """Somebody has stopped rebuilding it: nobody begins without being asked."""
         self.failed_rebuilds = 0
@@ -91,8 +105,27 @@ class Leg:
 
     def moved(self, metadata: Metadata, index: int, size: int) -> None:
         """It has another place, which says the same. Nothing is in flight."""
-        self.metadata, self.index, self.size = metadata, index, size
-        self.handle.move(metadata.state_address(index), metadata.dirty_address(index))
+        self.metadata, self.index = metadata, index
+        self.handle.move(*self._place())
+        self._tail_done = 0
+        self.resize(size, has_it=self.state is LegState.IN_SYNC)
+
+    def _place(self) -> tuple[int, int, int]:
+        metadata, index = self.metadata, self.index
+        bits = metadata.layout.bits
+        return metadata.state_address(index), metadata.dirty_address(index), bits
+
+    def resize(self, size: int, *, has_it: bool) -> None:
+        """The quorum has that size now, and so has the leg, or not."""
+        before, self.size = self.size, size
+        if not has_it:
+            self.mark(before, max(0, size - before))
+
+    @property
+    def strays(self) -> int:
+        """How much that was given up is still on its way."""
+        truncating = self.truncation is not None and not self.truncation.done()
+        return self.handle.strays + truncating
 
     @property
     def state(self) -> LegState:
@@ -134,13 +167,38 @@ class Leg:
         if self.handle.word & LEG_WHOLE:
             self.mark_whole()
 
+    @property
+    def tail(self) -> int:
+        """The first of those regions that have the last bit together."""
+        return self.metadata.layout.bits - 1
+
+    def begin_copying(self) -> None:
+        """Somebody is going to copy what it has missed, and to clear that."""
+        self._tail_done = 0
+
     def clear(self, region: int, count: int) -> None:
-        """It has these regions now."""
-        self.handle.mark(region, count, False)
+        """It has these regions now. What has one bit together is told from its start to its end."""
+        end = region + count
+        if end <= self.tail:
+            self.handle.mark(region, count, False)
+            return
+        if region < self.tail:
+            self.handle.mark(region, self.tail - region, False)
+        if region <= max(self.tail, self._tail_done) < end:
+            self._tail_done = end
+        if self._tail_done >= self.regions:
+            self._tail_done = 0
+            self.handle.mark(self.tail, 1, False)
+
+    def clear_all(self) -> None:
+        """It has everything. No bit may stay that is behind the end: there may be more one day."""
+        self.handle.mark(0, self.metadata.layout.bits, False)
 
     def next_run(self, region: int, most: int) -> tuple[int, int] | None:
         """What it has missed from `region` on: the first of some regions in a row, and how many."""
         first, end = self.handle.next_dirty(region, self.regions), self.regions
+        if self.tail <= first:
+            first = max(first, self._tail_done)
         if first >= end:
             return None
         count = 1

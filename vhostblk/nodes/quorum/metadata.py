@@ -6,15 +6,17 @@ else can use them. So the file is beside them; it may be removed, and then all l
 to be equal. All numbers are little-endian:
 
     0       magic, version (u32), size of the header (u32), length of the text (u32), flags (u32),
-            generation (u64); the text from byte 64 on: JSON with the size of the disk, of a region,
-            for each leg how to recognise it, and the boot of the host that wrote it
+            generation (u64); the text from byte 64 on: JSON with the size that the maps are for, of
+            a region, for each leg how to recognise it, and the boot of the host that wrote it
     header  for each leg 64 bytes: state and flags (u32, see quorum.api.h), reserved (u32),
             generation at which it was last in sync (u64), since when it is in its state (f64)
     + 4096  writes that have been acknowledged and had not reached all legs (struct vb_quorum_late)
-    behind  for each leg its dirty map, a bit for each region, in whole pages
+    behind  for each leg its dirty map, a bit for each region, in whole pages; the last bit stands
+            for all that is behind its region, too
 
-The text never changes: with other legs or another size a new file takes the place of the old
-one, in one step (rename). All else changes in place. A process that is killed leaves what it has
+The text never changes: with other legs a new file takes the place of the old one, in one step
+(rename). So it does for a disk that has outgrown its maps, once nothing is in flight; they have
+room for more than there is. All else changes in place. A process that is killed leaves what it has
 last stored, since stores to a mapping are the kernel's at once.
 
 Against a power cut there is `sync()`: the state of a leg that is out is on the disk before a guest
@@ -64,6 +66,8 @@ PAGE = 4096
 TEXT_AT = 64
 SLOT = 64
 LEGS_MAX = PAGE // SLOT
+ROOM = 1 << 18
+"""Regions that maps are made for at least."""
 _HEADER = struct.Struct("<8sIIIIQ")
 _SLOT = struct.Struct("<IIQd")
 _LATE = struct.Struct("<QQQQ")
@@ -101,6 +105,7 @@ class Recorded:
     """What a file says."""
 
     size: int
+    """The largest disk that the maps are for."""
     region_bits: int
     generation: int
     boot: str
@@ -130,6 +135,11 @@ class Layout:
         return self.lates + LATE_SIZE + leg * self.map_size
 
     @property
+    def bits(self) -> int:
+        """Of a map."""
+        return 8 * self.map_size
+
+    @property
     def total(self) -> int:
         return self.dirty(self.legs)
 
@@ -150,6 +160,11 @@ def map_size(size: int, region_bits: int) -> int:
     return max(PAGE, -(-regions_of(size, region_bits) // (8 * PAGE)) * PAGE)
 
 
+def with_room(size: int, region_bits: int) -> int:
+    """The size of a disk that this one may become without other maps."""
+    return max(size + size // 2, ROOM << region_bits)
+
+
 class Metadata:
     """One version of it, mapped."""
 
@@ -166,6 +181,7 @@ class Metadata:
 
         `legs`: node name and identity of each.
         """
+        size = with_room(size, region_bits)
         text = json.dumps(
             {
                 "size": size,
@@ -309,10 +325,12 @@ class Metadata:
         struct.pack_into("<Q", self._memory, _GENERATION_AT, generation)
 
     def set_dirty(self, leg: int, dirty: bytes) -> None:
-        """The whole map, or its first part. Before the engine knows the leg."""
-        at = self.layout.dirty(leg)
-        length = min(len(dirty), self.layout.map_size)
-        self._memory[at : at + length] = dirty[:length]
+        """What a whole map says, of this size or another. Before the engine knows the leg."""
+        at, size = self.layout.dirty(leg), self.layout.map_size
+        behind = b"\xff" if dirty[-1] & 0x80 else b"\0"
+        self._memory[at : at + size] = dirty[:size].ljust(size, behind)
+        if any(dirty[size:]):
+            self._memory[at + size - 1] |= 0x80
 
     def dirty(self, leg: int) -> bytes:
         """The whole map."""

@@ -41,6 +41,8 @@ BATCH = 64
 """Portions after which a leg is flushed."""
 BLOCK = 4096
 """What is voted on where legs differ."""
+EVERYTHING = 1 << 63
+"""More than any leg has, now or later."""
 PATIENCE = 30.0
 """Seconds for one request of ours where legs have no timeout."""
 
@@ -327,14 +329,21 @@ class Repair:
 
     async def begin(self, leg: Leg) -> None:
         """Step 1."""
-        if leg.handle.strays:
+        if leg.strays:
             raise OSError(
                 errno.EBUSY, f"leg '{leg.node.name}' still has requests that were given up"
             )
         leg.settle_flags()
         leg.left_alone = False
-        for state in (LegState.FAILED, LegState.STALE):
-            self._quorum.set_state(leg, state, LegState.REBUILDING)
+        async with self._quorum.sizing:
+            try:
+                await self._quorum.fit(leg)
+            except OSError as error:
+                self._quorum.fail_leg(leg, f"its size: {error.strerror}")
+                raise
+            leg.begin_copying()
+            for state in (LegState.FAILED, LegState.STALE):
+                self._quorum.set_state(leg, state, LegState.REBUILDING)
         if leg.state is not LegState.REBUILDING:
             raise OSError(errno.EBUSY, f"leg '{leg.node.name}' is {leg.state.text}")
 
@@ -378,8 +387,9 @@ class Repair:
         except OSError as error:
             self._quorum.fail_leg(leg, f"rebuilding it, flush: {error.strerror}")
             raise
-        first = runs[0][0] << leg.region_bits
-        end = min((runs[-1][0] + runs[-1][1]) << leg.region_bits, leg.size)
+        first, last = runs[0][0] << leg.region_bits, sum(runs[-1])
+        # The last bit speaks for what will be there one day, too.
+        end = EVERYTHING if last > leg.tail else last << leg.region_bits
         async with self.locked(first, end - first):
             if leg.state is LegState.REBUILDING:
                 for region, count in runs:
@@ -387,9 +397,10 @@ class Repair:
 
     async def end(self, leg: Leg) -> bool:
         """Step 4; False if there is something left to do."""
-        async with self.locked(0, max(1, leg.size)):
+        async with self.locked(0, EVERYTHING):
             if leg.dirty_bytes:
                 return False
+            leg.clear_all()
             return self._quorum.set_state(leg, LegState.REBUILDING, LegState.IN_SYNC)
 
     def give_up(self, leg: Leg) -> None:
