@@ -384,7 +384,7 @@ def test_requests_that_do_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vhostblk.graph.graph.PAUSE_PATIENCE", 0.1)
 
     async def test(host: Host) -> None:
-        await host.null("hangs", latency_ns=700_000_000)
+        await host.null("hangs", latency_ns=2_000_000_000)
         await host.null("fast")
         await host.export("hangs", "slow")
         await host.export("fast", "other")

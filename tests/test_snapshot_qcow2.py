@@ -17,8 +17,10 @@ import pytest
 from cow_driver import Mirror, Through
 from crash.tools import plain_environment
 from frontend import Device
-from graph_changes import act, load, transaction
+from graph_changes import act, load, roles, transaction
 from in_process import MIB, Host, refused, with_host
+
+from vhostblk.snapshot import overlay
 
 SECTORS = 256
 
@@ -367,5 +369,33 @@ def test_blockdev_create() -> None:
         assert info["virtual-size"] == 64 * MIB and info["cluster-size"] == 4096
         assert info["format-specific"]["data"]["refcount-bits"] == 8
         assert info["format-specific"]["data"]["lazy-refcounts"]
+
+    with_host(test)
+
+
+def test_a_file_that_grows_while_its_overlay_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that holds an image to which guests write: the overlay is as long in the end."""
+    create = overlay._create
+
+    async def growing(backend: Any, change: Any, wanted: Any) -> None:
+        await create(backend, change, wanted)
+        await wanted.below.truncate(wanted.below.size + MIB)
+
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=host.file("disk.img"))
+        await host.add("raw", "top", file="f")
+        before = host.backend.graph.node("f").size
+        monkeypatch.setattr(overlay, "_create", growing)
+        await act(
+            host,
+            "blockdev-snapshot-sync",
+            node_name="f",
+            snapshot_file=host.path("over.qcow2"),
+            snapshot_node_name="over",
+        )
+        assert roles(host, "over")["backing"] == "f"
+        assert host.backend.graph.node("over").size == before + MIB
+        await host.write("top", before, b"1" * 512)
+        assert await host.read("top", before, 1024) == b"1" * 512 + bytes(512)
 
     with_host(test)

@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.fault import fault_point
@@ -61,7 +62,10 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
         }
     )
     fault_point("snapshot-opened")
-    if overlay.size != wanted.below.size:
+    if not wanted.existing:
+        # A file that holds an image grows while guests write.
+        change.inside(partial(_lengthen, overlay, wanted.below))
+    elif overlay.size != wanted.below.size:
         raise VhostblkError(
             f"Overlay '{wanted.filename}' has {overlay.size} bytes, and node "
             f"'{wanted.below.name}' has {wanted.below.size}; resize the image first",
@@ -74,6 +78,11 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
         )
     await overlay.expect_writes(wanted.below)
     return overlay
+
+
+async def _lengthen(overlay: NodeDriver, below: NodeDriver) -> None:
+    if overlay.size < below.size:
+        await overlay.truncate(below.size)
 
 
 def can_be_overlay(driver: type[NodeDriver]) -> bool:
