@@ -30,6 +30,12 @@ static const uint32_t iv[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
  * (GCC bug 110027). */
 #define UNCHECKED __attribute__((no_sanitize_address))
 
+typedef uint32_t quad __attribute__((vector_size(16)));
+
+#define JOIN_QUADS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7)
+#define JOIN_OCTETS(a, b) \
+    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
 #define LANES 4
 #define NAME(x) x##_4
 #define TARGET
