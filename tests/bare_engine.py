@@ -167,7 +167,7 @@ class BareEngine:
         return pending
 
     def _collect(self) -> None:
-        count = lib.vb_engine_poll(self._engine, self._events, 64)
+        count = lib.vb_engine_poll(self._engine, self._events, 64, False)
         for event in self._events[0:count]:
             assert event.kind == lib.VB_EVENT_DONE
             self._pending.pop(event.cookie).ret = event.ret

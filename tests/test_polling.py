@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How long an I/O thread spins before it sleeps: QEMU's rules, seen in query-iothreads.
+And the control thread, before it goes back to its event loop.
 
 A machine with other things to do makes every gap between two requests longer than it was meant to
 be. So the bounds here are far from it on one side, and tests wait for a state, not for a time.
@@ -8,12 +9,19 @@ be. So the bounds here are far from it on one side, and tests wait for a state, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import ctypes
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 from in_process import Guest, Host, with_host
 
+HERE = Path(__file__).parent
+ENGINE = HERE.parent / "cffi_build" / "engine"
 SECOND = 10**9
 FIRST = 4000  # what a spin of nothing grows to
 SECONDS = 30
@@ -128,3 +136,37 @@ def test_none_at_all_counts_at_once() -> None:
                 assert thread.ns == 0
 
     with_host(test)
+
+
+# ---- the control thread
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Iterator[ctypes.CDLL]:
+    """The engine's control side with a clock of its own."""
+    compiler = shutil.which("cc")
+    assert compiler, "scripts/setup installs one"
+    path = tmp_path / "control.so"
+    command = [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O2"]
+    sources = [*(ENGINE / name for name in ("engine.c", "mailbox.c")), HERE / "c/control_poll.c"]
+    shared = ["-shared", "-fPIC", f"-I{ENGINE}", *map(str, sources), "-o", str(path)]
+    subprocess.run([*command, *shared], check=True)
+    library = ctypes.CDLL(str(path))
+    library.one_message.argtypes = [ctypes.c_uint64]
+    library.no_message.restype = ctypes.c_uint64
+    library.start()
+    yield library
+    library.stop()
+
+
+def test_the_control_thread_spins_for_what_comes_soon(control: ctypes.CDLL) -> None:
+    waited = [control.one_message(20_000) for _ in range(20)]
+    assert waited == [0] * waited.index(1) + [1] * (20 - waited.index(1))
+    assert control.no_message() <= 34_000
+
+
+def test_the_control_thread_does_not_spin_for_what_comes_late(control: ctypes.CDLL) -> None:
+    assert [control.one_message(20_000) for _ in range(20)][-1] == 1
+    assert control.one_message(1_000_000) == 0
+    assert control.no_message() <= 3000
+    assert [control.one_message(1_000_000) for _ in range(5)] == [0] * 5

@@ -214,8 +214,11 @@ struct vb_event {
     uint64_t reserved;
 };
 
-/* Takes up to `max` events; returns how many. Also drains the event fd. */
-int vb_engine_poll(vb_engine *engine, struct vb_event *events, int max);
+/*
+ * Takes up to `max` events; returns how many. Also drains the event fd. With `wait`, if there is none
+ * and the last ones came shortly one after the other, it spins for up to 32 µs.
+ */
+int vb_engine_poll(vb_engine *engine, struct vb_event *events, int max, bool wait);
 
 /* Reason of the last VB_EVENT_DISCONNECTED with ret < 0, for one log line. */
 void vb_export_reason(vb_export *export_, char *text); /* VB_EVENT_TEXT bytes */

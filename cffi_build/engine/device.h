@@ -201,7 +201,6 @@ bool vb_ring_resolve(const VuDev *vu, const struct vhost_vring_addr *addr, uint3
 
 /* ---- guest_fault.c ----------------------------------------------------------------- */
 
-void vb_guest_fault_init(void); /* control; more than once does no harm */
 int vb_guest_fault_protect(struct vb_device *device); /* control: 0, or -ENOMEM */
 void vb_guest_fault_handling(struct vb_device *device); /* device thread: NULL when it is done */
 void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is mapped has changed */

@@ -314,6 +314,20 @@ static inline void vb_count(_Atomic uint64_t *counter, uint64_t n)
 }
 
 uint64_t vb_clock_ns(void); /* any */
+
+/* First value of a time to spin when it grows from zero; QEMU's. */
+#define VB_POLL_NS_START 4000
+
+/* This is a loop that waits: let the CPU's other thread go first. */
+static inline void vb_pause_cpu(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 static inline void vb_refresh_now(struct vb_iothread *thread) { thread->now_ns = vb_clock_ns(); }
 
 static inline uint64_t vb_deadline(const struct vb_iothread *thread, uint64_t delay_ns)
@@ -352,8 +366,12 @@ int vb_thread_start(pthread_t *thread, size_t stack_size, void *(*run)(void *), 
 struct vb_engine {
     struct vb_mailbox control;      /* messages fill a vb_event each */
     struct vb_message *taken;       /* taken from the mailbox, not yet asked for */
+    uint64_t poll_ns;               /* how long to spin for the next message */
+    uint64_t idle_since;            /* when the last one was taken, or waiting for the next began */
     struct vb_iothread *iothreads[VB_MAX_IOTHREADS];
 };
+
+void vb_guest_fault_init(void); /* guest_fault.c; control; more than once does no harm */
 
 /* Any thread: tell Python; message->run(message, event) fills the event on the control thread. */
 void vb_engine_post(struct vb_engine *engine, struct vb_message *message);

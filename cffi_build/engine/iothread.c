@@ -26,8 +26,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* First value of poll_ns when it grows from zero; QEMU's. */
-#define POLL_NS_START 4000
 /* Guest memory is walked with 1024-entry arrays on the stack; and sanitizers need room. */
 #define STACK_SIZE (1 << 20)
 
@@ -214,16 +212,6 @@ static void sleep_until_woken(struct vb_iothread *thread)
     atomic_store_explicit(&thread->mailbox.asleep, false, memory_order_relaxed);
 }
 
-/* This is a loop that waits: let the CPU's other thread go first. */
-static void pause_cpu(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 /* `idle_ns`: from the last thing done to the next, spinning included. */
 static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
 {
@@ -238,7 +226,7 @@ static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
         next = shrink ? now / shrink : 0;
     } else if (idle_ns > now && now < max) {
         uint64_t grow = atomic_load_explicit(&thread->poll_grow, memory_order_relaxed);
-        next = now ? now * (grow ? grow : 2) : POLL_NS_START;
+        next = now ? now * (grow ? grow : 2) : VB_POLL_NS_START;
         next = next < max ? next : max;
     }
     if (next != now) {
@@ -285,7 +273,7 @@ static void loop(struct vb_iothread *thread)
             continue;
         }
         if (thread->now_ns - idle_since < spin_limit(thread)) {
-            pause_cpu();
+            vb_pause_cpu();
             continue;
         }
         vb_iothread_set_spinning(thread, false);

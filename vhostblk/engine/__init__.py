@@ -21,7 +21,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from enum import IntEnum
@@ -578,6 +578,8 @@ class Engine:
         self._iothreads: list[IOThread] = []
         self._default_iothread: IOThread | None = None
         self._fd: int = lib.vb_engine_event_fd(self.pointer)
+        self._ready: Collection[Any] = getattr(self.loop, "_ready", (None,))
+        """What the event loop is about to run; a loop of another kind may always have something."""
         self.loop.add_reader(self._fd, self._drain)
 
     def close(self) -> None:
@@ -888,8 +890,10 @@ class Engine:
         """Handle what the engine has to say; called when its event fd is readable."""
         # Under load the I/O threads have more by the time the answers are sent: asking again
         # costs a tenth of a turn of the event loop, which others get after DRAIN_TURNS.
-        for _ in range(DRAIN_TURNS):
-            count = lib.vb_engine_poll(self.pointer, self._events, EVENT_BATCH)
+        for turn in range(DRAIN_TURNS):
+            # Not while others on this loop could do something instead.
+            wait = turn > 0 and not self._ready
+            count = lib.vb_engine_poll(self.pointer, self._events, EVENT_BATCH, wait)
             if count == 0:
                 break
             self._handle(count)
