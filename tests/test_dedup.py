@@ -15,10 +15,10 @@ import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
 from in_process import MIB, Host, refused, with_host
 
+from vhostblk.dedup.format import HASHES
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES
 from vhostblk.engine.dedup import blake3
 from vhostblk.nodes.dedup import Dedup
-from vhostblk.nodes.dedup import driver as driver_module
 
 
 async def submit(host: Host, node: str, op: int, offset: int = 0, length: int = 0) -> None:
@@ -400,7 +400,7 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("hash", ["blake3", "sha256"])
 def test_what_stays_in_c(hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads of what the map has never come up; whole blocks are not hashed by Python."""
+    """Reads of what the map has never come up, and nothing that is written is hashed by Python."""
     upcalls: list[int] = []
     start = Dedup._start
 
@@ -417,7 +417,8 @@ def test_what_stays_in_c(hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
         await open_disk(host)
         await host.export("disk")
         data = random.Random(1).randbytes(MIB)
-        monkeypatch.setitem(driver_module.HASHES, hash, python)
+        monkeypatch.setitem(HASHES, hash, python)
+        monkeypatch.setattr(store_of(host), "hash", python)
         async with host.device() as device:
             for at in range(0, MIB, 64 << 10):
                 await device.write(at, data[at : at + (64 << 10)])
@@ -429,6 +430,17 @@ def test_what_stays_in_c(hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert not upcalls
             await device.write(0, data[: 64 << 10])
             assert upcalls == [OP_WRITE]  # which can be seen
+            # Blocks that are covered partly, and to whose edges zeroes are written.
+            for at, length in ((512, 512), (3 * BLOCK - 512, 3 * BLOCK), (9 * BLOCK, 512)):
+                await device.write(at, data[:length])
+                data = data[:at] + data[:length] + data[at + length :]
+            await device.write_zeroes(20 * BLOCK + 512, BLOCK)
+            data = data[: 20 * BLOCK + 512] + bytes(BLOCK) + data[21 * BLOCK + 512 :]
+            await host.backend.block_resize("disk", MIB - 512)
+            data = data[: MIB - 512]
+            assert await host.read("disk", 0, len(data)) == data
+        monkeypatch.undo()
+        await sound(host)
 
     with_host(test)
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine's `dedup` node (cffi_build/engine/nodes/dedup.c): hashes what is written."""
+"""The engine's `dedup` node (cffi_build/engine/nodes/dedup.c), which hashes what is written, and
+its `digest` node (digest.c), which hashes blocks of Python's own."""
 
 from __future__ import annotations
 
 import struct
 
 from vhostblk._engine import ffi, lib
-from vhostblk.engine import Engine, NodeHandle
+from vhostblk.engine import OP_READ, Engine, NodeHandle
 
 DIGEST: int = lib.VB_DEDUP_DIGEST
 _PIECE = struct.Struct("=QQ")  # struct iovec
@@ -17,6 +18,28 @@ def new_dedup(engine: Engine, block_bits: int, *, sha256: bool) -> NodeHandle:
     return NodeHandle(
         engine, engine.made(lib.vb_node_dedup_new(engine.pointer, block_bits, sha256, engine.error))
     )
+
+
+class Digester:
+    """A `digest` node."""
+
+    def __init__(self, engine: Engine, block_bits: int, *, sha256: bool) -> None:
+        self._engine = engine
+        self._bits = block_bits
+        pointer = lib.vb_node_digest_new(engine.pointer, block_bits, sha256, engine.error)
+        self._node = NodeHandle(engine, engine.made(pointer))
+
+    async def digest(self, blocks: bytes | memoryview, request: int) -> list[bytes]:
+        """Of each block, computed on the I/O thread of an upcall, which does not end before."""
+        size = len(blocks)
+        memory = bytearray(size + (size >> self._bits) * DIGEST)
+        memory[:size] = blocks
+        await self._engine.submit(self._node, OP_READ, 0, memory, request=request)
+        return [bytes(memory[at : at + DIGEST]) for at in range(size, len(memory), DIGEST)]
+
+    def free(self) -> None:
+        """Give it back; nothing is being hashed."""
+        self._node.free()
 
 
 def written_digests(iov: int) -> bytes:

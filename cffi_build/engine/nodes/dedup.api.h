@@ -9,6 +9,12 @@
 
 vb_node *vb_node_dedup_new(vb_engine *engine, uint8_t block_bits, bool sha256, char *error);
 
+/*
+ * digest: hashes blocks of Python's own on an I/O thread. A read of it leaves in the same memory, behind the
+ * blocks that are there, VB_DEDUP_DIGEST bytes for each.
+ */
+vb_node *vb_node_digest_new(vb_engine *engine, uint8_t block_bits, bool sha256, char *error);
+
 /* BLAKE3 of blocks of one size: blake3.h. */
 void vb_dedup_blake3(const void *data, size_t blocks, uint8_t block_bits, uint8_t *digests,
                      unsigned vector);

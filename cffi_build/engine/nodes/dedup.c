@@ -7,20 +7,15 @@
  * between the two could otherwise have something stored under the fingerprint of something
  * else, which other guests would be given later.
  */
+#include "dedup_hash.h"
 #include "../blake3.h"
-#include "../engine.h"
-#include "dedup.api.h"
 
 #include <errno.h>
 #include <string.h>
 
-#include <openssl/evp.h>
-
 struct dedup_node {
     struct vb_node node;
-    uint8_t block_bits;
-    EVP_MD *sha256;                          /* owned; NULL: BLAKE3 */
-    EVP_MD_CTX *contexts[VB_MAX_IOTHREADS];  /* owned; each is made and used by its own I/O thread */
+    struct vb_dedup_hash hash;
 };
 
 /* A write on its way. Lies behind its data and digests, in the same memory. */
@@ -59,36 +54,21 @@ static void copy_data(const struct vb_request *request, unsigned char *to)
 static bool hash_blocks(struct dedup_node *dedup, const struct vb_request *request,
                         const unsigned char *data, unsigned char *digests)
 {
-    uint64_t size = 1ull << dedup->block_bits;
+    uint64_t size = 1ull << dedup->hash.block_bits;
     uint64_t at = -request->offset & (size - 1); /* of the first whole block, in the data */
-    EVP_MD_CTX **context = &dedup->contexts[request->thread->index];
 
-    if (!dedup->sha256) {
-        if (at < request->bytes) {
-            vb_blake3(data + at, (request->bytes - at) >> dedup->block_bits, dedup->block_bits,
-                      digests + (at ? VB_DEDUP_DIGEST : 0), 0);
-        }
+    if (at >= request->bytes) {
         return true;
     }
-    if (!*context && !(*context = EVP_MD_CTX_new())) {
-        return false;
-    }
-    digests += at ? VB_DEDUP_DIGEST : 0;
-    for (; at + size <= request->bytes; at += size) {
-        if (!EVP_DigestInit_ex(*context, dedup->sha256, NULL) ||
-            !EVP_DigestUpdate(*context, data + at, size) ||
-            !EVP_DigestFinal_ex(*context, digests, NULL)) {
-            return false;
-        }
-        digests += VB_DEDUP_DIGEST;
-    }
-    return true;
+    return vb_dedup_hash_blocks(&dedup->hash, request->thread, data + at,
+                                (request->bytes - at) >> dedup->hash.block_bits,
+                                digests + (at ? VB_DEDUP_DIGEST : 0));
 }
 
 static void submit_write(struct dedup_node *dedup, struct vb_request *request)
 {
-    uint64_t first = request->offset >> dedup->block_bits;
-    uint64_t last = (request->offset + request->bytes - 1) >> dedup->block_bits;
+    uint64_t first = request->offset >> dedup->hash.block_bits;
+    uint64_t last = (request->offset + request->bytes - 1) >> dedup->hash.block_bits;
     size_t digests_size = (last - first + 1) * VB_DEDUP_DIGEST;
     size_t data_size = (request->bytes + 15) & ~(size_t)15;
     size_t memory_size = data_size + digests_size + sizeof(struct hashed);
@@ -136,12 +116,7 @@ static void dedup_submit(struct vb_node *node, struct vb_request *request)
 
 static void dedup_destroy(struct vb_node *node)
 {
-    struct dedup_node *dedup = of(node);
-
-    for (unsigned i = 0; i < VB_MAX_IOTHREADS; i++) {
-        EVP_MD_CTX_free(dedup->contexts[i]);
-    }
-    EVP_MD_free(dedup->sha256);
+    vb_dedup_hash_destroy(&of(node)->hash);
 }
 
 static const struct vb_node_ops dedup_ops = {
@@ -155,17 +130,11 @@ struct vb_node *vb_node_dedup_new(struct vb_engine *engine, uint8_t block_bits, 
 {
     struct dedup_node *dedup = vb_node_alloc(engine, &dedup_ops, sizeof(*dedup), error);
 
-    if (!dedup) {
-        return NULL;
-    }
-    dedup->block_bits = block_bits;
-    dedup->sha256 = sha256 ? EVP_MD_fetch(NULL, "SHA256", NULL) : NULL;
-    if (sha256 && !dedup->sha256) {
+    if (dedup && vb_dedup_hash_init(&dedup->hash, block_bits, sha256, error) < 0) {
         vb_node_free(&dedup->node);
-        vb_error(error, -ENOTSUP, "OpenSSL has no SHA-256 here");
         return NULL;
     }
-    return &dedup->node;
+    return dedup ? &dedup->node : NULL;
 }
 
 void vb_dedup_blake3(const void *data, size_t blocks, uint8_t block_bits, uint8_t *digests,

@@ -9,7 +9,8 @@ where blocks are, so that reads of what it knows never leave C.
 Writes never go to a place where something is. So the map's entries are never writable, and a
 place stays what it is until the store has asked all maps for a period of grace.
 
-Engine halves: cffi_build/engine/nodes/dedup.c, which hashes what is written, above map.c.
+Engine halves: cffi_build/engine/nodes/dedup.c, which hashes what is written, above map.c; and
+digest.c beside them for blocks that are written partly.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vhostblk.dedup.format import HASHES
 from vhostblk.dedup.interface import Send, Tuning
 from vhostblk.dedup.store import Store
 from vhostblk.dedup.tables import PAGE
-from vhostblk.engine.dedup import DIGEST, new_dedup, written_digests
+from vhostblk.engine.dedup import DIGEST, Digester, new_dedup, written_digests
 from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_ZERO, new_map
 from vhostblk.image import Extent
 from vhostblk.image.extent import merged
@@ -186,6 +186,7 @@ class Dedup(HookedNode):
         )
         sha256 = store.super.hash == "sha256"
         self._hasher = self.handle = new_dedup(self.engine, self._bits, sha256=sha256)
+        self._digester = Digester(self.engine, self._bits, sha256=sha256)
         self.map.set_dirty(store.dirty)
         store.join(self)
 
@@ -193,6 +194,7 @@ class Dedup(HookedNode):
         if self.handle is not None:
             await self.store.leave(self)
             await self._close_store()
+            self._digester.free()
             self._hasher.free()
             self.map.free()
             self.handle = None
@@ -487,7 +489,7 @@ class Dedup(HookedNode):
     ) -> None:
         """Write to claimed blocks, some of them only partly: these have no digests yet.
 
-        With digests, the data are those of `request`.
+        With digests, the data are those of `request`, which is what this is done for, if any.
         """
         size = 1 << self._bits
         before, after = offset - first * size, end * size - offset - len(data)
@@ -497,15 +499,15 @@ class Dedup(HookedNode):
         elif digests is not None and request is not None:
             send = partial(self.data.forward_part, request)
         view = memoryview(data)
-        name = HASHES[self.store.super.hash]
+        handle = 0 if request is None else request.handle
         if digests is None:
-            prints = [name(view[at : at + size]) for at in range(0, len(view), size)]
+            prints = await self._digester.digest(view, handle)
         else:
             prints = [bytes(digests[at : at + DIGEST]) for at in range(0, len(digests), DIGEST)]
             if before:
-                prints[0] = name(view[:size])
-            if after:
-                prints[-1] = name(view[-size:])
+                [prints[0]] = await self._digester.digest(view[:size], handle)
+            if after and not (before and len(prints) == 1):
+                [prints[-1]] = await self._digester.digest(view[-size:], handle)
         numbers = await self.store.write(self.data, self.number, first, view, prints, send)
         self._show(first, numbers)
 
@@ -548,21 +550,21 @@ class Dedup(HookedNode):
         size = 1 << self._bits
         offset, stop = request.offset, request.offset + request.length
         if offset % size or (stop % size and stop < self._size):
-            await self._zero_edges(offset, stop)
+            await self._zero_edges(offset, stop, request)
             first, end = -(-offset // size), stop // size
         if first < end:
             await self._unmap(first, end)
         if request.fua:
             await self.store.flush(self.data)
 
-    async def _zero_edges(self, offset: int, stop: int) -> None:
+    async def _zero_edges(self, offset: int, stop: int, request: Request | None) -> None:
         size = 1 << self._bits
         edges = {offset // size, (stop - 1) // size}
         for block in sorted(edges):
             begin, end = max(offset, block * size), min(stop, (block + 1) * size)
             claim = await self._claim(block, block + 1)
             try:
-                await self._put(begin, bytes(end - begin), block, block + 1)
+                await self._put(begin, bytes(end - begin), block, block + 1, None, request)
             finally:
                 self._release(claim)
 
@@ -574,7 +576,7 @@ class Dedup(HookedNode):
             block_end = -(-size >> self._bits) << self._bits
             if size < block_end:
                 # Else what is cut off would be back when the disk grows.
-                await self._zero_edges(size, min(block_end, self._size))
+                await self._zero_edges(size, min(block_end, self._size), None)
         self.store.set_disk(self.options.disk, size)
         await self.store.flush(self.data)
         self._size = size
