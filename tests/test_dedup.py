@@ -6,14 +6,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import os
 import random
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
+from dedup_lab import BLOCK, SEGMENT, create, new_store, open_disk, sound, store_of
 from in_process import MIB, Host, refused, with_host
+from loop_devices import attached
 
 from vhostblk.dedup.format import HASHES
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES
@@ -358,6 +360,33 @@ def test_the_data_device_is_written_from_front_to_back() -> None:
         assert jumps <= 600 * BLOCK // SEGMENT + 1  # to another segment
 
     with_host(test)
+
+
+def test_the_data_device_sees_large_writes(tmp_path: Path) -> None:
+    """However small those of the guest are: they are side by side in the log."""
+
+    def writes(device: str) -> tuple[int, int]:
+        """So far, and 512-byte sectors (Linux, Documentation/block/stat.rst)."""
+        fields = Path(f"/sys/block/{Path(device).name}/stat").read_text().split()
+        return int(fields[4]), int(fields[6])
+
+    async def test(host: Host) -> None:
+        await host.add("host_device", "data", filename=device)
+        await new_store(host, "data", size=16 * MIB, segment_size=4 * MIB)
+        await open_disk(host)
+        rnd, before = random.Random(1), writes(device)
+        for _ in range(640):
+            await host.write("disk", rnd.randrange(16 * MIB // BLOCK) * BLOCK, rnd.randbytes(BLOCK))
+        await store_of(host).flush(host.backend.graph.node("disk").data)
+        count, sectors = (new - old for old, new in zip(before, writes(device), strict=True))
+        assert sectors * 512 >= 640 * BLOCK
+        assert count <= 640 * BLOCK // (64 << 10)
+
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    with attached(image) as device:
+        with_host(test)
 
 
 def test_a_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
