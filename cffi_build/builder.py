@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Builds ``vhostblk._engine``: the engine in C, libvhost-user under it, cffi's glue on top.
 
-``engine/api.h`` and each node's ``engine/nodes/NAME.api.h`` are the cdef: what they declare is
-what Python can call, and there is no second list to keep in step. libvhost-user is compiled from
-a source tree that is not part of this repository, the first of:
+``engine/api.h``, ``engine/*.api.h`` and each node's ``engine/nodes/NAME.api.h`` are the cdef: what
+they declare is what Python can call, and there is no second list to keep in step. libvhost-user is
+compiled from a source tree that is not part of this repository, the first of:
 
 * ``$VHOSTBLK_LIBVHOST_USER``, a directory with ``libvhost-user.c`` and what it includes,
 * ``$VHOSTBLK_QEMU_SRC``, an unpacked QEMU source tree,
@@ -116,7 +116,11 @@ def make_ffi() -> FFI:
     """The FFI object that setuptools' ``cffi_modules`` asks for."""
     source = libvhost_user_directory()
     ffi = FFI()
-    declarations = [ENGINE / "api.h", *sorted((ENGINE / "nodes").glob("*.api.h"))]
+    declarations = [
+        ENGINE / "api.h",
+        *sorted(ENGINE.glob("*.api.h")),
+        *sorted((ENGINE / "nodes").glob("*.api.h")),
+    ]
     for header in declarations:
         ffi.cdef(re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL))
     ffi.set_source(
