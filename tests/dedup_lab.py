@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lmdb
 from in_process import MIB, Host
 
+from vhostblk.dedup.database import TABLES, Database
 from vhostblk.dedup.file import FileData
 from vhostblk.dedup.rebuild import Rebuild, Report
-from vhostblk.dedup.tables import DATABASES, FILE
+from vhostblk.dedup.tables import FILE
 
 BLOCK = 4096
 SEGMENT = 256 << 10
@@ -87,11 +88,20 @@ async def rebuilt(data: Path, directory: Path) -> Report:
 
 def contents(directory: Path) -> dict[str, dict[bytes, bytes]]:
     """All that the database of a store that nobody uses says, but for what may differ."""
-    found = {}
-    with lmdb.open(os.fspath(directory / FILE), subdir=False, max_dbs=16) as env:
-        for name in DATABASES:
-            db = env.open_db(name.encode())
-            with env.begin() as txn:
-                found[name] = dict(txn.cursor(db))
+    database = Database(directory / FILE, 1 << 40)
+    try:
+        found = {name: dict(database.scan(name)) for name in TABLES}
+    finally:
+        database.close()
     del found["state"], found["index"]
     return found
+
+
+@contextlib.contextmanager
+def database(host: Host, metadata: str = "meta") -> Iterator[Database]:
+    """The database of a store that nobody uses."""
+    opened = Database(Path(host.path(metadata)) / FILE, 1 << 40)
+    try:
+        yield opened
+    finally:
+        opened.close()

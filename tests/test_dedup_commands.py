@@ -18,7 +18,7 @@ from vhostblk.control.events import EVENTS
 from vhostblk.dedup import store as store_module
 from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.format import Superblock
-from vhostblk.dedup.tables import INDEX_KEY
+from vhostblk.dedup.tables import INDEX_KEY, Edit
 from vhostblk.engine import OP_DISCARD
 
 
@@ -98,7 +98,9 @@ def test_events_while_there_is_still_time() -> None:
     with_host(test)
 
 
-@pytest.mark.parametrize("damage", ["references", "leak", "index", "places", "segments", "state"])
+@pytest.mark.parametrize(
+    "damage", ["references", "leak", "index", "unindexed", "swapped", "places", "segments", "state"]
+)
 def test_what_can_be_recomputed_is_repaired(damage: str) -> None:
     async def test(host: Host) -> None:
         await create(host)
@@ -108,8 +110,8 @@ def test_what_can_be_recomputed_is_repaired(damage: str) -> None:
         await host.write("disk", 0, data[:BLOCK] * 4)
         store = store_of(host)
         await store.checkpoint()
-        with store.tables.transaction() as (txn, dbs):
-            spoil(txn, dbs, damage)
+        with store.tables.transaction() as edit:
+            spoil(edit, damage)
         found = await host.command("dedup-check", node_name="disk")
         assert found["leaks"] + found["wrong"] > 0 and found["messages"]
         assert not found["corruptions"] and not found["repaired"]
@@ -119,31 +121,33 @@ def test_what_can_be_recomputed_is_repaired(damage: str) -> None:
         await host.backend.blockdev_del("disk")
         node = await open_disk(host)
         assert (await host.read("disk", 0, MIB))[4 * BLOCK :] == data[4 * BLOCK :]
+        await host.write("disk", 0, data[4 * BLOCK :])  # all of it is found
         assert node.store.tables.state.blocks == MIB // BLOCK - 3
 
     with_host(test)
 
 
-def spoil(txn: Any, dbs: Any, damage: str) -> None:
+def spoil(edit: Edit, damage: str) -> None:
     """Something that a check must find."""
-    key, value = first(txn, dbs["blocks"])
+    key, value = next(edit.scan("blocks"))
     if damage == "references":
-        txn.put(key, value[:12] + (99).to_bytes(4, "little") + value[16:], db=dbs["blocks"])
+        edit.put("blocks", key, value[:12] + (99).to_bytes(4, "little") + value[16:])
     elif damage == "leak":
         gone = (MIB // BLOCK + 5000).to_bytes(8, "big")
-        txn.put(gone, (70 * MIB).to_bytes(8, "little") + value[8:], db=dbs["blocks"])
+        edit.put("blocks", gone, (70 * MIB).to_bytes(8, "little") + value[8:])
     elif damage == "index":
-        txn.put(b"x" * INDEX_KEY, (7777).to_bytes(8, "little"), db=dbs["index"])
+        edit.put("index", b"x" * INDEX_KEY, (7777).to_bytes(8, "little"))
+    elif damage == "unindexed":
+        for name, _ in list(edit.scan("index"))[::3]:
+            edit.put("index", name, None)
+    elif damage == "swapped":
+        (one, first), (other, second), *_ = edit.scan("index")
+        edit.put("index", one, second)
+        edit.put("index", other, first)
     elif damage == "state":
-        txn.put(b"state", bytes(8), db=dbs["segments"])
+        edit.put("segments", b"a number", bytes(8))
     else:
-        txn.delete(first(txn, dbs[damage])[0], db=dbs[damage])
-
-
-def first(txn: Any, db: Any) -> tuple[bytes, bytes]:
-    with txn.cursor(db) as cursor:
-        assert cursor.first()
-        return cursor.item()
+        edit.put(damage, next(edit.scan(damage))[0], None)
 
 
 def test_content_is_checked_beside_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,8 +264,8 @@ def test_repairs_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Spoiling(Check):
         def run(self) -> Result:
-            with self._tables.transaction() as (txn, dbs):
-                spoil(txn, dbs, "segments")
+            with self._tables.transaction() as edit:
+                spoil(edit, "segments")
             return super().run()
 
     async def test(host: Host) -> None:

@@ -4,9 +4,10 @@
 As in tests/crash, the data device is a recorded file, cut at many moments. Here the metadata are
 recorded against the same clock: the journal's files, of whose unsynced frames any sectors may be
 lost, and their names until the directory has been synced; and the database, which after a cut is as
-its last durable transaction left it (that is LMDB's promise; one that is being committed may be
-there or not). Whatever is left must open, show what the guest's history allows, and be sound down
-to the content of each stored block. And the power may go once more while that is being repaired.
+its last durable transaction left it (one that is being committed may be there or not;
+tests/test_tree.py cuts those). Whatever is left must open, show what the guest's history allows,
+and be sound down to the content of each stored block. And the power may go once more while that is
+being repaired.
 """
 
 from __future__ import annotations

@@ -500,7 +500,7 @@ def test_what_cannot_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         (partly / "superblock").unlink()
         with refused("has metadata of a dedup store", "into another directory"):
             await rebuilt(Path(host.path("data.raw")), partly)
-        assert (partly / "metadata.mdb").read_bytes() == (meta / "metadata.mdb").read_bytes()
+        assert (partly / "metadata.db").read_bytes() == (meta / "metadata.db").read_bytes()
         (host.directory / "file").write_text("")
         with refused("metadata cannot be made in", "Not a directory"):
             await rebuilt(Path(host.path("data.raw")), host.directory / "file" / "meta")
@@ -517,7 +517,7 @@ def test_what_cannot_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "has metadata of a dedup store" in host.backend.query_jobs()[-1]["error"]
         host.backend.jobs.get("r").dismiss()
         # One that was interrupted begins from scratch.
-        shutil.copy(meta / "metadata.mdb", host.path("meta2"))
+        shutil.copy(meta / "metadata.db", host.path("meta2"))
         await rebuilt(Path(host.path("data.raw")), Path(host.path("meta2")))
         assert contents(Path(host.path("meta2"))) == contents(meta)
 

@@ -18,14 +18,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import pytest
-from dedup_lab import BLOCK, SEGMENT, create, new_store, open_disk, sound
+from dedup_lab import BLOCK, SEGMENT, create, database, new_store, open_disk, sound
 from frontend import Status, Type
 from frontend.protocol import NO_STATUS
 from in_process import MIB, Guest, Host, refused, with_host
 
-from vhostblk.dedup.database_file import is_whole
 from vhostblk.dedup.errors import InconsistentError
 from vhostblk.dedup.format import Marked, Superblock, pack_block
 from vhostblk.dedup.ledger import State
@@ -207,12 +205,11 @@ def test_metadata_that_give_a_segment_to_two_are_refused() -> None:
         await node.store.checkpoint()
         [wrong, *_] = [segment for segment, used in node.store.space.used.items() if used]
         await host.backend.blockdev_del("disk")
-        with lmdb.open(os.fspath(Path(host.path("meta")) / FILE), subdir=False, max_dbs=8) as env:
-            db = env.open_db(b"state")
-            with env.begin(write=True) as txn:
-                state = State.parse(txn.get(b"ledger", db=db))
-                state.segments.append(wrong)
-                txn.put(b"ledger", state.pack(), db=db)
+        with database(host) as edited:
+            state = State.parse(edited.value("ledger") or b"")
+            state.segments.append(wrong)
+            with edited.writing() as writer:
+                writer.put_value("ledger", state.pack())
         with refused("two things", "dedup-rebuild"):
             await open_disk(host)
 
@@ -455,8 +452,8 @@ def test_a_leak_is_a_leak_and_nothing_else() -> None:
         tables = node.store.tables
         await host.write("disk", 0, random.Random(10).randbytes(4 * BLOCK))
         await node.store.checkpoint()
-        with tables.transaction() as (txn, dbs):
-            txn.delete(_PAGE_KEY.pack(node.number, 0), db=dbs["map"])
+        with tables.transaction() as edit:
+            edit.put("map", _PAGE_KEY.pack(node.number, 0), None)
         tables.state.mapped = 0
         found = await node.check_image(None)
         assert (found["corruptions"], found["leaks"]) == (0, 4)
@@ -481,12 +478,12 @@ def test_references_that_are_repaired_are_believed() -> None:
         await host.write("disk", 0, random.Random(11).randbytes(2 * BLOCK))
         await store.checkpoint()
         shown, other = tables.page(node.number, 0)[:2]
-        with tables.transaction() as (txn, dbs):
+        with tables.transaction() as edit:
             for number, refs in ((shown, 0), (other, 1)):
                 key, block = _KEY.pack(number), tables.block(number)
-                txn.put(key, pack_block(block._replace(refs=refs)), db=dbs["blocks"])
+                edit.put("blocks", key, pack_block(block._replace(refs=refs)))
             page = array("Q", [shown]).tobytes().ljust(8 * PAGE, b"\0")
-            txn.put(_PAGE_KEY.pack(node.number, 0), page, db=dbs["map"])
+            edit.put("map", _PAGE_KEY.pack(node.number, 0), page)
         tables.state.mapped = 1
         tables.pins |= {shown: 1, other: 1}
         tables._unreferenced.add(shown)
@@ -628,93 +625,27 @@ async def fill_and_close(host: Host, **options: Any) -> bytes:
 
 
 def test_a_database_that_has_lost_its_end_is_refused() -> None:
-    """LMDB would read beyond it, and the process would get SIGBUS."""
-
     async def test(host: Host) -> None:
         content = await fill_and_close(host)
-        database = Path(host.path("meta")) / FILE
-        before = database.read_bytes()
+        path = Path(host.path("meta")) / FILE
+        before = path.read_bytes()
         for size in (len(before) // 2, len(before) // 2 + 100, 8192, 5000, 100):
-            os.truncate(database, size)
+            os.truncate(path, size)
             with refused("damaged", "dedup-rebuild"):
                 await open_disk(host)
-            database.write_bytes(before)
-        os.truncate(database, 0)
+            path.write_bytes(before)
+        os.truncate(path, 0)
         with refused("missing", "dedup-rebuild"):
             await open_disk(host)
-        database.unlink()
+        path.unlink()
         with refused("missing", "dedup-rebuild"):
             await open_disk(host)
-        database.write_bytes(before)
+        path.write_bytes(before)
         await open_disk(host)
         assert await host.read("disk", 0, 4 * MIB) == content
         await sound(host)
 
     with_host(test)
-
-
-@pytest.mark.parametrize("big", [False, True])
-def test_pages_at_the_end_that_are_free_need_not_be_there(tmp_path: Path, big: bool) -> None:
-    """LMDB does not write those; only what the trees lead to is missed."""
-    path = tmp_path / FILE
-    value = bytes(100_000) if big else bytes(1000)
-    with lmdb.open(os.fspath(path), subdir=False, map_size=1 << 30, max_dbs=2) as env:
-        page_size = env.stat()["psize"]
-        db = env.open_db(b"one")
-        with env.begin(write=True) as txn:
-            for number in range(1000 if not big else 10):
-                txn.put(number.to_bytes(8, "big"), value, db=db)
-    whole = path.read_bytes()
-    assert is_whole(path)
-    pages = len(whole) // page_size
-    # The last page is that of a tree here, or of a value, but for what the meta pages claim.
-    for lost in range(1, pages - 2):
-        path.write_bytes(whole[: len(whole) - lost * page_size])
-        assert not is_whole(path), lost
-    last = page_size + 16 + 24 + 2 * 48
-    for claim in (0, page_size):
-        at = last - page_size + claim
-        [page] = struct.unpack_from("<Q", whole, at)
-        whole = whole[:at] + struct.pack("<Q", page + 5) + whole[at + 8 :]
-    path.write_bytes(whole)
-    assert is_whole(path)
-
-
-def test_damage_inside_the_database_is_told() -> None:
-    """When the store is opened, or whenever it is met."""
-
-    async def test(host: Host) -> None:
-        await fill_and_close(host)
-        database = Path(host.path("meta")) / FILE
-        before = database.read_bytes()
-        database.write_bytes(before[:8192].ljust(len(before), b"\0"))
-        with refused("damaged", "dedup-rebuild"):
-            await open_disk(host)
-        database.write_bytes(before)
-        spoil(database, "state", b"ledger")
-        with refused("damaged", "dedup-rebuild"):
-            await open_disk(host)
-        database.write_bytes(before)
-        spoil(database, "disks", _KEY.pack(1))
-        with refused("damaged", "dedup-rebuild"):
-            await open_disk(host)
-        database.write_bytes(before)
-        spoil(database, "blocks", _KEY.pack(7))
-        await open_disk(host)
-        with pytest.raises(OSError):
-            await host.read("disk", 0, MIB)
-        with refused("damaged", "dedup-rebuild"):
-            await host.command("dedup-check", node_name="disk")
-
-    with_host(test)
-
-
-def spoil(path: Path, table: str, key: bytes) -> None:
-    """A value that is too short."""
-    with lmdb.open(os.fspath(path), subdir=False, max_dbs=8, map_size=1 << 30) as env:
-        db = env.open_db(table.encode())
-        with env.begin(write=True) as txn:
-            assert txn.replace(key, b"bad", db=db)
 
 
 # ---- places that are used again

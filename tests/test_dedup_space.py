@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import subprocess
 import threading
 import tracemalloc
@@ -17,7 +18,8 @@ import pytest
 from dedup_lab import BLOCK, SEGMENT, create, open_disk, sound, store_of
 from in_process import MIB, Host, refused, with_host
 
-from vhostblk.dedup.format import Superblock
+from vhostblk.dedup.format import Mapped, Superblock, pack_records
+from vhostblk.dedup.journal import Journal
 from vhostblk.dedup.space import FreeSegments
 from vhostblk.dedup.tables import PAGE, Tables
 from vhostblk.engine import OP_DISCARD, OP_FLUSH
@@ -301,6 +303,56 @@ def test_what_waits_for_the_ledger_is_bounded() -> None:
             await host.write("disk", 0, rnd.randbytes(BLOCK))
             most = max(most, store.ledger.waiting)
         assert 0 < most < 200
+
+    with_host(test)
+
+
+def test_a_long_journal_is_replayed_a_little_at_a_time() -> None:
+    """It is not in memory as a whole, and others have their turns."""
+
+    async def test(host: Host) -> None:
+        await create(host)
+        node = await open_disk(host)
+        data = random.Random(3).randbytes(2 * BLOCK)
+        await host.write("disk", 0, data)
+        await host.write("disk", BLOCK, bytes(BLOCK))
+        shown = node.store.tables.page(node.number, 0)[0]
+        number, frame = node.store.journal.number, node.store.journal.next_frame
+        there = host.directory / "killed"
+        shutil.copytree(host.path("meta"), there)
+        await host.backend.blockdev_del("disk")
+        records = [Mapped(node.number, 9, 1, shown), Mapped(node.number, 9, 1, 0)]
+        grown = Journal(there, node.store.super.uuid)
+        path = there / f"journal.{number}"
+        before = path.read_bytes()
+        grown.begin(number, frame)
+        for _ in range(400):
+            grown.append(pack_records(records * 250))
+        grown.append(pack_records([Mapped(node.number, 1, 1, shown)]))
+        frames = path.read_bytes()
+        grown.close()
+        path.write_bytes(before + frames)
+        turns = 0
+
+        async def other_device() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        counting = asyncio.create_task(other_device())
+        tracemalloc.start()
+        try:
+            again = await open_disk(host, metadata=str(there))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            counting.cancel()
+        assert again.store.tables.state.frame == frame + 401
+        assert await host.read("disk", 0, 3 * BLOCK) == data[:BLOCK] * 2 + bytes(BLOCK)
+        assert peak < 3 * len(frames), (peak, len(frames))  # the ledger gets all of them, packed
+        assert turns > 400
+        await sound(host)
 
     with_host(test)
 

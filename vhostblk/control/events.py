@@ -148,6 +148,13 @@ class DedupStatistics(Model):
     full: bool
 
 
+class DedupDamaged(Model):
+    """Something in the database of a dedup store is not what was written there; each page once."""
+
+    metadata: str
+    reason: str
+
+
 class DedupRebuilt(Model):
     """The job `dedup-rebuild` has made the metadata of a dedup store anew."""
 
@@ -226,6 +233,7 @@ EVENTS: dict[str, type[Model]] = {
     "VHOSTBLK_FILTER_ERROR": FilterError,
     "VHOSTBLK_QUORUM_LEG": QuorumLeg,
     "VHOSTBLK_QUORUM_UNCLEAN": QuorumUnclean,
+    "DEDUP_DAMAGED": DedupDamaged,
     "DEDUP_FULL": DedupFull,
     "DEDUP_LEDGER": DedupLedger,
     "DEDUP_REBUILT": DedupRebuilt,

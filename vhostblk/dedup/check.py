@@ -3,6 +3,7 @@
 
 The maps and the places of stored blocks are the truth. Reference counts, the index, the table of
 places, and what segments have in use follow from them, so what is wrong there is repaired.
+What the index lacks costs space: content is stored once more.
 Not to be repaired: a map that shows a stored block that does not exist, two blocks in one place, a
 block whose content does not have its fingerprint. These are corruptions.
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vhostblk.dedup.format import (
@@ -26,7 +26,7 @@ from vhostblk.dedup.format import (
     unpack_block,
 )
 from vhostblk.dedup.ledger import State
-from vhostblk.dedup.tables import INDEX_KEY, PAGE, Tables
+from vhostblk.dedup.tables import INDEX_KEY, PAGE, Edit, Tables
 
 _KEY = struct.Struct(">Q")
 _NUMBER = struct.Struct("<Q")
@@ -40,7 +40,7 @@ class Result:
 
     corruptions: int = 0
     leaks: int = 0
-    """Blocks that nothing shows, or with too many references."""
+    """Blocks that nothing shows, or with too many references, or not found by their content."""
     wrong: int = 0
     """Other things that follow from the maps and do not."""
     repaired: bool = False
@@ -60,7 +60,7 @@ class Result:
 
 
 class Check:
-    """One check of one database. In memory it has twelve bytes for each stored block."""
+    """One check of one database. In memory it has 13 bytes for each stored block."""
 
     def __init__(self, tables: Tables, super: Superblock, size: int, *, repair: bool) -> None:
         self._tables = tables
@@ -71,44 +71,39 @@ class Check:
         self._ledger = set(State.parse(ledger).segments if ledger else ())
         self._numbers = array("Q")  # of all stored blocks, sorted
         self._shown = array("I")  # how often each of them is
+        self._found = bytearray()  # whether the index leads to each
         self._unshown = 0  # so many of them are leaks
         self.result = Result()
 
     def run(self) -> Result:
         """Look at all metadata. Takes a while, and nobody may use them meanwhile."""
-        with self._tables.transaction() as (txn, dbs):
-            self._txn, self._dbs = txn, dbs
-            for key, _ in self._pairs("blocks"):
+        with self._tables.transaction() as edit:
+            self._edit: Edit = edit
+            for key, _ in edit.scan("blocks"):
                 self._numbers.append(_KEY.unpack(key)[0])
             self._shown.frombytes(bytes(self._shown.itemsize * len(self._numbers)))
+            self._found = bytearray(len(self._numbers))
             self._count()
             wrong = self._look_at_places()
             self._look_at_blocks(wrong)
             self._look_at_index()
+            self._look_for_index()
             self._look_at_state()
         result = self.result
         result.repaired = self._repair and bool(result.leaks or result.wrong)
         return result
 
-    def _pairs(self, name: str) -> Iterator[tuple[bytes, bytes]]:
-        with self._txn.cursor(self._dbs[name]) as cursor:
-            yield from cursor
-
     def _change(self, name: str, key: bytes, value: bytes | None) -> None:
-        if not self._repair:
-            return
-        if value is None:
-            self._txn.delete(key, db=self._dbs[name])
-        else:
-            self._txn.put(key, value, db=self._dbs[name])
+        if self._repair:
+            self._edit.put(name, key, value)
 
     # ---- the maps
 
     def _count(self) -> None:
         """How often each stored block is shown."""
         numbers, shown = self._numbers, self._shown
-        disks = {_KEY.unpack(key)[0] for key, _ in self._pairs("disks")}
-        for key, value in self._pairs("map"):
+        disks = {_KEY.unpack(key)[0] for key, _ in self._edit.scan("disks")}
+        for key, value in self._edit.scan("map"):
             disk, page = _PAGE_KEY.unpack(key)
             if disk not in disks:
                 self.result.corruptions += 1
@@ -144,7 +139,7 @@ class Check:
     def _look_at_places(self) -> list[bytes]:
         """Each entry leads to a block that is there. The keys of those that do not."""
         result, wrong, end = self.result, [], 0
-        for key, value in self._pairs("places"):
+        for key, value in self._edit.scan("places"):
             offset, number = int(_KEY.unpack(key)[0]), int(_NUMBER.unpack(value)[0])
             block = self._block_at(offset, number)
             if block is None:
@@ -166,8 +161,13 @@ class Check:
         position = self._position(number)
         if position < 0 or not self._is_needed(position):
             return None
-        block = unpack_block(self._txn.get(_KEY.pack(number), db=self._dbs["blocks"]))
-        return block if block.offset == offset and self._possible(block) else None
+        block = self._block(number)
+        there = block is not None and block.offset == offset and self._possible(block)
+        return block if there else None
+
+    def _block(self, number: int) -> Block | None:
+        value = self._edit.get("blocks", _KEY.pack(number))
+        return unpack_block(value) if value is not None else None
 
     def _two_at(self, offset: int) -> None:
         self.result.corruptions += 1
@@ -179,7 +179,7 @@ class Check:
         places: list[tuple[bytes, bytes | None]] = [(key, None) for key in wrong_places]
         used: dict[int, int] = {}
         unneeded: dict[int, int] = {}
-        for position, (key, value) in enumerate(self._pairs("blocks")):
+        for position, (key, value) in enumerate(self._edit.scan("blocks")):
             number, shown, block = (
                 self._numbers[position],
                 self._shown[position],
@@ -206,7 +206,7 @@ class Check:
             segment = super.segment_of(block.offset)
             used[segment] = used.get(segment, 0) + block.space
             place, name = _KEY.pack(block.offset), _NUMBER.pack(number)
-            owner = self._txn.get(place, db=self._dbs["places"])
+            owner = self._edit.get("places", place)
             if owner == name:
                 continue
             if owner is None or self._is_leak(int(_NUMBER.unpack(owner)[0])):
@@ -239,7 +239,7 @@ class Check:
         expected = dict(wanted)
         for segment, count in unneeded.items():
             expected[_KEY.pack(segment)] = _NUMBER.pack(count + used.get(segment, 0))
-        found = dict(self._pairs("segments"))
+        found = dict(self._edit.scan("segments"))
         wrong = 0
         for key in found.keys() | expected.keys():
             wrong += found.get(key) != expected.get(key)
@@ -252,19 +252,43 @@ class Check:
     # ---- what is found by content
 
     def _look_at_index(self) -> None:
-        """Each entry leads to a block with that content. (One that is missing costs space only.)"""
+        """Each entry leads to a block with that content."""
         wrong, leaks = [], 0
-        for key, value in self._pairs("index"):
+        for key, value in self._edit.scan("index"):
             number = int(_NUMBER.unpack(value)[0])
-            found = self._txn.get(_KEY.pack(number), db=self._dbs["blocks"])
-            if found is None or unpack_block(found).fingerprint[:INDEX_KEY] != key:
-                wrong.append(key)
-                leaks += self._is_leak(number)
+            position, block = self._position(number), self._block(number)
+            right = block is not None and block.fingerprint[:INDEX_KEY] == key
+            if right and self._is_needed(position):
+                self._found[position] = 1
+                continue
+            wrong.append(key)
+            leaks += self._is_leak(number)
         for key in wrong:
             self._change("index", key, None)
         if count := len(wrong) - leaks:
             self.result.wrong += count
             self.result.say(f"the index has {count} entries of blocks that do not exist")
+
+    def _look_for_index(self) -> None:
+        """Each block is found by its content, or another one with the same."""
+        missing = 0
+        position = self._found.find(0)
+        while position >= 0:
+            block = self._block(self._numbers[position])
+            if block is not None and self._is_needed(position):
+                name = block.fingerprint[:INDEX_KEY]
+                found = self._edit.get("index", name)
+                if found is None or not self._is_found(int(_NUMBER.unpack(found)[0])):
+                    missing += 1
+                    self._change("index", name, _NUMBER.pack(self._numbers[position]))
+            position = self._found.find(0, position + 1)
+        if missing:
+            self.result.leaks += missing
+            self.result.say(f"{missing} stored blocks are missing in the index")
+
+    def _is_found(self, number: int) -> bool:
+        position = self._position(number)
+        return position >= 0 and bool(self._found[position])
 
     def _look_at_state(self) -> None:
         state, result = self._tables.state, self.result
@@ -276,4 +300,4 @@ class Check:
             )
         if self._repair:
             state.blocks, state.mapped = result.blocks, result.mapped
-            self._change("state", b"state", state.pack())
+            self._edit.put_value("state", state.pack())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from vhostblk.schema import VhostblkError
@@ -19,3 +20,11 @@ def damaged(directory: Path, error: Exception | str) -> VhostblkError:
         "makes them anew",
         data={"code": "bad-metadata"},
     )
+
+
+class DamagedError(OSError):
+    """Something of the metadata cannot be had, or is not what was written."""
+
+    def __init__(self, directory: Path, reason: str) -> None:
+        super().__init__(errno.EIO, damaged(directory, reason).desc)
+        self.reason = reason

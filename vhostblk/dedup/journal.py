@@ -18,6 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from vhostblk.dedup.format import Record, unpack_records
 
@@ -41,26 +42,26 @@ class Journal:
     # ---- reading
 
     def read(self, number: int, frame: int) -> Iterator[tuple[int, list[Record]]]:
-        """All frames from `frame` on, which is the first one of file `number`."""
-        while True:
-            try:
-                data = self.path(number).read_bytes()
-            except FileNotFoundError:
-                return
-            at = 0
-            while (payload := self._frame(data, at, frame)) is not None:
-                yield frame, list(unpack_records(payload))
-                at += _HEADER.size + len(payload)
-                frame += 1
+        """All frames from `frame` on, which is the first one of file `number`.
+
+        Of a long journal a little is in memory at a time. Any thread, one at a time.
+        """
+        while self.path(number).exists():
+            with open(self.path(number), "rb") as file:
+                left = os.fstat(file.fileno()).st_size
+                while (payload := self._frame(file, left, frame)) is not None:
+                    yield frame, list(unpack_records(payload))
+                    left -= _HEADER.size + len(payload)
+                    frame += 1
             number += 1
 
-    def _frame(self, data: bytes, at: int, number: int) -> bytes | None:
-        if at + _HEADER.size > len(data):
+    def _frame(self, file: BinaryIO, left: int, number: int) -> bytes | None:
+        if left < _HEADER.size:
             return None
-        magic, length, found, digest = _HEADER.unpack_from(data, at)
-        payload = data[at + _HEADER.size : at + _HEADER.size + length]
-        if magic != _MAGIC or found != number or len(payload) != length:
+        magic, length, found, digest = _HEADER.unpack(file.read(_HEADER.size))
+        if magic != _MAGIC or found != number or length > left - _HEADER.size:
             return None
+        payload = file.read(length)
         return payload if digest == self._digest(number, payload) else None
 
     def _digest(self, number: int, payload: bytes) -> bytes:

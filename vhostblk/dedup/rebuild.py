@@ -158,8 +158,7 @@ class Rebuild:
                     "and keep these until the result has been looked at",
                     data={"code": "exists"},
                 )
-            for name in (FILE, f"{FILE}-lock"):  # of a rebuild that was interrupted
-                (directory / name).unlink(missing_ok=True)
+            (directory / FILE).unlink(missing_ok=True)  # of a rebuild that was interrupted
         except OSError as error:
             raise VhostblkError(
                 f"metadata cannot be made in '{directory}': {error.strerror}",

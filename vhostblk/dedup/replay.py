@@ -7,10 +7,65 @@ together with all that shows it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
-from vhostblk.dedup.format import Mapped, Record, Stored
+from vhostblk.dedup.format import Mapped, Marked, Record, Stored, Taken
+from vhostblk.dedup.futures import in_thread
 from vhostblk.dedup.tables import Tables
+
+Frame = tuple[int, list[Record]]
+_PORTION = 1024
+"""Records that are in memory at a time, about."""
+_SLICE = 0.002
+"""Seconds until others have their turn."""
+
+
+@dataclass
+class Survey:
+    """What has to be known of a journal before it is replayed."""
+
+    frames: int = 0
+    mark: int = 0
+    """The last one: the blocks of all frames before this are on stable storage."""
+    taken: list[int] = field(default_factory=list)
+    """Segments that have become the ledger's."""
+
+
+def look_through(frames: Iterable[Frame]) -> Survey:
+    """The first time through a journal. Any thread."""
+    survey = Survey()
+    for _, records in frames:
+        survey.frames += 1
+        for record in records:
+            if isinstance(record, Marked):
+                survey.mark = max(survey.mark, record.frame)
+            elif isinstance(record, Taken):
+                survey.taken.append(record.segment)
+    return survey
+
+
+async def in_slices(frames: Iterator[Frame]) -> AsyncIterator[Frame]:
+    """The same frames, read in a thread, a few at a time; others go on meanwhile."""
+    while portion := await in_thread(lambda: _portion(frames)):
+        turn = time.monotonic() + _SLICE
+        for frame in portion:
+            yield frame
+            if time.monotonic() > turn:
+                await asyncio.sleep(0)
+                turn = time.monotonic() + _SLICE
+
+
+def _portion(frames: Iterator[Frame]) -> list[Frame]:
+    portion, count = [], 0
+    for frame in frames:
+        portion.append(frame)
+        count += len(frame[1])
+        if count >= _PORTION:
+            break
+    return portion
 
 
 class Replay:

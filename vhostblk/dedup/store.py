@@ -44,7 +44,7 @@ from vhostblk.dedup.check import Check, Result
 from vhostblk.dedup.collection import Collector
 from vhostblk.dedup.compression import decompress
 from vhostblk.dedup.content import check_content
-from vhostblk.dedup.errors import InconsistentError, damaged
+from vhostblk.dedup.errors import DamagedError, InconsistentError, damaged
 from vhostblk.dedup.format import (
     DISK_NAME_MAX,
     HASHES,
@@ -57,7 +57,6 @@ from vhostblk.dedup.format import (
     Record,
     Stored,
     Superblock,
-    Taken,
     pack_life,
     pack_records,
     parse_life,
@@ -68,7 +67,8 @@ from vhostblk.dedup.interface import BACKLOG, HOLD_INTERVAL, Counters, Data, Mem
 from vhostblk.dedup.journal import Journal, sync_directory, write_file
 from vhostblk.dedup.ledger import Ledger, portions
 from vhostblk.dedup.ledger import State as LedgerState
-from vhostblk.dedup.replay import Replay
+from vhostblk.dedup.old_database import upgrade
+from vhostblk.dedup.replay import Replay, in_slices, look_through
 from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
 from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, Dump, Tables
 from vhostblk.dedup.writing import Writing
@@ -109,6 +109,7 @@ class Store:
         self._checkpointing = False
         self.collector = Collector(self)
         self._lost: list[tuple[int, int]] = []
+        self._damages: list[str] = []  # of which nobody could be told yet
         self._durable = 0
         self._dirty = False
         self._journal_lost = 0  # the journal may lack earlier frames, and the database, too
@@ -157,6 +158,8 @@ class Store:
         """Open the store, and repair what a crash has left."""
         try:
             await self._open(data)
+        except DamagedError as error:
+            raise damaged(self.directory, error.reason) from error
         except (InconsistentError, *DAMAGES) as error:
             raise damaged(self.directory, error) from error
 
@@ -167,8 +170,8 @@ class Store:
             self.super = await self._read_superblock(data)
             self.hash = HASHES[self.super.hash]
             self.zero = self.hash(bytes(self.super.block_size))
-            self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
-            undo.callback(self.tables.close)
+            await self._open_tables(undo)
+            self._watch_damages()
             sync_directory(self.directory)  # the database may be new
             self.journal = Journal(self.directory, self.super.uuid)
             undo.callback(self.journal.close)
@@ -180,6 +183,24 @@ class Store:
             await self._recover(data)
             undo.pop_all()
         self._run(self._now_and_then())
+
+    async def _open_tables(self, undo: contextlib.ExitStack) -> None:
+        """The database is read in part, and all of it if it is to become one of today."""
+
+        def opened() -> None:
+            upgrade(self.directory, self.directory / FILE)
+            self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
+            undo.callback(self.tables.close)
+
+        await in_thread(opened)
+
+    def _watch_damages(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(reason: str) -> None:
+            loop.call_soon_threadsafe(self._tell_damaged, reason)
+
+        self.tables.when_damaged(tell)
 
     async def _next_life(self, data: Data) -> LedgerState:
         """The database knows of it, durably, before the data device is written to."""
@@ -254,6 +275,9 @@ class Store:
         if len(self.members) == 1 and self.ledger.condition == "broken":
             self.ledger.tell("it was when the store was opened")
         self._watch_ledger()
+        for reason in self._damages:
+            self._emit_damaged(reason)
+        self._damages.clear()
 
     async def leave(self, member: Member) -> None:
         """A disk is not in use any more, and nothing is in flight on it.
@@ -286,23 +310,23 @@ class Store:
 
     async def _recover(self, data: Data) -> None:
         state, journal = self.tables.state, self.journal
-        frames = list(journal.read(state.journal, state.frame))
-        marks = (r.frame for _, records in frames for r in records if isinstance(r, Marked))
-        taken = [r.segment for _, records in frames for r in records if isinstance(r, Taken)]
-        for segment in taken:
+        survey = await in_thread(lambda: look_through(journal.read(state.journal, state.frame)))
+        for segment in survey.taken:
             self.space.taken(segment)
-        self.ledger.resume(state.frame, taken, crashed=bool(frames))
-        replay = Replay(self.tables, max(marks, default=0), partial(self._is_there, data))
-        for frame, records in frames:
+        self.ledger.resume(state.frame, survey.taken, crashed=survey.frames > 0)
+        replay = Replay(self.tables, survey.mark, partial(self._is_there, data))
+        async for frame, records in in_slices(journal.read(state.journal, state.frame)):
             held = await replay.frame(frame, records)
             for record in held:
                 if isinstance(record, Stored):
                     self.space.replayed(record.offset, stored_space(record.length))
             self.ledger.add(frame, pack_records(held))
         self.space.check()
-        if frames:
+        if survey.frames:
             logger.info(
-                "dedup store '%s' was not closed: %d changes replayed", self.directory, len(frames)
+                "dedup store '%s' was not closed: %d changes replayed",
+                self.directory,
+                survey.frames,
             )
         if replay.dropped:
             logger.info(
@@ -310,7 +334,7 @@ class Store:
                 self.directory,
                 replay.dropped,
             )
-        last = frames[-1][0] + 1 if frames else state.frame
+        last = state.frame + survey.frames
         # Files of the past must not seem to follow what is written from now on.
         number = journal.last_number(state.journal) + 1
         first = state.journal
@@ -559,11 +583,16 @@ class Store:
             self._dirty = True
             for member in self.members:
                 member.set_dirty(True)
-        for record in records:
-            self.tables.apply(record)
-            if isinstance(record, Stored):
-                block = Block(record.offset, record.length, 0, record.fingerprint)
-                self.space.use(block.offset, block.space)
+        try:
+            for record in records:
+                self.tables.apply(record)
+                if isinstance(record, Stored):
+                    block = Block(record.offset, record.length, 0, record.fingerprint)
+                    self.space.use(block.offset, block.space)
+        except (OSError, VhostblkError) as error:
+            # The journal and the ledger say that it has happened. What they lead to must stay.
+            self._stop(error)
+            raise OSError(errno.EIO, f"the dedup store has stopped: {error}") from error
 
     def _append(self, records: Iterable[Record]) -> None:
         """To the journal, and with the next flush to the ledger."""
@@ -642,6 +671,21 @@ class Store:
             "wait" if self.tuning.hold else "fail",
         )
         self.emit("DEDUP_FULL", {"metadata": str(self.directory), "device": what, "action": action})
+
+    def _tell_damaged(self, reason: str) -> None:
+        logger.error(
+            "dedup store '%s': the metadata are damaged: %s; what needs that fails, everything "
+            "else goes on; dedup-rebuild makes them anew",
+            self.directory,
+            reason,
+        )
+        if self.members:
+            self._emit_damaged(reason)
+        else:
+            self._damages.append(reason)
+
+    def _emit_damaged(self, reason: str) -> None:
+        self.emit("DEDUP_DAMAGED", {"metadata": str(self.directory), "reason": reason})
 
     @property
     def dirty(self) -> bool:
@@ -1120,7 +1164,6 @@ class Store:
             # When it comes back, the ledger will have gone on, and must begin anew.
             unknown = LedgerState().pack()
             await asyncio.to_thread(self.tables.copy, directory / FILE, unknown)
-            (directory / f"{FILE}-lock").unlink(missing_ok=True)
             await asyncio.to_thread(self._copy_journal, directory)
 
     def _copy_journal(self, directory: Path) -> None:

@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The metadata: which block of a disk shows which stored block, and where that is.
 
-They live in an LMDB database, with what has changed since in memory, in two layers: `_active` takes
+They live in a database, with what has changed since in memory, in two layers: `_active` takes
 changes, and `_frozen` is on its way to the database. The database is written in one transaction,
 which is there as a whole or not at all, whatever happens; the journal has what it does not have.
 
-Databases in it (keys are big-endian, so that they are sorted; values are little-endian):
+Tables in it (keys are big-endian, so that they are sorted; values are little-endian):
 
 * `map`: disk, page of 128 blocks -> numbers of the stored blocks; 0 is zeroes
 * `blocks`: number -> where, stored length, references, fingerprint
 * `index`: the first 12 bytes of a fingerprint -> number
 * `places`: offset on the data device -> number
 * `segments`: number of a segment -> bytes of it that stored blocks need
-* `disks`: disk -> size, name
+* `disks`: disk -> size, bytes of its name, name
 * `state`: counters, and which journal goes on from here
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import os
 import struct
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import lmdb
-
-from vhostblk.dedup.database_file import is_whole
-from vhostblk.dedup.errors import InconsistentError, damaged
+from vhostblk.dedup.database import Database, View, Writer
+from vhostblk.dedup.errors import DamagedError, InconsistentError, damaged
 from vhostblk.dedup.format import (
     Block,
     Disk,
@@ -48,12 +43,12 @@ from vhostblk.dedup.format import (
 )
 from vhostblk.schema import VhostblkError
 
-DAMAGES = (lmdb.Error, struct.error)
-"""What reading a database raises that is not as it was written."""
+DAMAGES = (struct.error,)
+"""What values raise that are as they were written, and make no sense."""
 PAGE = 128
 """Blocks of a disk in one entry of the map."""
 _PAGE_BITS = 7
-_PORTION = 64
+_PORTION = 512
 _BREATH = 0.0001
 """Whoever writes to the database lets others run for so many seconds after each portion."""
 _LBA_BITS = 48
@@ -61,12 +56,11 @@ _EMPTY = bytes(8 * PAGE)
 _PAGE_KEY = struct.Struct(">IQ")
 _KEY = struct.Struct(">Q")
 _NUMBER = struct.Struct("<Q")
-_DISK = struct.Struct("<Q")
+_DISK = struct.Struct("<QB255s")
 INDEX_KEY = 12
 """Bytes of a fingerprint that the index has; the rest is compared where the block is."""
 _STATE = struct.Struct("<6Q")
-DATABASES = ("map", "blocks", "index", "places", "segments", "disks", "state")
-FILE = "metadata.mdb"
+FILE = "metadata.db"
 
 
 @dataclass
@@ -115,31 +109,47 @@ class Layer:
         return len(self.map) + 2 * len(self.blocks) + len(self.disks)
 
 
+def pack_disk(size: int, name: str) -> bytes:
+    """As the database has it."""
+    encoded = name.encode()
+    return _DISK.pack(size, len(encoded), encoded)
+
+
+def _unpack_disk(value: bytes) -> tuple[int, str]:
+    size, length, name = _DISK.unpack(value)
+    return int(size), name[:length].decode()
+
+
 class Dump:
     """The database as it was at one moment, as records. Any thread, one at a time."""
 
-    def __init__(self, reader: Any, dbs: dict[str, Any]) -> None:
-        self._reader = reader
-        self._dbs = dbs
+    def __init__(self, view: View) -> None:
+        self._view = view
 
     def records(self) -> Iterator[Record]:
         """Disks, then blocks, then what shows them."""
-        for key, value in self._pairs("disks"):
-            [size] = _DISK.unpack_from(value)
-            yield Disk(_KEY.unpack(key)[0], size, value[_DISK.size :].decode())
-        for key, value in self._pairs("blocks"):
+        for key, value in self._view.scan("disks"):
+            yield Disk(_KEY.unpack(key)[0], *_unpack_disk(value))
+        for key, value in self._view.scan("blocks"):
             yield Kept(_KEY.unpack(key)[0], value)
-        for key, value in self._pairs("map"):
+        for key, value in self._view.scan("map"):
             disk, page = _PAGE_KEY.unpack(key)
             yield Page(disk, page, value)
 
-    def _pairs(self, name: str) -> Iterator[tuple[bytes, bytes]]:
-        with self._reader.cursor(self._dbs[name]) as cursor:
-            yield from cursor
-
     def close(self) -> None:
         """The database may forget how it was."""
-        self._reader.abort()
+        self._view.close()
+
+
+class Edit:
+    """Changes by hand, of the database as it is."""
+
+    def __init__(self, database: Database, writer: Writer) -> None:
+        self.get = database.get
+        self.scan = database.scan
+        self.put = writer.put
+        """None: the entry is to go."""
+        self.put_value = writer.put_value
 
 
 class Tables:
@@ -148,26 +158,16 @@ class Tables:
     def __init__(self, directory: Path, super: Superblock, size: int) -> None:
         self._super = super
         self.path = directory / FILE
-        if not is_whole(self.path):
-            raise damaged(directory, f"{FILE} is not whole")
         try:
-            self._env = lmdb.open(
-                os.fspath(self.path),
-                subdir=False,
-                map_size=size,
-                max_dbs=len(DATABASES),
-                max_readers=16,
-                metasync=True,
-                sync=True,
-                mode=0o600,
-            )
-        except (lmdb.CorruptedError, lmdb.InvalidError) as error:
-            raise damaged(directory, error) from None
-        except lmdb.Error as error:
+            self._database = Database(self.path, size)
+        except DamagedError as error:
+            raise damaged(directory, error.reason) from None
+        except OSError as error:
             raise VhostblkError(
                 f"the metadata of the dedup store in '{directory}' cannot be opened: {error}",
                 data={"code": "bad-metadata"},
             ) from None
+        self._get = self._database.get
         self._active = Layer()
         self._frozen: Layer | None = None
         self._unreferenced: set[int] = set()
@@ -177,39 +177,22 @@ class Tables:
         try:
             self._begin()
         except BaseException:
-            self._env.close()
+            self._database.close()
             raise
 
+    def when_damaged(self, tell: Callable[[str], None]) -> None:
+        """Call it with what is found to be damaged from now on; in any thread."""
+        self._database.when_damaged(tell)
+
     def _begin(self) -> None:
-        self._dbs: dict[str, Any] = {name: self._env.open_db(name.encode()) for name in DATABASES}
-        self._reader = self._env.begin()
-        value = self._get("state", b"state")
+        value = self._database.value("state")
         self.state = State(*_STATE.unpack(value)) if value else State()
-        waiting = self._get("state", b"unreferenced")
-        self._look_for_unreferenced(number for [number] in _NUMBER.iter_unpack(waiting or b""))
+        waiting = self._database.value("unref") or b""
+        self._look_for_unreferenced(number for [number] in _NUMBER.iter_unpack(waiting))
 
     def close(self) -> None:
         """Nothing is being written."""
-        self._reader.abort()
-        self._env.close()
-
-    def _get(self, name: str, key: bytes) -> bytes | None:
-        try:
-            value: bytes | None = self._reader.get(key, db=self._dbs[name])
-        except lmdb.Error as error:
-            raise self._damage(error) from None
-        return value
-
-    @contextlib.contextmanager
-    def _cursor(self, name: str) -> Iterator[Any]:
-        try:
-            with self._reader.cursor(self._dbs[name]) as cursor:
-                yield cursor
-        except DAMAGES as error:
-            raise self._damage(error) from None
-
-    def _damage(self, error: Exception) -> OSError:
-        return OSError(errno.EIO, damaged(self.path.parent, error).desc)
+        self._database.close()
 
     # ---- looking
 
@@ -248,10 +231,7 @@ class Tables:
         if self._frozen is not None and number in self._frozen.blocks:
             return self._frozen.blocks[number]
         value = self._get("blocks", _KEY.pack(number))
-        try:
-            return unpack_block(value) if value is not None else None
-        except struct.error as error:
-            raise self._damage(error) from None
+        return unpack_block(value) if value is not None else None
 
     def find(self, fingerprint: bytes) -> int:
         """The stored block with this content; 0: there is none."""
@@ -273,10 +253,8 @@ class Tables:
     def disks(self) -> dict[int, tuple[int, str]]:
         """All disks: size and name."""
         found = {}
-        with self._cursor("disks") as cursor:
-            for key, value in cursor:
-                [size] = _DISK.unpack_from(value)
-                found[int(_KEY.unpack(key)[0])] = (int(size), value[_DISK.size :].decode())
+        for key, value in self._database.scan("disks"):
+            found[int(_KEY.unpack(key)[0])] = _unpack_disk(value)
         for layer in (self._frozen, self._active):
             if layer is not None:
                 found.update(layer.disks)
@@ -285,31 +263,25 @@ class Tables:
     def places(self, start: int, end: int) -> list[tuple[int, int]]:
         """Blocks in a part of the data device, as the database has them: offset, number."""
         found = []
-        with self._cursor("places") as cursor:
-            if cursor.set_range(_KEY.pack(start)):
-                for key, value in cursor:
-                    [offset] = _KEY.unpack(key)
-                    if offset >= end:
-                        break
-                    found.append((int(offset), int(_NUMBER.unpack(value)[0])))
+        for key, value in self._database.scan("places", _KEY.pack(start)):
+            [offset] = _KEY.unpack(key)
+            if offset >= end:
+                break
+            found.append((int(offset), int(_NUMBER.unpack(value)[0])))
         return found
 
     def segments(self) -> dict[int, int]:
         """Bytes in use of the segments that have any, as the database has them."""
-        with self._cursor("segments") as cursor:
-            return {
-                int(_KEY.unpack(key)[0]): int(_NUMBER.unpack(value)[0]) for key, value in cursor
-            }
+        found = self._database.scan("segments")
+        return {int(_KEY.unpack(key)[0]): int(_NUMBER.unpack(value)[0]) for key, value in found}
 
     def pages(self, disk: int) -> Iterator[tuple[int, array[int]]]:
         """The pages of a disk that the database has."""
-        with self._cursor("map") as cursor:
-            if cursor.set_range(_PAGE_KEY.pack(disk, 0)):
-                for key, value in cursor:
-                    found, number = _PAGE_KEY.unpack(key)
-                    if found != disk:
-                        return
-                    yield int(number), array("Q", value)
+        for key, value in self._database.scan("map", _PAGE_KEY.pack(disk, 0)):
+            found, number = _PAGE_KEY.unpack(key)
+            if found != disk:
+                return
+            yield int(number), array("Q", value)
 
     @property
     def frozen(self) -> bool:
@@ -432,150 +404,96 @@ class Tables:
 
     def put_ledger(self, value: bytes) -> None:
         """The same at once, durably."""
-        with self._writing() as txn:
-            txn.put(b"ledger", value, db=self._dbs["state"])
-        self._reader.abort()
-        self._reader = self._env.begin()
+        with self._database.writing() as writer:
+            writer.put_value("ledger", value)
+        self._database.renew()
 
     def ledger(self) -> bytes | None:
         """What the database knows of the ledger."""
-        return self._get("state", b"ledger")
+        return self._database.value("ledger")
 
     def write(self) -> None:
         """Put the frozen changes into the database, durably. Any thread; OSError if it fails."""
         frozen = self._frozen
         assert frozen is not None
-        with self._writing() as txn:
-            self._write(txn, frozen)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Any]:
+        view = self._database.view()
         try:
-            with self._env.begin(write=True) as txn:
-                yield txn
-        except lmdb.MapFullError:
-            raise OSError(errno.ENOSPC, "the metadata of the dedup store are full") from None
-        except lmdb.CorruptedError as error:
-            raise self._damage(error) from None
-        except lmdb.Error as error:
-            code = errno.ENOSPC if "No space" in str(error) else errno.EIO
-            raise OSError(code, f"the metadata of the dedup store: {error}") from None
+            with self._database.writing() as writer:
+                self._write(writer, view, frozen)
+        finally:
+            view.close()
 
     def written(self) -> None:
         """write() has succeeded."""
-        self._reader.abort()
-        self._reader = self._env.begin()
+        self._database.renew()
         self._frozen = None
 
-    def _write(self, txn: Any, layer: Layer) -> None:
-        dbs = self._dbs
-        self._write_map(txn, layer)
-        gone = [number for number, block in layer.blocks.items() if block is None]
-        for number in sorted(gone):
-            txn.delete(_KEY.pack(number), db=dbs["blocks"])
-        blocks = sorted((number, block) for number, block in layer.blocks.items() if block)
-        self._put(txn, "blocks", ((_KEY.pack(number), pack_block(b)) for number, b in blocks))
-        for name, number in sorted(layer.unindexed):
-            # Another block may have come to the same place in the index.
-            if txn.get(name, db=dbs["index"]) == _NUMBER.pack(number):
-                txn.delete(name, db=dbs["index"])
-        dead = {number for name, number in layer.unindexed}
-        index = sorted((name, n) for name, n in layer.index.items() if n not in dead)
-        self._put(txn, "index", ((name, _NUMBER.pack(number)) for name, number in index))
-        for offset in sorted(at for at, owner in layer.places.items() if owner is None):
-            txn.delete(_KEY.pack(offset), db=dbs["places"])
-        places = sorted((at, owner) for at, owner in layer.places.items() if owner is not None)
-        self._put(txn, "places", ((_KEY.pack(at), _NUMBER.pack(owner)) for at, owner in places))
+    def _write(self, writer: Writer, view: View, layer: Layer) -> None:
+        self._put(writer, "map", _map_entries(view, layer))
+        blocks = sorted(layer.blocks.items())
+        self._put(writer, "blocks", ((_KEY.pack(n), b and pack_block(b)) for n, b in blocks))
+        self._put(writer, "index", _index_entries(view, layer))
+        places = sorted(layer.places.items())
+        self._put(
+            writer,
+            "places",
+            ((_KEY.pack(at), n if n is None else _NUMBER.pack(n)) for at, n in places),
+        )
         for segment, change in layer.segments.items():
-            self._count(txn, segment, change)
+            _count(writer, view, segment, change)
         for disk, (size, title) in layer.disks.items():
-            if title:
-                txn.put(_KEY.pack(disk), _DISK.pack(size) + title.encode(), db=dbs["disks"])
-            else:
-                txn.delete(_KEY.pack(disk), db=dbs["disks"])
-        txn.put(b"state", layer.state.pack(), db=dbs["state"])
-        unreferenced = array("Q", layer.unreferenced).tobytes()
-        txn.put(b"unreferenced", unreferenced, db=dbs["state"])
+            writer.put("disks", _KEY.pack(disk), pack_disk(size, title) if title else None)
+        writer.put_value("state", layer.state.pack())
+        writer.put_value("unref", array("Q", layer.unreferenced).tobytes())
         if layer.ledger is not None:
-            txn.put(b"ledger", layer.ledger, db=dbs["state"])
+            writer.put_value("ledger", layer.ledger)
 
-    def _put(self, txn: Any, name: str, entries: Iterator[tuple[bytes, bytes]]) -> None:
+    def _put(
+        self, writer: Writer, table: str, entries: Iterator[tuple[bytes, bytes | None]]
+    ) -> None:
         """Sorted entries. In portions: else the control thread would wait for Python's lock."""
-        with txn.cursor(self._dbs[name]) as cursor:
-            while portion := list(itertools.islice(entries, _PORTION)):
-                cursor.putmulti(portion)
-                time.sleep(_BREATH)
-
-    def _write_map(self, txn: Any, layer: Layer) -> None:
-        pages: dict[int, list[int]] = {}
-        for key in layer.map:
-            pages.setdefault(key >> _PAGE_BITS, []).append(key)
-        mask = (1 << _LBA_BITS - _PAGE_BITS) - 1
-        for count, page in enumerate(sorted(pages)):
-            if count % _PORTION == _PORTION - 1:
-                time.sleep(_BREATH)
-            name = _PAGE_KEY.pack(page >> _LBA_BITS - _PAGE_BITS, page & mask)
-            entries = array("Q", txn.get(name, db=self._dbs["map"]) or _EMPTY)
-            for key in pages[page]:
-                entries[key & (PAGE - 1)] = layer.map[key]
-            if any(entries):
-                txn.put(name, entries.tobytes(), db=self._dbs["map"])
-            else:
-                txn.delete(name, db=self._dbs["map"])
-
-    def _count(self, txn: Any, segment: int, change: int) -> None:
-        name, db = _KEY.pack(segment), self._dbs["segments"]
-        value = txn.get(name, db=db)
-        used = (int(_NUMBER.unpack(value)[0]) if value else 0) + change
-        if used < 0:
-            raise InconsistentError(f"segment {segment} would have {used} bytes in use")
-        if used:
-            txn.put(name, _NUMBER.pack(used), db=db)
-        elif value:
-            txn.delete(name, db=db)
+        while portion := list(itertools.islice(entries, _PORTION)):
+            writer.put_sorted(table, portion)
+            time.sleep(_BREATH)
 
     # ---- for the ledger
 
     def dump_size(self) -> int:
         """About how many bytes that is in the ledger."""
-        blocks, pages = (
-            self._reader.stat(self._dbs[name])["entries"] for name in ("blocks", "map")
-        )
+        blocks, pages = (self._database.entries(name) for name in ("blocks", "map"))
         return int(blocks * 57 + pages * (15 + 8 * PAGE))
 
     def begin_dump(self) -> Dump:
         """All that the database has now."""
-        return Dump(self._env.begin(), self._dbs)
+        return Dump(self._database.view())
 
     def load(self, records: Iterable[Record]) -> None:
         """Put records of a snapshot into a database that is being made anew. Durable."""
         state = self.state
         used: dict[int, int] = {}
-        with self._writing() as txn:
+        with self._database.writing() as writer:
             for record in records:
                 if isinstance(record, Kept):
-                    self._load_block(txn, record, used)
+                    self._load_block(writer, record, used)
                 elif isinstance(record, Page):
-                    key = _PAGE_KEY.pack(record.disk, record.page)
-                    txn.put(key, record.value, db=self._dbs["map"])
+                    writer.put("map", _PAGE_KEY.pack(record.disk, record.page), record.value)
                     state.mapped += sum(map(bool, array("Q", record.value)))
                 elif isinstance(record, Disk):
-                    value = _DISK.pack(record.size) + record.name.encode()
-                    txn.put(_KEY.pack(record.disk), value, db=self._dbs["disks"])
+                    value = pack_disk(record.size, record.name)
+                    writer.put("disks", _KEY.pack(record.disk), value)
             for segment, change in used.items():
-                self._count(txn, segment, change)
-            txn.put(b"state", state.pack(), db=self._dbs["state"])
-        self._reader.abort()
-        self._reader = self._env.begin()
+                _count(writer, self._database, segment, change)
+            writer.put_value("state", state.pack())
+        self._database.renew()
 
-    def _load_block(self, txn: Any, record: Kept, used: dict[int, int]) -> None:
-        block, state, dbs = unpack_block(record.value), self.state, self._dbs
+    def _load_block(self, writer: Writer, record: Kept, used: dict[int, int]) -> None:
+        block, state = unpack_block(record.value), self.state
         if block.refs == 0:
             self._unreferenced.add(record.number)
         number = _NUMBER.pack(record.number)
-        txn.put(_KEY.pack(record.number), record.value, db=dbs["blocks"])
-        txn.put(block.fingerprint[:INDEX_KEY], number, db=dbs["index"])
-        txn.put(_KEY.pack(block.offset), number, db=dbs["places"])
+        writer.put("blocks", _KEY.pack(record.number), record.value)
+        writer.put("index", block.fingerprint[:INDEX_KEY], number)
+        writer.put("places", _KEY.pack(block.offset), number)
         segment = self._super.segment_of(block.offset)
         used[segment] = used.get(segment, 0) + block.space
         state.blocks += 1
@@ -584,27 +502,57 @@ class Tables:
     # ---- for the check
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def transaction(self) -> Iterator[Edit]:
         """To look at the whole database, and change it; nothing waits to be written."""
         assert self._frozen is None and not self.changes
-        try:
-            with self._writing() as txn:
-                yield txn, self._dbs
-        except struct.error as error:
-            raise damaged(self.path.parent, error) from error
-        self._reader.abort()
-        self._reader = self._env.begin()
+        with self._database.writing() as writer:
+            yield Edit(self._database, writer)
+        self._database.renew()
         # References may have been repaired.
         self._look_for_unreferenced(self._unreferenced | self.pins.keys())
 
     def copy(self, path: Path, ledger: bytes) -> None:
         """A consistent copy of the database, while it is in use, with that for ledger(). Any
         thread."""
-        size = self._env.info()["map_size"]
+        view = self._database.view()
         try:
-            self._env.copy(os.fspath(path), compact=True)
-            copy = lmdb.open(os.fspath(path), subdir=False, map_size=size, max_dbs=1)
-            with copy, copy.begin(write=True) as txn:
-                txn.put(b"ledger", ledger, db=copy.open_db(b"state", txn))
-        except lmdb.Error as error:
-            raise OSError(errno.EIO, f"a copy of the metadata: {error}") from None
+            view.copy(path, ledger)
+        finally:
+            view.close()
+
+
+def _map_entries(view: View, layer: Layer) -> Iterator[tuple[bytes, bytes | None]]:
+    pages: dict[int, list[int]] = {}
+    for key in layer.map:
+        pages.setdefault(key >> _PAGE_BITS, []).append(key)
+    mask = (1 << _LBA_BITS - _PAGE_BITS) - 1
+    for page in sorted(pages):
+        name = _PAGE_KEY.pack(page >> _LBA_BITS - _PAGE_BITS, page & mask)
+        entries = array("Q", view.get("map", name) or _EMPTY)
+        for key in pages[page]:
+            entries[key & (PAGE - 1)] = layer.map[key]
+        yield name, entries.tobytes() if any(entries) else None
+
+
+def _index_entries(view: View, layer: Layer) -> Iterator[tuple[bytes, bytes | None]]:
+    dead = {number for _, number in layer.unindexed}
+    entries: dict[bytes, int | None] = dict.fromkeys((name for name, _ in layer.unindexed), None)
+    entries.update((name, number) for name, number in layer.index.items() if number not in dead)
+    gone: dict[bytes, set[bytes]] = {}
+    for name, number in layer.unindexed:
+        gone.setdefault(name, set()).add(_NUMBER.pack(number))
+    for name in sorted(entries):
+        owner = entries[name]
+        if owner is not None:
+            yield name, _NUMBER.pack(owner)
+        elif view.get("index", name) in gone[name]:  # else another block has come to this place
+            yield name, None
+
+
+def _count(writer: Writer, view: View, segment: int, change: int) -> None:
+    key = _KEY.pack(segment)
+    value = view.get("segments", key)
+    used = (int(_NUMBER.unpack(value)[0]) if value else 0) + change
+    if used < 0:
+        raise InconsistentError(f"segment {segment} would have {used} bytes in use")
+    writer.put("segments", key, _NUMBER.pack(used) if used else None)
