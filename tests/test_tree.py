@@ -7,10 +7,13 @@ every page, where a reader must say so or be right.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -224,6 +227,72 @@ def mixed(rnd: random.Random, before: bytes, after: bytes, *, heads: bool) -> by
     for at in range(0, 4 * PAGE, 512) if heads else range(4 * PAGE, len(after), 512):
         mix[at : at + 512] = (after if rnd.random() < share else old)[at : at + 512]
     return bytes(mix)
+
+
+FAILING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+
+int fail_in; /* so many syncs from now, counted down; 0: never */
+
+int fdatasync(int fd)
+{
+    int (*sync)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    if (fail_in == 0 || --fail_in > 0)
+        return sync(fd);
+    errno = EIO;
+    return -1;
+}
+"""
+
+
+def test_syncs_that_fail(tmp_path: Path) -> None:
+    """In another process, whose fdatasync() is ours."""
+    library = tmp_path / "failing.so"
+    (tmp_path / "failing.c").write_text(FAILING)
+    command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "failing.c", "-ldl"]
+    subprocess.run(command, check=True)
+    test = f"import test_tree; test_tree.fail_syncs({str(tmp_path)!r})"
+    preload = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    env = {**os.environ, "LD_PRELOAD": preload, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", test], check=True, env=env)
+
+
+def fail_syncs(directory: str) -> None:
+    """After the second one of a change has failed, the file may have it or not; what is written
+    next must spare both. The sync after that fails, too, before there are other heads."""
+    path, rnd = Path(directory) / "file", random.Random(6)
+    fail_in = ctypes.c_int.in_dll(ctypes.CDLL(None), "fail_in")
+    model: Model = [{}, {}, {}]
+    with opened(path) as (tree, reader):
+        for _ in range(30):
+            apply(tree, model, some_changes(rnd, model, "insert", 60))
+            reader.renew()
+            wanted = [dict(table) for table in model]
+            for which, kind in ((1, "range"), (2, "scattered"), (1, "insert"), (1, "insert")):
+                fail_in.value = which
+                new = [dict(table) for table in model]
+                changes = some_changes(rnd, model, kind, 40)
+                with pytest.raises(TreeError) as raised:
+                    apply(tree, new, changes)
+                assert raised.value.errno == errno.EIO
+                if which == 2:
+                    wanted = after(model, changes)
+                reader.renew()
+                assert everything(reader) == model
+                cut = path.with_name("cut")
+                cut.write_bytes(path.read_bytes())
+                with opened(cut) as (_, found):
+                    assert everything(found) == wanted
+    with opened(path) as (_, reader):
+        assert everything(reader) == wanted
+
+
+def after(model: Model, changes: list[dict[bytes, bytes | None]]) -> Model:
+    both = [{**table, **changed} for table, changed in zip(model, changes, strict=True)]
+    return [{key: value for key, value in table.items() if value is not None} for table in both]
 
 
 # ---- damage
