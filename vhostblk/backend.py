@@ -180,7 +180,11 @@ class Backend:
     async def restore_covered(self, names: Sequence[str]) -> None:
         """Finish snapshots: what they have covered becomes read-only."""
         async with self.changing():
-            await snapshot_actions.make_read_only(self, map(self.graph.node, names))
+            await snapshot_actions.finish_covered(self, map(self.graph.node, names))
+
+    def expect_covered(self, names: Sequence[str]) -> None:
+        """Before anybody writes: what restore_covered() is going to do has not been done yet."""
+        snapshot_actions.expect_to_finish(self, map(self.graph.node, names))
 
     def exports(self) -> list[Export]:
         """All exports."""

@@ -3,7 +3,7 @@
  * Load on a vhost-user-blk socket through libblkio, one thread per queue; results as JSON on stdout.
  *
  *   client [--job randread|randwrite|read|write] [--block-size N] [--depth N] [--queues N]
- *          [--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] SOCKET
+ *          [--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] [--timeline] SOCKET
  *   client --idle SOCKET     connects, reads a little, says "idle", stays until its stdin ends
  *
  * A queue sleeps on its call eventfd, as a guest waits for an interrupt. With --poll it spins on the
@@ -145,6 +145,8 @@ int main(int argc, char **argv)
             .blocks = capacity / job.block,
             .tally = &tallies[i],
         };
+        if (job.timeline)
+            keep_timeline(&tallies[i], &job);
         if (pthread_create(&queues[i].thread, NULL, run_queue, &queues[i]))
             die("cannot start a thread");
     }
@@ -157,6 +159,8 @@ int main(int argc, char **argv)
     blkio_unmap_mem_region(device, &region);
     blkio_free_mem_region(device, &region);
     blkio_destroy(&device);
+    for (i = 0; i < job.queues; i++)
+        free(tallies[i].timeline);
     free(tallies);
     return 0;
 }

@@ -28,7 +28,7 @@
 
 struct job {
     const char *path;
-    bool write, random, poll, direct, idle, unique;
+    bool write, random, poll, direct, idle, unique, timeline;
     uint64_t block, range, count; /* count: requests per queue; 0 means until the time is over */
     double seconds, warmup;
     unsigned depth, queues;
@@ -44,6 +44,8 @@ struct tally {
     uint64_t ops, total_ns, max_ns, begin, end;
     uint64_t all; /* those before and after the clock ran, too */
     uint32_t histogram[BUCKETS];
+    uint32_t *timeline; /* longest latency, in µs, of what completed in each ms; or NULL */
+    uint32_t slots;
 };
 
 __attribute__((noreturn, format(printf, 1, 2))) static inline void die(const char *format, ...)
@@ -111,6 +113,24 @@ static inline void count_one(struct tally *tally, uint64_t latency)
     tally->histogram[bucket_of(latency)]++;
 }
 
+static inline void keep_timeline(struct tally *tally, const struct job *job)
+{
+    tally->slots = (uint32_t)(job->seconds * 1000) + 1;
+    tally->timeline = calloc(tally->slots, sizeof(*tally->timeline));
+    if (!tally->timeline)
+        die("no memory for the timeline");
+    memset(tally->timeline, 1, tally->slots * sizeof(*tally->timeline)); /* no page fault later */
+    memset(tally->timeline, 0, tally->slots * sizeof(*tally->timeline));
+}
+
+static inline void note_in_timeline(struct tally *tally, uint64_t elapsed, uint64_t latency)
+{
+    uint64_t slot = elapsed / 1000000;
+
+    if (slot < tally->slots && latency / 1000 > tally->timeline[slot])
+        tally->timeline[slot] = (uint32_t)(latency / 1000);
+}
+
 static inline uint64_t percentile(const struct tally *tally, double part)
 {
     uint64_t seen = 0, wanted = (uint64_t)((double)tally->ops * part);
@@ -122,6 +142,27 @@ static inline uint64_t percentile(const struct tally *tally, double part)
             return middle_of(bucket);
     }
     return tally->max_ns;
+}
+
+/* When the clock began to run (CLOCK_MONOTONIC), and the longest latency of each ms since then. */
+static inline void report_timeline(const struct tally *tallies, unsigned n)
+{
+    uint32_t slot;
+    unsigned i;
+
+    if (!tallies[0].timeline)
+        return;
+    printf(", \"begin-ns\": %llu, \"timeline-us\": [", (unsigned long long)tallies[0].begin);
+    for (slot = 0; slot < tallies[0].slots; slot++) {
+        uint32_t longest = 0;
+
+        for (i = 0; i < n; i++) {
+            if (tallies[i].timeline[slot] > longest)
+                longest = tallies[i].timeline[slot];
+        }
+        printf("%s%u", slot ? ", " : "", longest);
+    }
+    printf("]");
 }
 
 /* The sum of all queues' tallies on stdout. Rates add up, since the queues ran at the same time. */
@@ -145,10 +186,12 @@ static inline void report(const struct tally *tallies, unsigned n)
             sum.histogram[b] += t->histogram[b];
     }
     printf("{\"ops\": %llu, \"iops\": %.1f, \"mean-ns\": %.0f, \"p50-ns\": %llu, \"p99-ns\": %llu, "
-           "\"max-ns\": %llu, \"all-ops\": %llu}\n",
+           "\"max-ns\": %llu, \"all-ops\": %llu",
            (unsigned long long)sum.ops, iops, sum.ops ? (double)sum.total_ns / (double)sum.ops : 0,
            (unsigned long long)percentile(&sum, 0.50), (unsigned long long)percentile(&sum, 0.99),
            (unsigned long long)sum.max_ns, (unsigned long long)sum.all);
+    report_timeline(tallies, n);
+    puts("}");
 }
 
 static inline void pin_thread(const struct job *job, unsigned index)
@@ -191,13 +234,14 @@ static inline struct job parse_job(int argc, char **argv)
     struct job job = {
         .random = true, .block = 4096, .depth = 32, .queues = 1, .seconds = 1, .warmup = 0.2, .cpu = -1,
     };
-    enum { JOB = 1, BLOCK, DEPTH, QUEUES, SECONDS, WARMUP, COUNT, RANGE, CPU, POLL, DIRECT, IDLE, UNIQUE };
+    enum { JOB = 1, BLOCK, DEPTH, QUEUES, SECONDS, WARMUP, COUNT, RANGE, CPU, POLL, DIRECT, IDLE, UNIQUE,
+           TIMELINE };
     static const struct option options[] = {
         {"job", 1, 0, JOB},         {"block-size", 1, 0, BLOCK}, {"depth", 1, 0, DEPTH},
         {"queues", 1, 0, QUEUES},   {"seconds", 1, 0, SECONDS},  {"warmup", 1, 0, WARMUP},
         {"count", 1, 0, COUNT},     {"range", 1, 0, RANGE},      {"cpu", 1, 0, CPU},
         {"poll", 0, 0, POLL},       {"direct", 0, 0, DIRECT},    {"idle", 0, 0, IDLE},
-        {"unique", 0, 0, UNIQUE},   {0, 0, 0, 0},
+        {"unique", 0, 0, UNIQUE},   {"timeline", 0, 0, TIMELINE}, {0, 0, 0, 0},
     };
     int c, which;
 
@@ -246,13 +290,17 @@ static inline struct job parse_job(int argc, char **argv)
         case UNIQUE: /* the client only */
             job.unique = true;
             break;
+        case TIMELINE: /* the client only */
+            job.timeline = true;
+            break;
         default:
             exit(2);
         }
     }
     if (optind != argc - 1)
         die("usage: %s [--job randread|randwrite|read|write] [--block-size N] [--depth N] [--queues N] "
-            "[--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] [--direct] [--unique] [--idle] PATH",
+            "[--seconds S | --count N] [--warmup S] [--range N] [--cpu N] [--poll] [--direct] [--unique] [--timeline] "
+            "[--idle] PATH",
             argv[0]);
     job.path = argv[optind];
     if (!job.depth || job.depth > MAX_DEPTH || !job.queues || job.queues > MAX_QUEUES)
@@ -298,6 +346,8 @@ static inline void completed(struct tally *tally, const struct window *window, u
         tally->begin = window->begin;
     tally->end = now;
     count_one(tally, now - begin);
+    if (tally->timeline)
+        note_in_timeline(tally, now - window->begin, now - begin);
 }
 
 #endif

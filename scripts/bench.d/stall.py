@@ -2,11 +2,14 @@
 """A client that works all the time while snapshots of its whole drive are taken.
 
 The drive has several legs under a quorum. The longest latency that the client saw is the longest
-stall, whatever its cause; a run without snapshots says what the machine itself contributes.
+stall, whatever its cause; a run without snapshots says what the machine itself contributes. The
+longest latency after each single snapshot tells more: a machine that takes the CPU away for
+some milliseconds now and then spoils the longest of all, and not their median.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -85,17 +88,36 @@ def _make_legs(directory: Path, drive: Drive) -> list[str]:
     return nodes
 
 
-def _take(control: Path, drive: Drive, snapshots: int) -> list[int]:
-    """Snapshots at even distances, as long as the client works; the pause of each in µs."""
+@dataclass(frozen=True)
+class Taken:
+    """One snapshot."""
+
+    at_ns: int
+    """When it was asked for (CLOCK_MONOTONIC)."""
+    pause_us: int
+
+
+def _take(control: Path, drive: Drive, snapshots: int) -> list[Taken]:
+    """Snapshots at even distances, as long as the client works."""
     begun = time.monotonic()
     connection = Control(control)
-    pauses = []
+    taken = []
     for number in range(snapshots):
         at = begun + FIRST_SECONDS + number * (drive.seconds - FIRST_SECONDS) / snapshots
         time.sleep(max(0.0, at - time.monotonic()))
-        pauses.append(connection.command("blockdev-snapshot-sync", device="disk")["pause-us"])
+        asked = time.monotonic_ns()
+        answer = connection.command("blockdev-snapshot-sync", device="disk")
+        taken.append(Taken(asked, answer["pause-us"]))
     connection.close()
-    return pauses
+    return taken
+
+
+def _longest_of_each(numbers: dict[str, Any], moments: Sequence[int]) -> list[float]:
+    """The longest latency in ms from each of the moments to the next."""
+    timeline, begin = numbers["timeline-us"], numbers["begin-ns"]
+    slots = [max(0, (moment - begin) // 1_000_000) for moment in moments]
+    windows = itertools.pairwise([*slots, len(timeline)])
+    return [max(timeline[first:end], default=0) / 1000 for first, end in windows]
 
 
 def run(
@@ -118,19 +140,19 @@ def _run(
         command += ["--blockdev", node]
     export = f"vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path={path},writable=on"
     command += ["--export", f"{export},num-queues=1,iothread=io"]
-    pauses: list[int] = []
+    taken: list[Taken] = []
     failed: list[BenchError | OSError] = []
 
     def take() -> None:
         try:
-            pauses.extend(_take(control, drive, snapshots))
+            taken.extend(_take(control, drive, snapshots))
         except (BenchError, OSError) as error:
             failed.append(error)
 
     with backend(command, path, work / "log"):
         load = [str(client), "--job", drive.job, "--depth", str(drive.depth)]
         load += ["--block-size", "4096", "--queues", "1", "--range", f"{drive.mib}M"]
-        load += ["--warmup", "0.5", "--seconds", str(drive.seconds), str(path)]
+        load += ["--warmup", "0.5", "--seconds", str(drive.seconds), "--timeline", str(path)]
         taking = threading.Thread(target=take)
         taking.start()
         try:
@@ -139,4 +161,6 @@ def _run(
             taking.join()
     if failed:
         raise BenchError(f"snapshots under load: {failed[0]}")
-    return {**numbers, "pauses-us": pauses}
+    stalls = _longest_of_each(numbers, [one.at_ns for one in taken])
+    del numbers["timeline-us"]
+    return {**numbers, "pauses-us": [one.pause_us for one in taken], "stalls-ms": stalls}

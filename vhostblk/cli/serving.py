@@ -24,6 +24,7 @@ from vhostblk.cli.errors import CliError
 from vhostblk.cli.places import Place
 from vhostblk.cli.process import Background, Pidfile
 from vhostblk.control.listen import group_id, inherited, listen, unlink
+from vhostblk.garbage import leave_alone_what_is_there
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class _Life:
             if plan.pidfile is not None:
                 with _said_by(f"--pidfile {plan.pidfile}"):
                     self._pidfiles[-1].write()
+            leave_alone_what_is_there()
             self._announce(backend)
             return await self._while_ready(Running(backend, self._stop))
         finally:

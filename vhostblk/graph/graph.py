@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from vhostblk.engine import MAX_CHILDREN, Engine
 from vhostblk.events import EventBus
+from vhostblk.garbage import no_collection
 from vhostblk.graph.block_backend import BlockBackend, Device, split
 from vhostblk.graph.change import Change
 from vhostblk.graph.edge import Edge, enumerate_edges
@@ -768,16 +769,17 @@ class Graph:
         # Background work on these nodes is let go of, too, where no drive is above.
         with self._steps.held(concerned), self.releasing(drives, above):
             await self._steps.ended(concerned, PAUSE_PATIENCE)
-            begun = time.perf_counter_ns()
-            devices = await self._pause(drives)
-            try:
-                await self._settle(concerned)
-                yield
-            finally:
-                for device in devices:
-                    device.resume()
-                if pause is not None and devices:
-                    pause.pause_us = (time.perf_counter_ns() - begun) // 1000
+            with no_collection():
+                begun = time.perf_counter_ns()
+                devices = await self._pause(drives)
+                try:
+                    await self._settle(concerned)
+                    yield
+                finally:
+                    for device in devices:
+                        device.resume()
+                    if pause is not None and devices:
+                        pause.pause_us = (time.perf_counter_ns() - begun) // 1000
 
     async def _pause(self, drives: list[BlockBackend]) -> list[Device]:
         """Pause all of them, or give up if requests of one do not finish (storage hangs)."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vhostblk.engine import IO
 from vhostblk.engine.map import MAP_BACKING, MAP_ZERO, MapHandle
 from vhostblk.nodes._writable import WritableLater
-from vhostblk.nodes.driver import DETECT_ZEROES, ChildRole, NodeDriver, Perm, RoleKind
+from vhostblk.nodes.driver import DETECT_ZEROES, Child, ChildRole, NodeDriver, Perm, RoleKind
 from vhostblk.nodes.hooks import HookedChild, Request
 from vhostblk.schema import VhostblkError
 
@@ -72,8 +72,8 @@ class MappedImage(WritableLater, abc.ABC):
     """The engine has clusters of its own to give to what has none."""
     _size: int
 
-    def _know_backing(self) -> None:
-        child = self.children.get("backing")
+    def _know_backing(self, expected: NodeDriver | None = None) -> None:
+        child: Child | NodeDriver | None = expected or self.children.get("backing")
         self.has_backing = child is not None
         self.backing_size = child.size if child is not None else 0
         self.nothing = MAP_BACKING if self.has_backing else MAP_ZERO
@@ -105,11 +105,22 @@ class MappedImage(WritableLater, abc.ABC):
     # ---- the graph changes
 
     def children_changed(self) -> None:
+        self._backing_changed(None)
+
+    def _backing_changed(self, expected: NodeDriver | None) -> None:
+        """Nothing is in flight."""
         before = self.has_backing, self.backing_size
-        self._know_backing()
+        self._know_backing(expected)
         if (self.has_backing, self.backing_size) != before:
             self.map.set_size(self._size, self.backing_size)
-            self.l2.install_again()
+        if self.has_backing != before[0]:
+            self.l2.install_again()  # what has no place shows something else now
+
+    async def expect_writes(self, below: NodeDriver) -> None:
+        self._backing_changed(below)  # with many tables that would take long in a pause
+
+    def forget_expected(self) -> None:
+        self._backing_changed(None)
 
     async def move(self, before: Mapping[str, NodeDriver]) -> None:
         if not self.read_only:
@@ -160,6 +171,10 @@ class MappedImage(WritableLater, abc.ABC):
     def read_backing(self, offset: int, into: memoryview) -> IO:
         """Read what the image does not have."""
         return self.children["backing"].read(offset, into)
+
+    async def make_durable(self) -> None:
+        """What has been written by now is on stable storage afterwards."""
+        await self.writeback.flush()
 
     async def again(self, request: Request, op: int) -> None:
         """Carry out a request through the engine's map once more, without its flags."""

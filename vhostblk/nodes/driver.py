@@ -549,8 +549,22 @@ class NodeDriver:
         """A guest that writes to `below` is about to write to this overlay instead.
 
         Called while it still writes there: what the first writes would have to wait for can be
-        made ready.
+        made ready. Nobody uses the overlay, and `below` is about to become its backing node.
         """
+
+    def forget_expected(self) -> None:
+        """It does not come to that: no node is about to become its backing node."""
+
+    def owe_flush(self) -> bool:
+        """What is below may have data that were written and not flushed. Called in a pause.
+
+        From here on a flush of this node (or a write with FUA) is one of its backing node as well,
+        until one of that has succeeded. False if the driver cannot do that.
+        """
+        return False
+
+    def flush_paid(self) -> None:
+        """The backing node has been flushed since owe_flush() was called."""
 
     async def become_read_only(self) -> bool:
         """Nobody writes to this node any more: an overlay has taken its place.

@@ -9,10 +9,10 @@ they are. Several of them in one `transaction` share that pause: one point in ti
     covered nodes flushed                                          guests run
     file systems frozen, if asked for                              guests wait for writes
     pause begins
-      covered nodes flushed: what was written but not yet flushed
       overlays take the place of the covered nodes
       state file written
     pause ends, file systems thawed
+    covered nodes flushed: what was written since the first time   guests' flushes wait
     covered nodes become read-only
 """
 
@@ -95,7 +95,7 @@ async def blockdev_snapshot_sync(
     legs = _legs(backend, change, arguments.device, arguments.node_name, "node-name")
     _check_file(arguments, legs)
     common = _common(change)
-    result: dict[str, Any] = {"snapshots": []}
+    covers: list[Cover] = []
     for leg in legs:
         named = names.Names(
             leg,
@@ -117,10 +117,9 @@ async def blockdev_snapshot_sync(
         )
         new = await overlay.make(backend, change, wanted)
         _put_above(change, leg, new)
-        result["snapshots"].append(
-            {"node": leg.name, "overlay": new.name, "filename": wanted.filename}
-        )
-    await _cover(backend, change, legs)
+        covers.append(Cover(leg, new, {"filename": wanted.filename}))
+    await _cover(backend, change, covers)
+    result = {"snapshots": [cover.report for cover in covers]}
     _freeze(backend, change, arguments, result)
     return result
 
@@ -146,12 +145,14 @@ async def blockdev_snapshot(
             f"{len(wanted)} overlays for {len(legs)} nodes: {', '.join(n.name for n in legs)}",
             data={"code": "wrong-number", "nodes": [node.name for node in legs]},
         )
-    result: dict[str, Any] = {"snapshots": []}
+    covers: list[Cover] = []
     for leg, name in zip(legs, wanted, strict=True):
         new = change.node(name)
         _put_above(change, leg, new)
-        result["snapshots"].append({"node": leg.name, "overlay": new.name})
-    await _cover(backend, change, legs)
+        covers.append(Cover(leg, new))
+        await overlay.expect(change, new, leg)
+    await _cover(backend, change, covers)
+    result = {"snapshots": [cover.report for cover in covers]}
     _freeze(backend, change, arguments, result)
     return result
 
@@ -253,17 +254,35 @@ def _common(change: Change) -> _Common:
     return _commons[change]
 
 
-async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> None:
-    """Flush what is covered: most of it now, the rest in the pause."""
+class Cover:
+    """A node and the overlay that is to cover it."""
 
-    async def flush(patience: float) -> None:
-        written = (leg for leg in legs if not leg.read_only)
-        await asyncio.gather(*(_flush(backend, leg, patience) for leg in written))
+    def __init__(self, node: NodeDriver, overlay: NodeDriver, more: dict[str, Any] | None = None):
+        self.node = node
+        self.overlay = overlay
+        self.report: dict[str, Any] = {"node": node.name, "overlay": overlay.name, **(more or {})}
+        """What the command says of it."""
+
+
+async def _cover(backend: Backend, change: Change, covers: list[Cover]) -> None:
+    """Flush what is covered: most of it now, the rest when guests run again.
+
+    A guest's next flush reaches the overlay only, and promises what has been written below, too. So
+    the overlay owes that flush from the pause on, until one has succeeded.
+    """
+    legs = [cover.node for cover in covers]
+
+    async def flush(nodes: list[NodeDriver], patience: float) -> None:
+        for error in (await _flush_all(backend, nodes, patience)).values():
+            error.desc = (
+                f"No snapshot was taken: {error.desc}. If it is a leg of a quorum, take it away "
+                "with x-blockdev-change, or put another one in its place"
+            )
+            raise error
 
     async def in_the_pause() -> None:
-        # A guest's next flush reaches the overlay only, and promises this too.
         fault_point("snapshot-paused")
-        await flush(PAUSE_PATIENCE)
+        await flush([c.node for c in covers if not c.overlay.owe_flush()], PAUSE_PATIENCE)
         fault_point("snapshot-flushed")
         # A process that finds the new tree in the state file has to do this if we do not.
         backend.covered.update(legs)
@@ -273,7 +292,8 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
 
     async def afterwards() -> None:
         fault_point("snapshot-covered")
-        await make_read_only(backend, legs)
+        for node, error in (await finish_covered(backend, legs)).items():
+            next(c for c in covers if c.node is node).report["error"] = error.desc
 
     async def check() -> None:
         backend.graph.check_snapshot(covered)
@@ -282,12 +302,60 @@ async def _cover(backend: Backend, change: Change, legs: list[NodeDriver]) -> No
     if not covered:
         change.inside(check)  # when all actions have said what they cover
     covered += legs
-    await flush(_FLUSH_PATIENCE)
+    await flush(legs, _FLUSH_PATIENCE)
     change.inside(in_the_pause, not_covered)
     change.after(afterwards)
 
 
-async def _flush(backend: Backend, leg: NodeDriver, patience: float) -> None:
+def expect_to_finish(backend: Backend, nodes: Iterable[NodeDriver]) -> None:
+    """A process before this one has covered these nodes, and may not have flushed them."""
+    for node in nodes:
+        for above in _overlays_of(backend, node):
+            above.owe_flush()
+
+
+async def finish_covered(
+    backend: Backend, nodes: Iterable[NodeDriver]
+) -> dict[NodeDriver, VhostblkError]:
+    """What has been covered is brought to its disk, and becomes read-only; guests run.
+
+    What cannot be flushed stays as it is, its overlay still owes that, and the error is returned.
+    """
+    covered = list(nodes)
+    failed = await _flush_all(backend, covered, _FLUSH_PATIENCE)
+    for node, error in failed.items():
+        error.desc = f"a power failure may still damage the snapshot: {error.desc}"
+        logger.error("%s", error.desc)
+        backend.covered.add(node)
+    for node in covered:
+        if node not in failed:
+            for above in _overlays_of(backend, node):
+                above.flush_paid()
+            await _make_read_only(backend, node)
+            backend.covered.discard(node)
+    return failed
+
+
+def _overlays_of(backend: Backend, node: NodeDriver) -> list[NodeDriver]:
+    """Who has the node as its backing node."""
+    return [
+        edge.parent
+        for edge in backend.graph.parents_of(node)
+        if isinstance(edge.parent, NodeDriver)
+        and edge.parent.child_roles[edge.role.split(".")[0]].kind is RoleKind.BACKING
+    ]
+
+
+async def _flush_all(
+    backend: Backend, nodes: Iterable[NodeDriver], patience: float
+) -> dict[NodeDriver, VhostblkError]:
+    """Those that cannot be flushed, and why."""
+    written = [node for node in nodes if not node.read_only]
+    errors = await asyncio.gather(*(_flush(backend, node, patience) for node in written))
+    return {node: error for node, error in zip(written, errors, strict=True) if error is not None}
+
+
+async def _flush(backend: Backend, leg: NodeDriver, patience: float) -> VhostblkError | None:
     """Of a quorum's legs, too, all: one that is out may still have what it had before."""
     try:
         await finish(backend.engine.submit(leg.effective, OP_FLUSH, 0, None), patience)
@@ -297,10 +365,9 @@ async def _flush(backend: Backend, leg: NodeDriver, patience: float) -> None:
         code = error.errno or errno.EIO
         why = os.strerror(code)
     else:
-        return
-    raise VhostblkError(
-        f"No snapshot was taken: node '{leg.name}' cannot be flushed: {why}. If it is a leg of a "
-        "quorum, take it away with x-blockdev-change, or put another one in its place",
+        return None
+    return VhostblkError(
+        f"node '{leg.name}' cannot be flushed: {why}",
         data={
             "code": "no-flush",
             "node": leg.name,
@@ -309,15 +376,8 @@ async def _flush(backend: Backend, leg: NodeDriver, patience: float) -> None:
     )
 
 
-async def make_read_only(backend: Backend, nodes: Iterable[NodeDriver]) -> None:
-    """What has been covered, as QEMU does: others may look at a snapshot."""
-    for node in nodes:
-        await _make_read_only(backend, node)
-        backend.covered.discard(node)
-
-
 async def _make_read_only(backend: Backend, leg: NodeDriver) -> None:
-    """What cannot be read-only is left as it is."""
+    """As QEMU does: others may look at a snapshot. What cannot be read-only is left as it is."""
     graph = backend.graph
     perm, _ = graph.permissions_of(leg)
     if perm & (Perm.WRITE | Perm.RESIZE):

@@ -80,8 +80,19 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
     return overlay
 
 
+async def expect(change: Change, overlay: NodeDriver, below: NodeDriver) -> None:
+    """Make an overlay ready that is there already, and stays if the change fails."""
+
+    async def undo() -> None:
+        overlay.forget_expected()
+
+    change.on_failure(undo)
+    await overlay.expect_writes(below)
+
+
 async def _lengthen(overlay: NodeDriver, below: NodeDriver) -> None:
     if overlay.size < below.size:
+        overlay.forget_expected()  # what grows hides what is below, and that has grown before
         await overlay.truncate(below.size)
 
 

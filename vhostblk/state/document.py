@@ -261,6 +261,8 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
             await backend.restore_node(
                 node.name, node.options, owned=node.owned, inherited=frozenset(node.inherited)
             )
+    covered = [entry.name for entry in document.nodes if entry.covered]
+    backend.expect_covered(covered)
     for options in document.exports:
         with _about(file, f"export '{options.get('id')}'"):
             await backend.block_export_add(options)
@@ -270,7 +272,7 @@ async def restore(document: Document, backend: Backend, file: StateFile) -> None
                 await backend.restart_job(entry)
         except VhostblkError as error:  # which is no reason not to serve the disks
             logger.error("%s; it does not go on", error.desc)
-    await backend.restore_covered([entry.name for entry in document.nodes if entry.covered])
+    await backend.restore_covered(covered)
     backend.frozen_guests.take_over(document.frozen_guests)
 
 

@@ -236,7 +236,7 @@ class DataPath:
         if request.fua:
             # The engine's own part first, then everything with a flush.
             await live.again(request, OP_WRITE)
-            await live.writeback.flush()
+            await live.make_durable()
             return
         clusters = self._clusters(request.offset, request.length)
         missing = not self.loaded(clusters)

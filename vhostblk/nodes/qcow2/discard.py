@@ -62,7 +62,7 @@ class Discarder:
         live.refuse_writes()
         await self.zero(request.offset, request.length, unmap=request.may_unmap)
         if request.fua:
-            await live.writeback.flush()
+            await live.make_durable()
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """The same for a range."""

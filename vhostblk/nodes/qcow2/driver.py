@@ -146,6 +146,7 @@ class Qcow2(MappedImage):
         self._cleaner: asyncio.Task[None] | None = None
         self._early: asyncio.Task[None] | None = None
         self._written_to = False
+        self.owes_flush = False
         self._bitmaps: bitmaps.Directory | None = None
         self.volume: luks.Volume | None = None
         self._encrypted: EncryptedStorage | None = None
@@ -639,6 +640,7 @@ class Qcow2(MappedImage):
         self.map.set_dirty(True)
 
     async def _flush(self, request: Request) -> None:
+        await self._flush_below()
         if self.stopped:
             self.l2.apply_log()
             if self.l2.dirty:
@@ -647,6 +649,25 @@ class Qcow2(MappedImage):
             await self.data.flush()
             return
         await self.writeback.flush()
+
+    async def make_durable(self) -> None:
+        await self._flush_below()
+        await super().make_durable()
+
+    def owe_flush(self) -> bool:
+        self.owes_flush = True
+        self.map.set_dirty(True)  # so that flushes come up
+        return True
+
+    def flush_paid(self) -> None:
+        self.owes_flush = False
+
+    async def _flush_below(self) -> None:
+        if self.owes_flush:
+            backing = self.children.get("backing")
+            if backing is not None:
+                await backing.flush()
+            self.owes_flush = False
 
     # ---- broken images
 
@@ -755,6 +776,7 @@ class Qcow2(MappedImage):
             )
 
     async def expect_writes(self, below: NodeDriver) -> None:
+        await super().expect_writes(below)
         if not self.engine_allocates:
             return
         wanted: Iterable[int] = range(_FIRST_SLICES)

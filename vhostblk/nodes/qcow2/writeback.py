@@ -48,6 +48,8 @@ class Live(Protocol):
     l2: L2Cache
     l1: array[int]
     l1_offset: int
+    owes_flush: bool
+    """The next flush has to come up whatever is dirty here."""
 
     async def settle_header(self) -> None:
         """The disk has the header that is in force."""
@@ -106,7 +108,7 @@ class Writeback:
             live.map.log_done(recorded)
             self.recorded = recorded
         live.allocator.free_after_grace(freed)
-        if not live.l2.dirty and not self._l1_dirty:
+        if not (live.l2.dirty or self._l1_dirty or live.owes_flush):
             live.map.set_dirty(False)
 
     async def _write(
