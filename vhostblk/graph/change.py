@@ -399,6 +399,7 @@ class Change:
                         await node.reopen_prepare(reopening.options)
                     self._prepared.append(node)
                 if self._plan or self._reopenings or self._inside:
+                    await self._expect_children()
                     async with AsyncExitStack() as around:
                         for context in self._around:
                             await around.enter_async_context(context)
@@ -410,6 +411,12 @@ class Change:
             await self._abandon()
             raise
         await self._finish()
+
+    async def _expect_children(self) -> None:
+        """Guests run still: whoever will see other children does what is slow."""
+        parents = [parent for parent in self._plan if isinstance(parent, NodeDriver)]
+        for node in self.graph.above(parents)[0]:
+            await node.expect_children(self.children_of)
 
     def _forget_what_stays(self) -> None:
         for parent, children in list(self._plan.items()):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
@@ -120,6 +120,10 @@ class ChildRole:
     kind: RoleKind = RoleKind.FILTERED
     optional: bool = False
     many: bool = False  # a list: the children are called role.0, role.1, …
+
+
+Relations = Callable[["NodeDriver"], Mapping[str, "NodeDriver"]]
+"""The children of each node by role, as they are or as they will be."""
 
 
 class NodeHost(Protocol):
@@ -606,6 +610,13 @@ class NodeDriver:
 
     async def moved(self) -> None:
         """The change is complete, guests run: free what is not needed any more."""
+
+    async def expect_children(self, children_of: Relations) -> None:
+        """Children, here or below, are about to be others: `children_of` says which. Guests run.
+
+        What takes time is found out and prepared here, if it was not before: children_changed()
+        holds guests up. That may not be called after all; drain_end() always is if a pause began.
+        """
 
     def children_changed(self) -> None:
         """Children have been added, removed or replaced, here or below, or have another size.

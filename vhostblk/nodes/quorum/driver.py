@@ -30,7 +30,15 @@ from vhostblk.engine.quorum import (
     QuorumSettings,
     new_quorum,
 )
-from vhostblk.nodes.driver import INHERITED, Child, ChildRole, NodeDriver, NodeOptions, Perm
+from vhostblk.nodes.driver import (
+    INHERITED,
+    Child,
+    ChildRole,
+    NodeDriver,
+    NodeOptions,
+    Perm,
+    Relations,
+)
 from vhostblk.nodes.quorum.legs import (
     OUT,
     Leg,
@@ -38,6 +46,7 @@ from vhostblk.nodes.quorum.legs import (
     forgets,
     identity,
     is_same_leg,
+    learn,
     recognise,
 )
 from vhostblk.nodes.quorum.metadata import (
@@ -129,6 +138,8 @@ class Quorum(NodeDriver):
         self._looking: asyncio.Task[None] | None = None
         self._votes: set[asyncio.Task[None]] = set()
         self._former: list[Leg] = []
+        self._spare: Metadata | None = None
+        self._replaced: list[Metadata] = []  # their memory is given back after the pause
         self._holding = False
         self._closing = False
         self._arrival: asyncio.Task[None] | None = None
@@ -191,6 +202,8 @@ class Quorum(NodeDriver):
             leg.handle.free()
         if self.metadata is not None:
             self.metadata.close()
+        self._drop_spare()
+        self._close_replaced()
         self.legs, self._former, self.metadata = [], [], None
 
     async def _until_back(self, leg: Leg) -> None:
@@ -445,8 +458,38 @@ class Quorum(NodeDriver):
         self, nodes: list[NodeDriver], size: int, generation: int, flags: int
     ) -> Metadata:
         legs = [(node.name, identity(node)) for node in nodes]
-        path = self._metadata_path()
+        path, spare = self._metadata_path(), self._spare
+        if spare is not None and spare.path == path and spare.is_for(size, legs):
+            self._spare = None
+            spare.generation, spare.flags = generation, flags
+            return spare
+        self._drop_spare()
         return Metadata(path, size, self._region_bits, legs, generation, flags)
+
+    async def expect_children(self, children_of: Relations) -> None:
+        if self.metadata is None:
+            return
+        nodes, size = list(children_of(self).values()), self.size
+        await asyncio.to_thread(self._learn, nodes, children_of)
+        legs = [(node.name, identity(node, children_of)) for node in nodes]
+        self._drop_spare()
+        self._spare = await asyncio.to_thread(self._make_spare, size, legs)
+
+    @staticmethod
+    def _learn(nodes: Iterable[NodeDriver], children_of: Relations) -> None:
+        for node in nodes:
+            learn(node, children_of)
+
+    def _make_spare(self, size: int, legs: list[tuple[str, list[str]]]) -> Metadata:
+        """Metadata that may be needed in the pause that is about to begin."""
+        spare = Metadata(self._metadata_path(), size, self._region_bits, legs, 0)
+        spare.touch()
+        return spare
+
+    def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close(remove=True)
 
     def _leg_nodes(self) -> list[NodeDriver]:
         return [child.node for child in self.children.values()]
@@ -520,7 +563,7 @@ class Quorum(NodeDriver):
             leg.handle.recorded = False
             leg.settle_flags()
         self.metadata = metadata
-        old.close()
+        self._replaced.append(old)
         self.engine.loop.call_soon(self._tell_states)
         self.engine.loop.call_soon(self._note)
 
@@ -566,6 +609,12 @@ class Quorum(NodeDriver):
         self._former = [leg for leg in self._former if leg not in gone]
         for leg in gone:
             leg.handle.free()
+        self._drop_spare()
+        self._close_replaced()
+
+    def _close_replaced(self) -> None:
+        while self._replaced:
+            self._replaced.pop().close()
 
     # ---- what it is
 

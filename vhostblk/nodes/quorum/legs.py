@@ -31,7 +31,7 @@ from vhostblk.engine.quorum import (
     LEG_WHOLE,
     LegHandle,
 )
-from vhostblk.nodes.driver import NodeDriver
+from vhostblk.nodes.driver import NodeDriver, Relations
 from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, regions_of
 
 
@@ -101,7 +101,9 @@ class Leg:
         """Say the same in another place."""
         since = self.metadata.since(self.index)
         metadata.describe_leg(index, self.handle.word, metadata.generation, since)
-        metadata.set_dirty(index, self.metadata.dirty(self.index))
+        dirty = self.metadata.dirty(self.index)
+        if dirty.count(0) < len(dirty):  # new metadata say that there is nothing
+            metadata.set_dirty(index, dirty)
 
     def moved(self, metadata: Metadata, index: int, size: int) -> None:
         """It has another place, which says the same. Nothing is in flight."""
@@ -212,7 +214,18 @@ class Leg:
 # ---- recognising
 
 
-def identity(node: NodeDriver) -> list[str]:
+def present(node: NodeDriver) -> dict[str, NodeDriver]:
+    """The children of a node by role, as they are now."""
+    return {role: child.node for role, child in node.children.items()}
+
+
+def learn(node: NodeDriver, children_of: Relations) -> None:
+    """Have answers for identity() and forgets() ready. May wait for the storage: in a thread."""
+    identity(node, children_of)
+    forgets(node, children_of)
+
+
+def identity(node: NodeDriver, children_of: Relations = present) -> list[str]:
     """The files that a leg's data are in, the top one first, and what is below it behind.
 
     An overlay that a snapshot has put on top of a leg has the leg's own file behind it, so
@@ -222,7 +235,7 @@ def identity(node: NodeDriver) -> list[str]:
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        children = [child.node for child in current.children.values()]
+        children = list(children_of(current).values())
         if children:
             waiting += reversed(children)
         else:
@@ -237,7 +250,7 @@ _SERVED = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "virtiofs", "afs", "gfs2"
 _SERVED_DEVICES = ("nbd", "rbd", "drbd")
 
 
-def forgets(node: NodeDriver) -> bool:
+def forgets(node: NodeDriver, children_of: Relations = present) -> bool:
     """Whether a leg may lose what it has not flushed although this host has not gone down.
 
     A server that dies takes along what it had in its own memory. Local files are in the host's.
@@ -246,7 +259,7 @@ def forgets(node: NodeDriver) -> bool:
     while waiting:
         current = waiting.pop()
         # A backing file is not written to.
-        children = [c.node for name, c in current.children.items() if name != "backing"]
+        children = [node for name, node in children_of(current).items() if name != "backing"]
         waiting += children
         if not children and _is_served(current):
             return True

@@ -43,6 +43,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import logging
 import mmap
@@ -144,6 +145,7 @@ class Layout:
         return self.dirty(self.legs)
 
 
+@functools.cache
 def boot() -> str:
     """Which run of which host this is (proc_sys_kernel(5), random/boot_id)."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -182,6 +184,7 @@ class Metadata:
         `legs`: node name and identity of each.
         """
         size = with_room(size, region_bits)
+        self._for = size, [(name, list(files)) for name, files in legs]
         text = json.dumps(
             {
                 "size": size,
@@ -192,6 +195,7 @@ class Metadata:
         ).encode()
         header = -(-(TEXT_AT + len(text)) // PAGE) * PAGE
         self.path = path
+        self._region_bits = region_bits
         self.layout = Layout(header, map_size(size, region_bits), len(legs))
         self.fd = -1
         self.whole = path is None
@@ -201,6 +205,18 @@ class Metadata:
         _HEADER.pack_into(self._memory, 0, MAGIC, VERSION, header, len(text), flags, generation)
         self._anchor = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(self._anchor)
+
+    def is_for(self, size: int, legs: Sequence[tuple[str, Sequence[str]]]) -> bool:
+        """Whether its text is the one that such a disk with such legs needs."""
+        room, known = self._for
+        return room == with_room(size, self._region_bits) and known == [
+            (name, list(files)) for name, files in legs
+        ]
+
+    def touch(self) -> None:
+        """Have all of its memory at hand; it is new."""
+        for at in range(self.layout.header, self.layout.total, PAGE):
+            self._memory[at] = 0
 
     def _map(self, path: str | None) -> mmap.mmap:
         if path is None:
