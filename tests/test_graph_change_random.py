@@ -12,7 +12,8 @@ from graph_changes import Copies, Through, act, content, load, picture, transact
 from in_process import Host, with_host
 
 from vhostblk.engine import UpcallHandle
-from vhostblk.nodes.driver import Perm
+from vhostblk.graph import Graph
+from vhostblk.nodes.driver import NodeDriver, Perm
 from vhostblk.schema import Size, VhostblkError
 
 
@@ -145,6 +146,14 @@ def check(host: Host) -> None:
     assert drive.root in graph.nodes.values()
 
 
+def check_permissions(graph: Graph) -> None:
+    """Those that a change has left alone are what they would be if all were worked out anew."""
+    anew: dict[NodeDriver, tuple[Perm, Perm]] = {}
+    for node in graph._top_down():
+        anew[node] = graph._combine(node, anew)
+    assert anew == {node: graph.permissions_of(node) for node in anew}
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_changes(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     async def test(host: Host) -> None:
@@ -154,6 +163,11 @@ def test_random_changes(seed: int, caplog: pytest.LogCaptureFixture) -> None:
         await host.export("q")
         walk = Walk(host, seed)
         walk.files = "ab"
+
+        async def switched() -> None:
+            check_permissions(walk.graph)
+
+        walk.graph.on_switched = switched
         done = failed = 0
         async with host.device() as guest, load(guest):
             while done + failed < 150:

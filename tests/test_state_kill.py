@@ -39,13 +39,8 @@ TREE = (
 )
 PROCESS = ("--plugin", PLUGIN, "--state", "{dir}/state", "--control", "{dir}/q.sock")
 STATE_POINTS = ("state-begun", "state-written", "state-synced", "state-renamed", "state-safe")
-SNAPSHOT_POINTS = (
-    "snapshot-file",
-    "snapshot-created",
-    "snapshot-opened",
-    "snapshot-paused",
-    "snapshot-flushed",
-)
+PAUSED_POINTS = ("snapshot-paused", "snapshot-flushed")
+SNAPSHOT_POINTS = ("snapshot-file", "snapshot-created", "snapshot-opened", *PAUSED_POINTS)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +162,10 @@ def test_killed_at_one_step(restored: Path, change: str, point: str) -> None:
                 qmp.command(name, **arguments)
             assert daemon.process.wait(20) == -9
             after = (restored / "state").read_text()
-            assert (after != before) == (point in ("state-renamed", "state-safe"))
+            recorded = point in ("state-renamed", "state-safe")
+            # What reads the same is recorded before guests are paused.
+            recorded |= change == "snapshot" and point in PAUSED_POINTS
+            assert (after != before) == recorded
             daemon.close()
             with start(restored) as again:
                 check_tree(again)
@@ -184,6 +182,67 @@ def test_killed_at_one_step(restored: Path, change: str, point: str) -> None:
                     check_tree(again)
                     if change != "export-del":
                         assert device.read(1024, 5 * 512)[:5] == b"later"
+    check_images(restored)
+
+
+QUORUM = (
+    *TREE[:4],
+    "--blockdev",
+    "quorum,node-name=m,children.0=leg0,children.1=leg1,vote-threshold=1",
+    "--blockdev",
+    "null-co,node-name=spare",
+    *TREE[-2:],
+)
+
+
+@pytest.mark.parametrize("point", ["state-synced", "state-renamed", *PAUSED_POINTS])
+def test_a_quorum_knows_its_legs_wherever_a_snapshot_was_killed(point: str) -> None:
+    """Whether its metadata or the state file, or both, are those of before."""
+    with vhostblk(*QUORUM, *PROCESS, files={"disk0.img": MIB, "disk1.img": MIB}) as daemon:
+        with Device(daemon.socket("e")) as device:
+            device.write(0, b"before" + bytes(506))
+        daemon.terminate()
+        with start(daemon.directory, point) as killed, Qmp(killed.socket("q")) as qmp:
+            with pytest.raises((AssertionError, OSError)):
+                qmp.command("blockdev-snapshot-sync", device="e")
+            assert killed.process.wait(20) == -9
+        with start(daemon.directory) as again, Qmp(again.socket("q")) as qmp:
+            check_tree(again)
+            [quorum] = qmp.command("query-quorum")
+            assert [leg["state"] for leg in quorum["legs"]] == ["in-sync", "in-sync"]
+            with Device(again.socket("e")) as device:
+                assert device.read(0, 512) == b"before" + bytes(506)
+
+
+FAILING = {
+    "actions": [
+        {"type": "blockdev-snapshot-sync", "data": {"device": "e"}},
+        {"type": "abort", "data": {}},
+    ]
+}
+
+
+@pytest.mark.parametrize("point", ["state-synced:2", "state-renamed:2", "state-safe:2", ""])
+def test_killed_while_a_snapshot_is_undone(restored: Path, point: str) -> None:
+    """It was recorded before it failed: its files go after that has been taken back."""
+    before, files = (restored / "state").read_text(), set(os.listdir(restored))
+    with start(restored, point) as daemon, Device(daemon.socket("e")) as device:
+        device.write(512, b"written" + bytes(505))
+        with Qmp(daemon.socket("q")) as qmp, pytest.raises((AssertionError, OSError)):
+            qmp.command("transaction", **FAILING)
+        if point:
+            assert daemon.process.wait(20) == -9
+        else:
+            left = set(os.listdir(restored)) - files
+            assert left <= {"e.sock", "q.sock", f"vhostblk-logs-{os.geteuid()}"}
+        assert ((restored / "state").read_text() != before) == (point == "state-synced:2")
+        daemon.close()
+        with start(restored) as again:
+            check_tree(again)
+            device.reconnect()
+            assert device.read(512, 512) == b"written" + bytes(505)
+            device.write(1024, b"later" + bytes(507))
+            device.flush()
     check_images(restored)
 
 
@@ -309,7 +368,9 @@ def test_a_plug_in_must_be_given_again(restored: Path) -> None:
         assert daemon.process.wait(10) == 1
 
 
-@pytest.mark.parametrize("point", ["state-renamed", "state-safe", "snapshot-covered"])
+@pytest.mark.parametrize(
+    "point", ["state-renamed", "state-safe", *PAUSED_POINTS, "snapshot-covered"]
+)
 def test_what_was_covered_becomes_read_only(restored: Path, point: str) -> None:
     """Of a snapshot that is in the tree; by the next process, if this one does not live."""
     with start(restored, point) as daemon, Qmp(daemon.socket("q")) as qmp:
@@ -333,7 +394,7 @@ def test_what_was_covered_becomes_read_only(restored: Path, point: str) -> None:
             daemon.terminate()
 
 
-FROZEN_POINTS = ("snapshot-frozen", "snapshot-paused", "snapshot-flushed", "state-renamed:2")
+FROZEN_POINTS = ("snapshot-frozen", "state-renamed:2", *PAUSED_POINTS)
 """While a guest is frozen; the last when the new tree is recorded (a record of the freeze is the
 first document that is written)."""
 
@@ -349,7 +410,7 @@ def test_a_frozen_guest_is_thawed_by_the_next_process(restored: Path, point: str
             expected = [agent.path] if point != "state-synced" else None
             assert recorded.pop("frozen-guests", None) == expected
             # Freezing is written down with the old tree, whatever has been prepared by then.
-            assert (recorded == before) == (point != "state-renamed:2")
+            assert (recorded == before) == (point not in ("state-renamed:2", *PAUSED_POINTS))
             if point == "state-synced":
                 return
             again = await asyncio.to_thread(start, restored)

@@ -20,7 +20,7 @@ from vhostblk.engine import AIO_NAMES, Engine, IOThread, OpStats, Stats
 from vhostblk.events import EventBus
 from vhostblk.export import Export, export_type
 from vhostblk.export import export_types as known_export_types
-from vhostblk.graph import Graph
+from vhostblk.graph import Change, Graph
 from vhostblk.graph.describe import describe_drive, describe_graph
 from vhostblk.image import Extent, merged
 from vhostblk.jobs import JobStore
@@ -138,6 +138,18 @@ class Backend:
         if self._state is not None:
             await self._state.write(describe(self))
 
+    async def _record_expected(self, change: Change) -> Callable[[], Awaitable[None]]:
+        """Record the tree as it will be: what reads the same may be served from now on."""
+        assert self._state is not None
+        file, before = self._state, self._state.safe
+        await file.write(describe(self, change.children_of))
+
+        async def undo() -> None:
+            if before is not None:
+                await file.write(before)
+
+        return undo
+
     async def _record_again(self) -> None:
         """After a failure: the state file may be ahead of what there is."""
         try:
@@ -159,6 +171,7 @@ class Backend:
         """From now on, record every change in a state file before it counts."""
         self._state = file
         self.graph.on_switched = self.save_state
+        self.graph.on_expected = self._record_expected
         async with self.graph.lock:  # a quorum may have begun to rebuild a leg
             await self.save_state()
 

@@ -156,6 +156,8 @@ def _run_stall(row: Row, setting: Setting, snapshots: int) -> Numbers:
         drive, snapshots = replace(drive, mib=8, seconds=1.5), min(snapshots, 2)
     numbers = run_stall(setting.vhostblk, setting.client, drive, snapshots)
     numbers["longest-pause-us"] = max(numbers.pop("pauses-us"), default=0)
+    stalls = numbers.pop("stalls-ms")
+    numbers["median-stall-ms"] = statistics.median(stalls) if stalls else 0.0
     return numbers | {"value": numbers["max-ns"] / 1e6}
 
 

@@ -8,6 +8,7 @@ other loads, and more to read.
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> int:
     print(f"{snapshots} snapshots in {directory}")
     print(f"  without snapshots: {quiet['iops']:>9,.0f} IOPS, longest {usual:.2f} ms")
     print(f"  with snapshots:    {busy['iops']:>9,.0f} IOPS, longest {stall:.2f} ms")
+    print(f"  longest after each snapshot: median {statistics.median(busy['stalls-ms']):.2f} ms")
     print(f"  pause-us: median {pauses[len(pauses) // 2]}, longest {pauses[-1]}")
     judged, what = stall, "longest stall"
     if usual >= TARGET_MS:

@@ -34,7 +34,14 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.graph.block_backend import BlockBackend, split
 from vhostblk.graph.edge import Edge
 from vhostblk.graph.options import check_detect_zeroes, inherit, sentence
-from vhostblk.nodes.driver import Child, NodeDriver, NodeOptions, RoleKind, changed_options
+from vhostblk.nodes.driver import (
+    Child,
+    NodeDriver,
+    NodeOptions,
+    Perm,
+    RoleKind,
+    changed_options,
+)
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
 
@@ -69,6 +76,7 @@ class Change:
         self._reopenings: dict[NodeDriver, Reopening] = {}
         self._added: list[NodeDriver] = []
         self._deleted: list[NodeDriver] = []
+        self._empty: set[NodeDriver] = set()
         self._inside: list[tuple[Step, Step | None]] = []
         self._around: list[AbstractAsyncContextManager[None]] = []
         self._after: list[Step] = []
@@ -340,6 +348,10 @@ class Change:
                 references[name] = child.name
         return references
 
+    def is_empty(self, overlay: NodeDriver) -> None:
+        """Nothing has ever been written to this node: with a backing node it reads as that does."""
+        self._empty.add(overlay)
+
     def inside(self, do: Step, undo: Step | None = None) -> None:
         """Run `do` in the pause, before anything is changed; `undo` if something fails later."""
         self._inside.append((do, undo))
@@ -403,7 +415,7 @@ class Change:
                     async with AsyncExitStack() as around:
                         for context in self._around:
                             await around.enter_async_context(context)
-                        await self._pause_and_switch()
+                        await self._record_and_switch()
             except BaseException:
                 await self._abort_reopenings()
                 raise
@@ -434,6 +446,46 @@ class Change:
                         "a cycle",
                         data={"code": "cycle", "node": node.name, "parent": parent.name},
                     )
+
+    async def _record_and_switch(self) -> None:
+        """What can be recorded before the pause does not make it longer."""
+        undo: Step | None = None
+        if self.graph.on_expected is not None and self._reads_the_same():
+            undo = await self.graph.on_expected(self)
+        try:
+            await self._pause_and_switch()
+        except BaseException:
+            if undo is not None:
+                with _logged("recording the old tree again"):
+                    await undo()
+            raise
+
+    def _reads_the_same(self) -> bool:
+        """Whether the new tree has the data of the old one, whatever guests write until the pause.
+
+        So it is if empty overlays are put above nodes that do not grow, and nothing else is done.
+        """
+        if not self._empty or self._reopenings or self._deleted:
+            return False
+        return all(self._only_covers(parent, children) for parent, children in self._plan.items())
+
+    def _only_covers(self, parent: Parent, children: Mapping[str, NodeDriver]) -> bool:
+        before = {role: child.node for role, child in self._live(parent).items()}
+        if parent in self._empty:
+            return before.items() <= children.items()
+        return before.keys() == children.keys() and all(
+            node is before[role] or self._covers(node, before[role])
+            for role, node in children.items()
+        )
+
+    def _covers(self, node: NodeDriver, below: NodeDriver) -> bool:
+        grows = self.graph.permissions_of(below)[0] & Perm.RESIZE
+        return (
+            node in self._empty
+            and below in self.children_of(node).values()
+            and node.size == below.size
+            and not grows
+        )
 
     async def _pause_and_switch(self) -> None:
         graph = self.graph
@@ -480,7 +532,7 @@ class Change:
                 node.children_changed()
                 node.relink()
         self._check_sizes(sizes)
-        with graph.new_permissions():
+        with graph.new_permissions(self._concerned()):
             await self._begin_writing()
             await self._move(moves)
             for backend in graph.backends:
@@ -497,9 +549,14 @@ class Change:
             with sentence(f"Could not reopen node '{node.name}'", "reopen-failed", node):
                 await node.begin_writing()
             self._writing.append(node)
-        for node in self.graph.bottom_up():
-            if self._writing and node in self._disturbed:
+        for node in self.graph.bottom_up() if self._writing else ():
+            if node in self._disturbed:
                 node.relink()  # an engine half may be another one
+
+    def _concerned(self) -> set[NodeDriver]:
+        """Whose parents are others, or whose parents may want something else of them."""
+        children = (node for planned in self._plan.values() for node in planned.values())
+        return {*self._disturbed, *self._left, *self._reopenings, *self._added, *children}
 
     def _moves(self, nodes: list[NodeDriver]) -> dict[NodeDriver, dict[str, NodeDriver]]:
         """Formats whose data others will hold, and who does so now, by role; children first."""

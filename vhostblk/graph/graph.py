@@ -105,6 +105,8 @@ class Graph:
         """The state file, beside which nodes may have files of their own."""
         self.on_switched: Callable[[], Awaitable[None]] | None = None
         """Called when a change is in force and guests are still paused; may refuse by raising."""
+        self.on_expected: Callable[[Change], Awaitable[Callable[[], Awaitable[None]]]] | None = None
+        """Called while guests run, before a change after which all data are as before; its undo."""
 
     # ---- looking
 
@@ -646,13 +648,26 @@ class Graph:
             pass
 
     @contextlib.contextmanager
-    def new_permissions(self) -> Iterator[None]:
-        """The same; what is done inside happens when they can be had, before they are in force."""
+    def new_permissions(self, concerned: Collection[NodeDriver] | None = None) -> Iterator[None]:
+        """The same; what is done inside happens when they can be had, before they are in force.
+
+        Nodes that are neither `concerned` nor below such ones, and have the permissions that they
+        had, are left alone. (With long chains of backing files most are.)
+        """
         wanted: dict[NodeDriver, tuple[Perm, Perm]] = {}
         prepared: list[NodeDriver] = []
+        touched = set(self._nodes.values() if concerned is None else concerned)
         try:
             for node in self._top_down():
+                known = self._perms.get(node)
+                above = {edge.parent for edge in self._parents[node]}
+                if known is not None and node not in touched and touched.isdisjoint(above):
+                    wanted[node] = known
+                    continue
                 wanted[node] = self._combine(node, wanted)
+                if wanted[node] == known and node not in touched:
+                    continue
+                touched.add(node)
                 try:
                     node.prepare_permissions(*wanted[node])
                 except Exception:

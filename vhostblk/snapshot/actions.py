@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FLUSH_PATIENCE = 300.0  # seconds, while guests run: a disk may have a lot to write
+_REST_PATIENCE = 30.0  # after that, for what has been written since; the graph is locked meanwhile
 
 
 class FreezeOptions(Model):
@@ -284,8 +285,6 @@ async def _cover(backend: Backend, change: Change, covers: list[Cover]) -> None:
         fault_point("snapshot-paused")
         await flush([c.node for c in covers if not c.overlay.owe_flush()], PAUSE_PATIENCE)
         fault_point("snapshot-flushed")
-        # A process that finds the new tree in the state file has to do this if we do not.
-        backend.covered.update(legs)
 
     async def not_covered() -> None:
         backend.covered.difference_update(legs)
@@ -303,7 +302,10 @@ async def _cover(backend: Backend, change: Change, covers: list[Cover]) -> None:
         change.inside(check)  # when all actions have said what they cover
     covered += legs
     await flush(legs, _FLUSH_PATIENCE)
-    change.inside(in_the_pause, not_covered)
+    # A process that finds the new tree in the state file has to do what comes afterwards.
+    backend.covered.update(legs)
+    change.on_failure(not_covered)
+    change.inside(in_the_pause)
     change.after(afterwards)
 
 
@@ -322,7 +324,7 @@ async def finish_covered(
     What cannot be flushed stays as it is, its overlay still owes that, and the error is returned.
     """
     covered = list(nodes)
-    failed = await _flush_all(backend, covered, _FLUSH_PATIENCE)
+    failed = await _flush_all(backend, covered, _REST_PATIENCE)
     for node, error in failed.items():
         error.desc = f"a power failure may still damage the snapshot: {error.desc}"
         logger.error("%s", error.desc)

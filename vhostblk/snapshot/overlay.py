@@ -65,6 +65,7 @@ async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
     if not wanted.existing:
         # A file that holds an image grows while guests write.
         change.inside(partial(_lengthen, overlay, wanted.below))
+        change.is_empty(overlay)
     elif overlay.size != wanted.below.size:
         raise VhostblkError(
             f"Overlay '{wanted.filename}' has {overlay.size} bytes, and node "

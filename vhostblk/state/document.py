@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from vhostblk import __version__
-from vhostblk.graph import Graph
+from vhostblk.graph import BlockBackend, Graph
 from vhostblk.nodes.driver import NodeDriver, RoleKind
 from vhostblk.schema import Model, VhostblkError, validate
 from vhostblk.state.file import StateFile
@@ -104,10 +105,16 @@ class Document(Model):
 # ---- writing
 
 
-def describe(backend: Backend) -> str:
-    """The state of a backend, as the text of a state file."""
+Relations = Callable[[NodeDriver | BlockBackend], Mapping[str, NodeDriver]]
+"""The children of a node (of a drive: `root`) by role."""
+
+
+def describe(backend: Backend, children_of: Relations | None = None) -> str:
+    """The state of a backend, as the text of a state file; with other relations, if given."""
+    children_of = children_of or partial(_present, backend.graph)
     objects, mentioned = [], []
-    roots = [export.backend.root for export in backend.exports() if export.backend is not None]
+    drives = [export.backend for export in backend.exports() if export.backend is not None]
+    roots = [children_of(drive)["root"] for drive in drives]
     for entry in backend.objects:
         options = entry.state_options()
         if options is None:
@@ -120,11 +127,20 @@ def describe(backend: Backend) -> str:
         "program": json.dumps(f"vhostblk {__version__}"),
         "objects": _array(map(_compact, objects)),
         "objects-with-secrets": _array(map(_compact, mentioned)),
-        "nodes": _array(_node_text(backend, node) for node in _kept_nodes(backend.graph, roots)),
+        "nodes": _array(
+            _node_text(backend, node, children_of(node))
+            for node in _kept_nodes(backend.graph, roots, children_of)
+        ),
         "exports": _array(_compact(export.state_options()) for export in backend.exports()),
         "jobs": _array(_compact(entry) for entry in _unfinished(backend)),
     }
     return _laid_out(members, backend.frozen_guests)
+
+
+def _present(graph: Graph, parent: NodeDriver | BlockBackend) -> Mapping[str, NodeDriver]:
+    if isinstance(parent, BlockBackend):
+        return {"root": parent.root}
+    return {role: child.node for role, child in graph.children_of(parent).items()}
 
 
 def with_frozen_guests(text: str, frozen: Iterable[str]) -> str:
@@ -162,7 +178,9 @@ def _array(entries: Iterable[str]) -> str:
     return f"[\n  {lines}\n ]" if lines else "[]"
 
 
-def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
+def _kept_nodes(
+    graph: Graph, roots: Iterable[NodeDriver], children_of: Relations
+) -> list[NodeDriver]:
     """Children first, else in the order in which they were made.
 
     Without those that are about to go with the parent they had.
@@ -173,13 +191,13 @@ def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
         node = waiting.pop()
         if node not in needed:
             needed[node] = None
-            waiting += [child.node for child in graph.children_of(node).values()]
+            waiting += children_of(node).values()
     kept: dict[NodeDriver, None] = {}
     for top in graph.nodes.values():
         waiting = [top] if top in needed else []
         while waiting:
             node = waiting[-1]
-            missing = [c.node for c in graph.children_of(node).values() if c.node not in kept]
+            missing = [child for child in children_of(node).values() if child not in kept]
             if missing:
                 waiting += reversed(missing)
             else:
@@ -191,34 +209,35 @@ def _kept_nodes(graph: Graph, roots: Iterable[NodeDriver]) -> list[NodeDriver]:
 _texts: WeakKeyDictionary[NodeDriver, tuple[Any, Any, str]] = WeakKeyDictionary()
 
 
-def _node_text(backend: Backend, node: NodeDriver) -> str:
+def _node_text(backend: Backend, node: NodeDriver, children: Mapping[str, NodeDriver]) -> str:
     graph, covered = backend.graph, node in backend.covered
-    children = tuple((role, child.node.name) for role, child in graph.children_of(node).items())
+    names = tuple((role, child.name) for role, child in children.items())
     given = tuple(graph.given_options(node))
-    key = (node.name, children, graph.is_owned(node), given, covered)
+    key = (node.name, names, graph.is_owned(node), given, covered)
     known = _texts.get(node)
     if known is None or known[0] is not node.options or known[1] != key:
-        entry = _describe_node(graph, node)
+        entry = _describe_node(graph, node, children)
         if covered:
             entry["covered"] = True
         known = _texts[node] = (node.options, key, _compact(entry))
     return known[2]
 
 
-def _describe_node(graph: Graph, node: NodeDriver) -> dict[str, Any]:
+def _describe_node(
+    graph: Graph, node: NodeDriver, children: Mapping[str, NodeDriver]
+) -> dict[str, Any]:
     options = node.state_options()
     if not node.name.startswith("#"):
         options["node-name"] = node.name
     # Where it came from does not matter any more: children are the nodes they are now.
-    children = graph.children_of(node)
     for role, kind in node.child_roles.items():
         options.pop(role, None)
         if kind.many:
             options[role] = [
-                child.node.name for name, child in children.items() if name.startswith(f"{role}.")
+                child.name for name, child in children.items() if name.startswith(f"{role}.")
             ]
         elif role in children:
-            options[role] = children[role].node.name
+            options[role] = children[role].name
         elif kind.kind is RoleKind.BACKING:
             options[role] = None  # not the one that the image names
     given = graph.given_options(node)
