@@ -39,6 +39,7 @@ struct state {
 struct vb_cipher {
     EVP_CIPHER_CTX *templates[CONTEXTS]; /* with keys; never used to encrypt */
     const struct vb_xts *xts;            /* NULL: the mode is OpenSSL's business */
+    struct vb_vaes *vaes;                /* owned; or NULL: OpenSSL encrypts the data */
     uint32_t iv;
     uint32_t iv_size;                    /* 0: none */
     uint32_t sector_size;
@@ -183,6 +184,21 @@ static bool run_masked(const struct vb_cipher *cipher, struct state *state, EVP_
     return true;
 }
 
+static bool run_vaes(const struct vb_cipher *cipher, bool encrypt, const unsigned char *tweaks,
+                     size_t count, const unsigned char *from, unsigned char *to, size_t left)
+{
+    vb_vaes_xts(cipher->vaes, encrypt,
+                &(struct vb_vaes_work){
+                    .tweaks = tweaks,
+                    .sectors = count,
+                    .sector_size = cipher->sector_size,
+                    .from = from,
+                    .ahead = left > AHEAD ? AHEAD : 0,
+                    .to = to,
+                });
+    return true;
+}
+
 static bool run(struct vb_cipher *cipher, struct state *state, bool encrypt, uint64_t offset,
                 const unsigned char *from, unsigned char *to, size_t bytes)
 {
@@ -201,8 +217,9 @@ static bool run(struct vb_cipher *cipher, struct state *state, bool encrypt, uin
                 return false;
             }
         } else if (!make_ivs(cipher, state, offset, count, ivs) ||
-                   !(cipher->xts ? run_masked(cipher, state, context, ivs, count, from, to, bytes)
-                                 : run_each(cipher, context, ivs, count, from, to))) {
+                   !(cipher->vaes  ? run_vaes(cipher, encrypt, ivs, count, from, to, bytes)
+                     : cipher->xts ? run_masked(cipher, state, context, ivs, count, from, to, bytes)
+                                   : run_each(cipher, context, ivs, count, from, to))) {
             return false;
         }
         offset += now;
@@ -288,6 +305,28 @@ static bool make_both(struct vb_cipher *cipher, const char *name, const unsigned
     return cipher->templates[DECRYPT] != NULL;
 }
 
+static bool is_aes(const struct vb_cipher_options *options)
+{
+    return options->xts_block && strncmp(options->xts_block, "AES-", 4) == 0;
+}
+
+static bool want_vaes(const struct vb_cipher_options *options)
+{
+    return is_aes(options) && vb_vaes_possible() &&
+           (options->xts_own == 0 || options->xts_own == 3);
+}
+
+static bool make_vaes(struct vb_cipher *cipher, const uint8_t *key, size_t key_size, char *error)
+{
+    cipher->vaes = aligned_alloc(_Alignof(struct vb_vaes), sizeof(*cipher->vaes));
+    if (!cipher->vaes) {
+        vb_error(error, -ENOMEM, "out of memory");
+        return false;
+    }
+    vb_vaes_expand(cipher->vaes, key, key_size);
+    return true;
+}
+
 /* XTS by way of masks: half of the key for the data, the other half for the tweaks. */
 static bool make_masked(struct vb_cipher *cipher, const struct vb_cipher_options *options,
                         char *error)
@@ -300,22 +339,29 @@ static bool make_masked(struct vb_cipher *cipher, const struct vb_cipher_options
     }
     cipher->templates[IV] =
         new_context(options->xts_block, options->key + half, half, true, error);
-    return cipher->templates[IV] != NULL;
+    if (!cipher->templates[IV]) {
+        return false;
+    }
+    return !want_vaes(options) || make_vaes(cipher, options->key, half, error);
 }
 
-/* Sectors of 4096 bytes hardly feel the cost of a call, and the masks would cost more. */
+/* Without VAES, sectors of 4096 bytes hardly feel the cost of a call, and the masks would cost more. */
 static bool want_masked(const struct vb_cipher_options *options)
 {
     if (!options->xts_block || options->iv_cipher || options->xts_own == 1) {
         return false;
     }
-    return !options->cipher || options->xts_own == 2 ||
+    return !options->cipher || options->xts_own >= 2 || want_vaes(options) ||
            (vb_xts_best()->quick && options->sector_size < SECTOR_MAX);
 }
 
 static bool make_ciphers(struct vb_cipher *cipher, const struct vb_cipher_options *options,
                          char *error)
 {
+    if (options->xts_own == 3 && !want_vaes(options)) {
+        vb_error(error, -ENOTSUP, "this CPU has no VAES");
+        return false;
+    }
     if (want_masked(options)) {
         return make_masked(cipher, options, error);
     }
@@ -375,6 +421,10 @@ void vb_cipher_free(vb_cipher *cipher)
         free_state(atomic_load_explicit(&cipher->states[i], memory_order_acquire));
     }
     free_contexts(cipher->templates);
+    if (cipher->vaes) {
+        OPENSSL_cleanse(cipher->vaes, sizeof(*cipher->vaes));
+        free(cipher->vaes);
+    }
     free(cipher);
 }
 

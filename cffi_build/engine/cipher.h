@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* cipher.h: sectors in and out of a cipher (cipher.c), and the masks of XTS (cipher_xts.c). */
+/*
+ * cipher.h: sectors in and out of a cipher (cipher.c), the masks of XTS (cipher_xts.c), and AES in XTS
+ * mode as new CPUs do it (cipher_vaes.c).
+ */
 #ifndef VB_CIPHER_H
 #define VB_CIPHER_H
 
@@ -30,5 +33,27 @@ struct vb_xts {
 
 extern const struct vb_xts vb_xts_portable, vb_xts_avx2, vb_xts_avx512;
 const struct vb_xts *vb_xts_best(void); /* for this CPU */
+
+/* AES's expanded keys, for vb_vaes_xts(). Whoever has one wipes it. */
+struct vb_vaes {
+    _Alignas(16) unsigned char encrypt[15][16];
+    _Alignas(16) unsigned char decrypt[15][16];
+    unsigned rounds;
+};
+
+/* Sectors in a row, from `from` to `to`, which may be the same. */
+struct vb_vaes_work {
+    const void *tweaks; /* 16 bytes for each of them */
+    size_t sectors, sector_size;
+    const void *from;
+    size_t ahead;       /* what lies so many bytes behind what is read may be fetched; 0: nothing */
+    void *to;
+};
+
+bool vb_vaes_possible(void); /* on this CPU */
+/* A key of 16, 24 or 32 bytes. */
+void vb_vaes_expand(struct vb_vaes *aes, const uint8_t *key, size_t key_size);
+/* Each byte of `from` is read once, and nothing but the result is ever written to `to`. */
+void vb_vaes_xts(const struct vb_vaes *aes, bool encrypt, const struct vb_vaes_work *work);
 
 #endif

@@ -157,7 +157,7 @@ def new_cipher(
     """A cipher. Sectors are counted in 512 bytes for their IVs, with `large_iv` as they are.
 
     The key is copied; the caller wipes its own. `xts` is for tests: 1 takes OpenSSL's own XTS, 2
-    ours.
+    ours around OpenSSL's AES, 3 ours for CPUs with VAES.
     """
     name = spec.openssl(len(key))
     own: str | None = f"{name}-{spec.mode.upper()}"

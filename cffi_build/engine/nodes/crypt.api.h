@@ -13,7 +13,7 @@
 struct vb_cipher_options {
     const char *cipher;      /* what sectors are encrypted with; NULL: OpenSSL has no such mode */
     const char *xts_block;   /* XTS: the block cipher in ECB mode, to be masked; else NULL */
-    uint32_t xts_own;        /* XTS: 0 the quicker way; 1 only `cipher`; 2 only `xts_block` */
+    uint32_t xts_own;        /* XTS: 0 the quickest way; 1 only `cipher`; 2 only `xts_block`; 3 VAES */
     const uint8_t *key;      /* XTS: both keys in a row */
     uint32_t key_size;
     const char *iv_cipher;   /* NULL, or (in ECB mode) what IVs are encrypted with: ESSIV, EBOIV */
