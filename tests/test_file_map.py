@@ -86,6 +86,23 @@ def test_second_small_read_needs_no_system_call(engine: BareEngine, image: Path)
     assert mapped(engine) == 2
 
 
+def test_files_are_mapped_at_different_places(engine: BareEngine, image: Path) -> None:
+    """Those of legs of the same size: a cache of a CPU must have room for the same byte of each."""
+    paths = [image.with_name(f"{image.name}-{number}") for number in range(8)]
+    for path in paths:
+        path.touch()
+        os.truncate(path, 4 << 30)
+        engine.file(path)
+    places = set()
+    for path in paths:
+        maps = Path("/proc/self/maps").read_text()
+        begin, end = re.findall(rf"(?m)^(\w+)-(\w+) .* {re.escape(str(path))}$", maps)[0]
+        places.add(int(begin, 16) % (64 * MIB))
+        assert int(begin, 16) % (2 * MIB) == 0
+        assert int(end, 16) - int(begin, 16) >= 4 << 30
+    assert len(places) == len(paths)
+
+
 def test_what_is_written_is_read(engine: BareEngine, image: Path) -> None:
     """By the guest, by another process, as zeroes, as a hole: no write is missed."""
     node = engine.file(image, discard_unmap=True)
