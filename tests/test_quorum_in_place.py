@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from frontend import Type
 from in_process import MIB, Host, with_host
 from raw_key_driver import RawKey
 
@@ -113,6 +115,71 @@ def test_a_quorum_of_quorums_with_a_leg_in_common() -> None:
         assert await host.read("top", 0, 65536) == noise[:65536]
 
     with_host(test)
+
+
+@pytest.mark.parametrize("sector_size", [512, 4096])
+@pytest.mark.parametrize("at", [0, 4095, 4096, 40000, 65535])
+@pytest.mark.parametrize("liar", "abc")
+def test_a_leg_that_lies_below_a_cipher(liar: str, at: int, sector_size: int) -> None:
+    """Which gets piece after piece of what has been found equal, until one is not."""
+
+    async def test(host: Host) -> None:
+        noise = await quorum(host)
+        key = {"key": "11" * 32 + "22" * 32, "sector_size": sector_size}
+        await host.add("raw-key", "disk", file="q", **key)
+        plain = await host.read("disk", 0, CACHED)
+        before = mapped(host)
+        assert await host.read("disk", 0, 65536) == plain[:65536]
+        assert mapped(host) == before + 3
+        change(host, liar, at, bytes([noise[at] ^ 1]))
+        await host.export("disk")
+        async with host.device() as guest:
+            for offset, length in ((0, 65536), (at & ~4095, 4096), (0, 512), (0, CACHED)):
+                assert await guest.read(offset, length) == plain[offset : offset + length]
+        await host.until(lambda: bool(host.named("QUORUM_REPORT_BAD")))
+        assert {data["node-name"] for data in host.named("QUORUM_REPORT_BAD")} == {liar}
+
+    with_host(test, RawKey)
+
+
+@pytest.mark.parametrize("short", "abc")
+def test_a_leg_that_is_cut_off_below_a_cipher(short: str) -> None:
+    """Some pieces are decrypted already when the signal comes."""
+
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await host.add("raw-key", "disk", file="q", key="11" * 32 + "22" * 32)
+        plain = await host.read("disk", 0, CACHED)
+        os.truncate(host.path(short), 5 * 4096)
+        for offset, length in ((0, 65536), (8192, 4096), (5 * 4096, 4096), (0, CACHED)):
+            assert await host.read("disk", offset, length) == plain[offset : offset + length]
+
+    with_host(test, RawKey)
+
+
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_a_cipher_takes_pieces_wherever_a_guest_wants_them(sector_size: int) -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        key = {"key": "11" * 32 + "22" * 32, "sector_size": sector_size}
+        await host.add("raw-key", "disk", file="q", **key)
+        plain = await host.read("disk", 0, CACHED)
+        rnd = random.Random(sector_size)
+        await host.export("disk")
+        async with host.device() as guest:
+            for _ in range(100):
+                offset = rnd.randrange(0, CACHED - 65536, 512)
+                length = rnd.randrange(512, 65536, 512)
+                cuts = sorted(rnd.randrange(1, length) for _ in range(rnd.randrange(6)))
+                ends = [*dict.fromkeys(cuts), length]
+                sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+                before = mapped(host)
+                read = await guest.submit(Type.IN, offset // 512, length=length, in_split=sizes)
+                done = await guest.checked(read)
+                assert done.data == plain[offset : offset + length]
+                assert mapped(host) == before + 3
+
+    with_host(test, RawKey)
 
 
 def test_readers_never_see_anything_but_old_or_new() -> None:

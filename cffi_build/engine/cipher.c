@@ -28,6 +28,8 @@
 _Static_assert(PIECE <= SECTOR_MAX && PIECE % SECTOR_MIN == 0, "a piece's masks fit");
 
 enum { ENCRYPT, DECRYPT, IV, CONTEXTS };
+enum { DATA, TWEAKS, VAES_KEYS };
+#define VAES_SIZE (VAES_KEYS * sizeof(struct vb_vaes))
 
 /* One thread's. */
 struct state {
@@ -39,7 +41,7 @@ struct state {
 struct vb_cipher {
     EVP_CIPHER_CTX *templates[CONTEXTS]; /* with keys; never used to encrypt */
     const struct vb_xts *xts;            /* NULL: the mode is OpenSSL's business */
-    struct vb_vaes *vaes;                /* owned; or NULL: OpenSSL encrypts the data */
+    struct vb_vaes *vaes;                /* owned: data, tweaks; or NULL: OpenSSL encrypts them */
     uint32_t iv;
     uint32_t iv_size;                    /* 0: none */
     uint32_t sector_size;
@@ -141,6 +143,10 @@ static bool make_ivs(const struct vb_cipher *cipher, struct state *state, uint64
     for (size_t i = 0; i < count; i++, offset += cipher->sector_size) {
         make_iv(cipher, offset / cipher->iv_unit + cipher->iv_offset, ivs + i * cipher->iv_size);
     }
+    if (cipher->vaes) {
+        vb_vaes_ecb(&cipher->vaes[TWEAKS], ivs, count);
+        return true;
+    }
     return !state->contexts[IV] || update(state->contexts[IV], ivs, ivs, count * cipher->iv_size);
 }
 
@@ -187,7 +193,7 @@ static bool run_masked(const struct vb_cipher *cipher, struct state *state, EVP_
 static bool run_vaes(const struct vb_cipher *cipher, bool encrypt, const unsigned char *tweaks,
                      size_t count, const unsigned char *from, unsigned char *to, size_t left)
 {
-    vb_vaes_xts(cipher->vaes, encrypt,
+    vb_vaes_xts(&cipher->vaes[DATA], encrypt,
                 &(struct vb_vaes_work){
                     .tweaks = tweaks,
                     .sectors = count,
@@ -316,14 +322,16 @@ static bool want_vaes(const struct vb_cipher_options *options)
            (options->xts_own == 0 || options->xts_own == 3);
 }
 
+/* Two keys of that size in a row. */
 static bool make_vaes(struct vb_cipher *cipher, const uint8_t *key, size_t key_size, char *error)
 {
-    cipher->vaes = aligned_alloc(_Alignof(struct vb_vaes), sizeof(*cipher->vaes));
+    cipher->vaes = aligned_alloc(_Alignof(struct vb_vaes), VAES_SIZE);
     if (!cipher->vaes) {
         vb_error(error, -ENOMEM, "out of memory");
         return false;
     }
-    vb_vaes_expand(cipher->vaes, key, key_size);
+    vb_vaes_expand(&cipher->vaes[DATA], key, key_size);
+    vb_vaes_expand(&cipher->vaes[TWEAKS], key + key_size, key_size);
     return true;
 }
 
@@ -422,7 +430,7 @@ void vb_cipher_free(vb_cipher *cipher)
     }
     free_contexts(cipher->templates);
     if (cipher->vaes) {
-        OPENSSL_cleanse(cipher->vaes, sizeof(*cipher->vaes));
+        OPENSSL_cleanse(cipher->vaes, VAES_SIZE);
         free(cipher->vaes);
     }
     free(cipher);

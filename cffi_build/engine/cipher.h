@@ -34,7 +34,7 @@ struct vb_xts {
 extern const struct vb_xts vb_xts_portable, vb_xts_avx2, vb_xts_avx512;
 const struct vb_xts *vb_xts_best(void); /* for this CPU */
 
-/* AES's expanded keys, for vb_vaes_xts(). Whoever has one wipes it. */
+/* AES's expanded keys, as VAES wants them. Whoever has one wipes it. */
 struct vb_vaes {
     _Alignas(16) unsigned char encrypt[15][16];
     _Alignas(16) unsigned char decrypt[15][16];
@@ -53,6 +53,8 @@ struct vb_vaes_work {
 bool vb_vaes_possible(void); /* on this CPU */
 /* A key of 16, 24 or 32 bytes. */
 void vb_vaes_expand(struct vb_vaes *aes, const uint8_t *key, size_t key_size);
+/* Encrypts blocks of 16 bytes in place. */
+void vb_vaes_ecb(const struct vb_vaes *aes, void *blocks, size_t count);
 /* Each byte of `from` is read once, and nothing but the result is ever written to `to`. */
 void vb_vaes_xts(const struct vb_vaes *aes, bool encrypt, const struct vb_vaes_work *work);
 

@@ -94,11 +94,13 @@ struct vb_request {
     void (*done)(struct vb_request *request); /* takes the request back from the tree */
     void *owner;         /* the creator's */
     /*
-     * Reads. If not NULL, who has all that is read in memory may call this, once, instead of
-     * copying it to iov. It then sets `taken`, unless what was in memory has turned out to be
-     * worthless meanwhile: then it goes on as if it had not called.
+     * Reads. If not NULL, who has all that is read in memory may call this instead of copying it to
+     * iov: once, with all of it, or, if take_unit is not 0, again and again, with the next so many
+     * units each time. When all has been taken, `taken` is set, unless what was in memory has turned
+     * out to be worthless meanwhile: then it goes on as if this had not been called.
      */
-    void (*take)(struct vb_request *request, const void *data);
+    void (*take)(struct vb_request *request, const void *data, uint64_t position, uint64_t bytes);
+    uint32_t take_unit;
     bool taken;
     struct vb_request *next; /* in a free list */
     struct vb_node *path[VB_PATH_MAX]; /* nodes passed, for their statistics */

@@ -37,6 +37,7 @@ struct vb_request *vb_request_new(struct vb_iothread *thread)
     request->iov = NULL;
     request->niov = 0;
     request->take = NULL;
+    request->take_unit = 0;
     request->taken = false;
     request->start_ns = thread->now_ns;
     return request;

@@ -188,7 +188,8 @@ static int transform(struct crypt_op *op, bool encrypt, uint64_t offset, const v
 }
 
 static void step(struct crypt_op *op);
-static void read_taken(struct vb_request *part, const void *data);
+static void read_taken(struct vb_request *part, const void *data, uint64_t position,
+                       uint64_t bytes);
 
 static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_request *part))
 {
@@ -206,6 +207,7 @@ static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_r
     part->owner = op;
     if (part->op == VB_OP_READ) {
         part->take = read_taken;
+        part->take_unit = op->crypt->layout.sector_size;
     }
     return part;
 }
@@ -241,25 +243,30 @@ static int decrypt_pieces(struct crypt_op *op, const unsigned char *from, uint64
     return ret;
 }
 
-/* What has been read, `data` from the beginning of the step on, into guest memory. */
-static int decrypt_step(struct crypt_op *op, const unsigned char *data)
+/*
+ * What has been read, whole sectors from `position` of the step on, into guest memory. Their pieces
+ * come in order: the cursor goes on.
+ */
+static int decrypt_sectors(struct crypt_op *op, const unsigned char *data, uint64_t position,
+                           uint64_t bytes)
 {
-    uint64_t size = op->crypt->layout.sector_size;
+    uint64_t size = op->crypt->layout.sector_size, begin = op->begin + position;
     uint64_t at = op->request->offset + op->done, end = op->request->offset + op->request->bytes;
     int ret = 0;
 
-    end = end < op->end ? end : op->end;
+    at = at > begin ? at : begin;
+    end = end < begin + bytes ? end : begin + bytes;
     while (at < end && ret == 0) {
         size_t head = at & (size - 1), row = in_a_row(op), n;
 
         n = (row < end - at ? row : end - at) & ~(size - 1);
         if (head > 0 || n == 0) {
             n = size - head < end - at ? size - head : end - at;
-            ret = decrypt_pieces(op, data + (at - head - op->begin), at - head, head, n);
+            ret = decrypt_pieces(op, data + (at - head - begin), at - head, head, n);
         } else {
             unsigned char *to = next_piece(op, &n);
 
-            ret = transform(op, false, at, data + (at - op->begin), to, n);
+            ret = transform(op, false, at, data + (at - begin), to, n);
         }
         at += n;
     }
@@ -270,13 +277,22 @@ static int decrypt_step(struct crypt_op *op, const unsigned char *data)
  * The file's pages are decrypted from where they are, without a copy in between. Should they turn
  * out to be worthless afterwards, the same is done again with what has been read.
  */
-static void read_taken(struct vb_request *part, const void *data)
+static void read_taken(struct vb_request *part, const void *data, uint64_t position,
+                       uint64_t bytes)
 {
     struct crypt_op *op = part->owner;
     uint32_t index = op->index;
     size_t skip = op->skip;
 
-    op->ret = decrypt_step(op, data);
+    if (position == 0) {
+        op->ret = 0;
+    } else {
+        op->index = op->next_index;
+        op->skip = op->next_skip;
+    }
+    if (op->ret == 0) {
+        op->ret = decrypt_sectors(op, data, position, bytes);
+    }
     op->next_index = op->index;
     op->next_skip = op->skip;
     op->index = index;
@@ -295,7 +311,7 @@ static void read_done(struct vb_request *part)
         op->index = op->next_index;
         op->skip = op->next_skip;
     } else if (ret == 0) {
-        ret = decrypt_step(op, op->memory);
+        ret = decrypt_sectors(op, op->memory, 0, op->end - op->begin);
     }
     op->done = op->end - op->request->offset;
     if (ret < 0) {

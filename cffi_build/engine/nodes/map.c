@@ -229,11 +229,12 @@ static void part_ended(struct map_op *op, int ret)
     }
 }
 
-static void take_whole(struct vb_request *part, const void *data)
+static void take_whole(struct vb_request *part, const void *data, uint64_t position,
+                       uint64_t bytes)
 {
     struct map_op *op = part->owner;
 
-    op->request->take(op->request, data);
+    op->request->take(op->request, data, position, bytes);
 }
 
 static void part_done(struct vb_request *part)
@@ -339,6 +340,7 @@ static void start_part(struct map_op *op, struct cursor *cursor, unsigned child,
         part->iov = request->iov;
         part->niov = request->niov;
         part->take = request->take ? take_whole : NULL;
+        part->take_unit = request->take_unit;
     } else {
         cut(op, cursor, bytes, part);
     }

@@ -38,6 +38,7 @@
 /* Reports that Python has not taken yet, of all nodes; more than these are not made. */
 #define REPORTS_MAX 256
 #define PAGE 4096u /* data start at one, for O_DIRECT */
+#define PIECE 4096u /* bytes that are compared and handed on at once */
 
 static _Atomic uint32_t reports;
 
@@ -525,6 +526,33 @@ static bool compare_into_guest(const struct vb_request *request, const unsigned 
     return equal;
 }
 
+/*
+ * Who takes the data a piece at a time gets each as soon as it has been compared, and the memory's
+ * work on the next one goes on meanwhile.
+ */
+static bool compare_and_hand_on(struct vb_request *request, const unsigned char **versions,
+                                uint32_t count)
+{
+    uint64_t piece = request->bytes;
+    bool equal = true;
+
+    if (request->take_unit && PIECE % request->take_unit == 0) {
+        piece = PIECE;
+    }
+    for (uint64_t at = 0; equal && at < request->bytes; at += piece) {
+        piece = request->bytes - at < piece ? request->bytes - at : piece;
+        equal = quorum_compare(versions, count, piece, NULL);
+        if (equal) {
+            request->take(request, versions[0], at, piece);
+        }
+        for (uint32_t version = 0; version < count; version++) {
+            versions[version] += piece;
+        }
+    }
+    return equal;
+}
+
+/* If they differ the vote shall say what that means. */
 static void compare_in_place(struct op *op)
 {
     const unsigned char *versions[VB_MAX_CHILDREN];
@@ -535,20 +563,17 @@ static void compare_in_place(struct op *op)
             versions[found++] = op->parts[leg].data;
         }
     }
-    /* If they differ the vote shall say what that means. */
-    if (!op->request->take) {
-        op->agreed = compare_into_guest(op->request, versions, found);
-    } else if (quorum_compare(versions, found, op->bytes, NULL)) {
-        op->request->take(op->request, versions[0]);
-        op->agreed = true;
-    }
+    op->agreed = op->request->take ? compare_and_hand_on(op->request, versions, found)
+                                   : compare_into_guest(op->request, versions, found);
 }
 
-static void leg_taken(struct vb_request *request, const void *data)
+static void leg_taken(struct vb_request *request, const void *data, uint64_t position,
+                      uint64_t bytes)
 {
     struct part *part = request->owner;
     struct op *op = part->op;
 
+    (void)position, (void)bytes; /* all of it: there is no unit */
     part->data = data;
     op->in_hand |= bit(part->leg);
     if (op->unsubmitted) {
