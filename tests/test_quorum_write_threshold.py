@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from typing import Any
 
 import pytest
+from frontend import Type
 from in_process import MIB, Host, refused, with_host
 from quorum_legs import (
     BLOCK,
@@ -22,6 +24,7 @@ from quorum_legs import (
     submit,
     until_states,
 )
+from raw_key_driver import RawKey
 
 from vhostblk.engine import OP_FLUSH
 from vhostblk.filter import Filter, FilterOptions, Request
@@ -362,3 +365,34 @@ def test_it_can_be_switched_on_and_off() -> None:
             await write
 
     run(test)
+
+
+@pytest.mark.parametrize("cipher", [False, True])
+@pytest.mark.parametrize("options", [{"write_threshold": 2}, {}])
+def test_a_slow_leg_gets_what_the_others_got(cipher: bool, options: dict[str, Any]) -> None:
+    """Whatever becomes of the memory meanwhile: the guest's, or that of a cipher above."""
+
+    async def test(host: Host) -> None:
+        await quorum(host, leg_timeout=0, **options)
+        await host.add("raw-key", "disk", file="q", key="11" * 32 + "22" * 32)
+        await host.export("disk" if cipher else "q")
+        async with host.device() as guest:
+            await guest.write(0, b"1" * 16384)
+            event = Faulty.hangs["b"] = asyncio.Event()
+            write = await guest.submit(Type.OUT, 0, b"2" * 4096)
+            await host.until(lambda: ("write", 0, 4096) in Faulty.seen["b"])
+            if options:
+                await guest.wait(write)
+            # Where the data begin, behind the header.
+            guest.device.memory.write(write.out + 16, b"3" * 4096)
+            others = [await guest.submit(Type.OUT, sector, b"4" * 4096) for sector in (8, 16)]
+            await host.until(lambda: ("write", 8192, 4096) in Faulty.seen["b"])
+            event.set()
+            for request in (write, *others):
+                await guest.checked(request)
+            await guest.flush()
+            assert await guest.read(4096, 8192) == b"4" * 8192
+        assert len({content(host, leg) for leg in "abc"}) == 1
+
+    Faulty.faults, Faulty.hangs, Faulty.seen = {}, {}, {}
+    with_host(test, Faulty, RawKey)

@@ -33,6 +33,7 @@ typedef struct vb_export vb_export;
 #define VB_REQ_MAY_UNMAP 2 /* write-zeroes: the range may be deallocated */
 #define VB_REQ_GUEST 4     /* write: if we are killed, a guest repeats it; half a sector may be written */
 #define VB_REQ_LITERAL 8   /* write: as data, even if they are zeroes */
+#define VB_REQ_STABLE 16   /* write: nobody changes the data before it is complete */
 
 /* ---- the engine: owner of everything below, one per process ---------------- */
 

@@ -205,7 +205,9 @@ static struct vb_request *new_part(struct crypt_op *op, void (*done)(struct vb_r
     part->niov = 1;
     part->done = done;
     part->owner = op;
-    if (part->op == VB_OP_READ) {
+    if (part->op == VB_OP_WRITE) {
+        part->flags |= VB_REQ_STABLE;
+    } else if (part->op == VB_OP_READ) {
         part->take = read_taken;
         part->take_unit = op->crypt->layout.sector_size;
     }

@@ -25,7 +25,8 @@
  * it lets go of its data the second, and so on; the last finds all versions where they are.
  *
  * Writes. The data are copied once, and the legs get the copy: legs that write what the guest
- * is changing at the same time would differ ever after. Late legs live from that copy, too.
+ * is changing at the same time would differ ever after. Late legs live from that copy, too. Only if
+ * there can be none, and it is a node like a cipher whose data they are (VB_REQ_STABLE), is there no copy.
  */
 #include "quorum.h"
 #include "quorum_compare.h"
@@ -409,11 +410,18 @@ static void copy_from_guest(const struct vb_request *request, unsigned char *to)
     }
 }
 
+/* Legs that answer late, or were given up, have to do without the request's own memory. */
+static bool needs_copy(const struct quorum_node *quorum, const struct vb_request *request)
+{
+    return !(request->flags & VB_REQ_STABLE) || quorum->options.write_threshold ||
+           quorum->options.timeout_ns;
+}
+
 static void start_change(struct quorum_node *quorum, struct vb_request *request)
 {
-    bool write = request->op == VB_OP_WRITE;
+    bool copy = request->op == VB_OP_WRITE && needs_copy(quorum, request);
     unsigned char *data;
-    struct op *op = new_op(quorum, request, write ? request->bytes : 0, &data);
+    struct op *op = new_op(quorum, request, copy ? request->bytes : 0, &data);
 
     if (!op) {
         vb_complete(request, -ENOMEM);
@@ -426,13 +434,14 @@ static void start_change(struct quorum_node *quorum, struct vb_request *request)
         return;
     }
     mark_missed(op, op->missed);
-    if (write) {
+    if (copy) {
         copy_from_guest(request, data);
     }
     for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
         if (op->asked & bit(leg)) {
-            op->parts[leg].iov = (struct iovec){data, write ? op->bytes : 0};
-            new_part(op, leg, &op->parts[leg].iov, write);
+            op->parts[leg].iov = (struct iovec){data, op->bytes};
+            new_part(op, leg, copy ? &op->parts[leg].iov : request->iov,
+                     copy ? 1 : request->niov);
         }
     }
     submit_parts(op);
