@@ -342,3 +342,35 @@ def test_create_rounds_up_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1024 bytes" in capsys.readouterr().out
     assert json.loads(qemu("qemu-img", "info", "--output=json", path))["virtual-size"] == 1024
     assert data.exists()
+
+
+def test_map_of_a_quorum() -> None:
+    """Data are where any leg that is in sync has them; one that is out has missed some."""
+
+    async def test(host: Host) -> None:
+        for name in "abc":
+            await host.add("file", name, filename=host.file(name, MIB))
+            await host.add("error-inject", f"leg-{name}", file=name, operations="discard")
+        legs = [f"leg-{name}" for name in "abc"]
+        await host.add("quorum", "q", children=legs, vote_threshold=2)
+
+        async def map() -> list[tuple[int, int, str]]:
+            extents = (await host.backend.block_image_map("q", 0, None, 100))["extents"]
+            assert [e["data"] for e in extents] == [not e["zero"] for e in extents]
+            return [
+                (e["start"] // KIB, e["length"] // KIB, Path(e["filename"]).name)
+                for e in extents
+                if e["data"]
+            ]
+
+        assert await map() == []
+        await host.write("q", 64 * KIB, b"x" * 64 * KIB)
+        assert await map() == [(64, 64, "a")]
+        await host.write("b", 96 * KIB, b"y" * 64 * KIB)  # nobody knows why
+        assert await map() == [(64, 64, "a"), (128, 32, "b")]
+        given = {"driver": "error-inject", "node-name": "leg-a", "file": "a"}
+        await host.backend.blockdev_reopen([{**given, "operations": "write"}])
+        await host.write("q", 512 * KIB, b"z" * 64 * KIB)
+        assert await map() == [(64, 96, "b"), (512, 64, "b")]
+
+    with_host(test)

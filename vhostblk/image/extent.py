@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,11 @@ class Extent:
     def moved(self, by: int, *, depth: int = 0) -> Extent:
         """The same for a parent whose data are `by` bytes further on, or `depth` images above."""
         return replace(self, start=self.start + by, depth=self.depth + depth)
+
+    def part(self, begin: int, end: int) -> Extent:
+        """What of it is between two offsets, which are inside."""
+        offset = None if self.offset is None else self.offset + begin - self.start
+        return replace(self, start=begin, length=end - begin, offset=offset)
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with the members of `qemu-img map --output=json`."""
@@ -60,6 +66,19 @@ def merged(extents: Iterable[Extent]) -> list[Extent]:
         else:
             result.append(extent)
     return result
+
+
+def agreed(copies: Sequence[Sequence[Extent]]) -> Iterator[Extent]:
+    """What several copies of a range consist of: where one of them has data, there are data."""
+    cuts = {at for extents in copies for e in extents for at in (e.start, e.start + e.length)}
+    places = [0] * len(copies)
+    for begin, end in itertools.pairwise(sorted(cuts)):
+        here = []
+        for number, extents in enumerate(copies):
+            while extents[places[number]].start + extents[places[number]].length <= begin:
+                places[number] += 1
+            here.append(extents[places[number]])
+        yield next((extent for extent in here if not extent.zero), here[0]).part(begin, end)
 
 
 def _continues(first: Extent, second: Extent) -> bool:

@@ -18,7 +18,7 @@ import functools
 import logging
 import operator
 import os
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from vhostblk.engine import MAX_CHILDREN, OP_FLUSH, OP_NAMES, OP_READ, guest_buffers
@@ -30,6 +30,7 @@ from vhostblk.engine.quorum import (
     QuorumSettings,
     new_quorum,
 )
+from vhostblk.image import Extent, agreed
 from vhostblk.nodes.driver import (
     INHERITED,
     Child,
@@ -69,6 +70,7 @@ from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
 logger = logging.getLogger(__name__)
 
 SECTOR = 512
+_LOOK = 64 << 20  # bytes of which all legs are asked at once where their data are
 MAX_SUSPECTS = 256  # ranges that wait to be looked at; more than these are found the next time
 # QAPI's QuorumOpType knows three.
 _REPORT_TYPES = ("read", "write", "flush", "write", "write")
@@ -637,6 +639,29 @@ class Quorum(NodeDriver):
     @property
     def keeps_zeroes(self) -> bool:
         return True
+
+    async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
+        """As the first leg that is in sync has it, but zeroes only where none of them has data.
+
+        A leg that is out has holes where it has missed something.
+        """
+        end = offset + length
+        while offset < end:
+            stop = min(end, offset + _LOOK)
+            copies = await self._extents_of_legs(offset, stop - offset)
+            for extent in agreed(copies):
+                yield extent
+            offset = stop
+
+    async def _extents_of_legs(self, offset: int, length: int) -> list[list[Extent]]:
+        found = []
+        for leg in self.legs:
+            if leg.state is LegState.IN_SYNC:
+                try:
+                    found.append([e async for e in leg.node.extents(offset, length)])
+                except OSError:
+                    found.append([Extent(offset, length)])  # that it has data harms nobody
+        return found or [[Extent(offset, length)]]
 
     def describe(self) -> dict[str, Any]:
         return {"legs": self.describe_legs()}
