@@ -116,25 +116,37 @@ def layers(top: NodeDriver) -> Iterator[Layer]:
             return
 
 
-def legs_below(node: NodeDriver, bottom: str | None) -> list[Leg]:
-    """The topmost overlays below a node that have something behind them."""
+def legs_below(node: NodeDriver, bottom: str | None) -> tuple[list[Leg], bool]:
+    """The topmost overlays below a node that have something behind them.
+
+    And whether there is nothing else: beside them, a quorum may have legs that are no overlays.
+    """
     found: list[Leg] = []
+    whole = True
     waiting = [(child, 0, True) for child in data_children(node)]
     while waiting:
         current, shift, zeroes = waiting.pop(0)
-        if backing_role(current) is not None:
-            if bottom is not None:
-                found += _limited(current, shift, zeroes, node, bottom)
-            elif backing_of(current) is not None:
-                found.append(Leg(current, shift, None, range(0), zeroes))
-            continue
         further = current.data_shift()
-        if further is not None:
+        if backing_role(current) is not None:
+            legs = _legs_of(current, shift, zeroes, node, bottom)
+            found += legs
+            whole &= bool(legs)
+        elif further is not None and (below := data_children(current)):
             zeroes = zeroes and current.keeps_zeroes
-            waiting += [(child, shift + further, zeroes) for child in data_children(current)]
-    if bottom is not None and not waiting and not found:
+            waiting += [(child, shift + further, zeroes) for child in below]
+        else:
+            whole = False
+    if bottom is not None and not found:
         _check_bottom(node, bottom)
-    return list({leg.node: leg for leg in found}.values())
+    return list({leg.node: leg for leg in found}.values()), whole
+
+
+def _legs_of(
+    top: NodeDriver, shift: int, zeroes: bool, above: NodeDriver, bottom: str | None
+) -> list[Leg]:
+    if bottom is not None:
+        return _limited(top, shift, zeroes, above, bottom)
+    return [Leg(top, shift, None, range(0), zeroes)] if backing_of(top) is not None else []
 
 
 def _limited(

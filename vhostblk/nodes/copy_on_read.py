@@ -104,7 +104,10 @@ class CopyOnRead(HookedNode):
         self._learning: dict[int, asyncio.Future[None]] = {}
         self._learned: set[int] = set()
         self.handle = None
-        self._legs = legs_below(self, self.options.bottom)
+        self._legs, whole = legs_below(self, self.options.bottom)
+        # Holes of the overlays say nothing of what legs have that are no overlays: the overlay's
+        # leg may be out, and have missed that.
+        self._tells_zeroes = whole
         self.generation = object()
         """Another one each time that marks are forgotten."""
         if self.read_only or not self._legs:
@@ -276,7 +279,7 @@ class CopyOnRead(HookedNode):
                 stop = ((start + size - 1 - offset) >> bits) + 1
                 if wanted:
                     needed[begin:stop] = b"\1" * (stop - begin)
-                if not zero:
+                if not (zero and self._tells_zeroes):
                     data[begin:stop] = b"\1" * (stop - begin)
         return needed, data
 
@@ -303,22 +306,29 @@ class CopyOnRead(HookedNode):
         """Copy what is missing in some regions, and mark them; how many bytes were copied."""
         claim = await self._claim(first, end, exclusive=True)
         try:
-            # Asked only now: whoever had the claim before may have written or copied.
-            needed, data = await self._missing(first, end)
-            kinds = bytes(need + (need & have) for need, have in zip(needed, data, strict=True))
-            copied = 0
-            for kind, at, length in _runs(kinds):
-                offset = (first + at) << self._bits
-                size = min(length << self._bits, self.size - offset)
-                if kind == 1:
-                    await _writing(self._file.write_zeroes(offset, size))
-                elif kind:
-                    await self._copy_data(offset, size)
-                copied += size if kind else 0
-            self._mark(first, end)
-            return copied
+            # Asked only now: whoever had the claim before may have marked some, and writes to these
+            # do not come up any more. They are not copied into even if an overlay lacks them, on a
+            # leg of a quorum that is out.
+            runs = self._unmarked(first, end)
+            return sum([await self._copy_unmarked(*run) for run in runs])
         finally:
             self._release(claim)
+
+    async def _copy_unmarked(self, first: int, end: int) -> int:
+        """The same for claimed regions without a mark."""
+        needed, data = await self._missing(first, end)
+        kinds = bytes(need + (need & have) for need, have in zip(needed, data, strict=True))
+        copied = 0
+        for kind, at, length in _runs(kinds):
+            offset = (first + at) << self._bits
+            size = min(length << self._bits, self.size - offset)
+            if kind == 1:
+                await _writing(self._file.write_zeroes(offset, size))
+            elif kind:
+                await self._copy_data(offset, size)
+            copied += size if kind else 0
+        self._mark(first, end)
+        return copied
 
     async def _copy_data(self, offset: int, length: int) -> None:
         buffer = bytearray(length)
