@@ -395,3 +395,25 @@ def test_a_long_chain() -> None:
             await act(host, "block-filter-remove", node_name="x")
 
     with_host(test, Through)
+
+
+def test_what_has_grown_in_use_is_no_change_of_size() -> None:
+    """A job holds on to a filter beside the image that makes its file longer."""
+
+    async def test(host: Host) -> None:
+        await host.add("file", "file", filename=host.file("image", 0))
+        await host.backend.blockdev_create(
+            "j", {"driver": "qcow2", "file": "file", "size": 16 * MIB}
+        )
+        await host.until(lambda: host.named("JOB_STATUS_CHANGE")[-1]["status"] == "concluded")
+        await host.add("qcow2", "image", file="file")
+        beside = await host.add("delay", "beside", file="file")
+        graph = host.backend.graph
+        async with graph.using(beside, "job", "job"):
+            await host.write("image", 0, b"x" * 8 * MIB)
+            assert beside.size < graph.node("file").size
+            await act(host, "block-filter-insert", node_name="image", child="file",
+                      filter={"driver": "delay", "node-name": "new"})  # fmt: skip
+            assert beside.size == graph.node("file").size
+
+    with_host(test)

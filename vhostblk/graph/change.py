@@ -505,6 +505,7 @@ class Change:
 
     async def _switch(self, nodes: list[NodeDriver]) -> None:
         graph = self.graph
+        graph.refresh_sizes()  # what has grown in use is not of this change's making
         sizes = {backend: backend.root.size for backend in graph.backends}
         moves = self._moves(nodes)
         for node in reversed(moves):
