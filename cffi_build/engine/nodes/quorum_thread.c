@@ -349,6 +349,7 @@ static void run_timer(struct vb_timer *timer)
 void quorum_watch(struct op *op)
 {
     struct quorum_thread *here = op->here;
+    uint64_t deadline = here->thread->now_ns + op->quorum->options.timeout_ns;
 
     op->started_ns = here->thread->now_ns;
     op->listed = true;
@@ -360,8 +361,13 @@ void quorum_watch(struct op *op)
         here->oldest = op;
     }
     here->youngest = op;
+    if (here->timing && here->timer.deadline_ns > deadline) {
+        /* The time has been made shorter since the timer was started. */
+        vb_timer_stop(here->thread, &here->timer);
+        here->timing = false;
+    }
     if (!here->timing) {
-        arm(here, op->started_ns + op->quorum->options.timeout_ns);
+        arm(here, deadline);
     }
 }
 
