@@ -10,6 +10,8 @@ ME=$(basename -- "$0")
 export LC_ALL=C.UTF-8
 # Programs of the system are not to run under sanitizers, nor other Pythons with our modules.
 unset LD_PRELOAD PYTHONPATH PYTHONMALLOC
+# Or each of a thousand processes compiles all modules again, which takes longer than what most of them do.
+unset PYTHONDONTWRITEBYTECODE
 umask 022
 
 say() { printf '%s: %s\n' "$ME" "$*" >&2; }
