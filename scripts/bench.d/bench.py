@@ -27,7 +27,15 @@ from typing import Any
 
 from accuracy import LIMITS
 from accuracy import run as run_accuracy
-from images import Image, ImageError, forget, path_of, prepare
+from images import (
+    CHAIN_DEPTH,
+    SMOKE_CHAIN_DEPTH,
+    Image,
+    ImageError,
+    forget,
+    path_of,
+    prepare,
+)
 from programs import (
     BenchError,
     backend,
@@ -229,7 +237,8 @@ def measure(row: Row, setting: Setting) -> dict[str, Any]:
             if "{file}" in "".join(row.nodes):
                 _clean_pages(setting.file)
             if row.image is not None:
-                prepare(row.image, setting.file)
+                depth = SMOKE_CHAIN_DEPTH if setting.count else CHAIN_DEPTH
+                prepare(row.image, setting.file, depth)
                 _clean_pages(path_of(row.image, setting.file))
             runs.setdefault(contestant.name, []).append(contestant.run())
     medians = {

@@ -20,7 +20,7 @@ class Image(Enum):
     FILLED = "filled"  # every cluster allocated
     EMPTY = "empty"  # of 4 GiB, nothing allocated; new for every run
     OVERLAY = "overlay"  # nothing of its own, on a filled backing file
-    CHAIN = "chain"  # 200 of these, one on the other
+    CHAIN = "chain"  # CHAIN_DEPTH of these, one on the other
     LEGS = "legs"  # FILLED three times: also at {image}.b and {image}.c
     DEDUP = "dedup"  # the data device of an empty dedup store; metadata in {image}.meta
     DEDUP_FILLED = "dedup-filled"  # the same with the data on its disk
@@ -30,6 +30,7 @@ class Image(Enum):
 
 EMPTY_SIZE = 4 << 30
 CHAIN_DEPTH = 200
+SMOKE_CHAIN_DEPTH = 20  # just to see that it works
 PASSPHRASE = "bench"
 
 
@@ -48,12 +49,12 @@ def legs_of(path: Path) -> tuple[Path, ...]:
     return (path, Path(f"{path}.b"), Path(f"{path}.c"))
 
 
-def chain_of(path: Path) -> tuple[Path, ...]:
+def chain_of(path: Path, depth: int = CHAIN_DEPTH) -> tuple[Path, ...]:
     """All overlays of a chain, the lowest first."""
-    return (*(Path(f"{path}.{number}") for number in range(1, CHAIN_DEPTH)), path)
+    return (*(Path(f"{path}.{number}") for number in range(1, depth)), path)
 
 
-def prepare(image: Image, file: Path) -> None:
+def prepare(image: Image, file: Path, chain_depth: int = CHAIN_DEPTH) -> None:
     """Before a run."""
     path = path_of(image, file)
     if image is Image.EMPTY:
@@ -79,7 +80,7 @@ def prepare(image: Image, file: Path) -> None:
     elif image is Image.CHAIN and not path.exists():
         prepare(Image.FILLED, file)
         below = path_of(Image.FILLED, file)
-        for overlay in chain_of(path):
+        for overlay in chain_of(path, chain_depth):
             _qemu_img("create", "-q", "-f", "qcow2", "-b", str(below), "-F", "qcow2", str(overlay))
             below = overlay
     elif image is Image.DEDUP or (image is Image.DEDUP_FILLED and not path.exists()):
