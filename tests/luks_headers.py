@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crash.tools import plain_environment
+from qemu_clock import quick_kdf
 
 from vhostblk import luks
 
@@ -141,23 +142,16 @@ def sparse(path: Path, size: int = 32 * MIB) -> Path:
 
 
 def qemu(passphrase: str, program: str, *words: object) -> str:
-    """A program of QEMU, the secret `s` being this passphrase.
-
-    How many iterations PBKDF2 is to have, QEMU 7.2 cannot find out on a busy machine: it is asked
-    again then.
-    """
+    """A program of QEMU, the secret `s` being this passphrase."""
     secret = ["--object", f"secret,id=s,data={passphrase}"]
     first = list(words[:1]) if program == "qemu-img" else []
     command = [program, *first, *secret, *words[len(first) :]]
-    for _ in range(20):
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=plain_environment(),
-        )
-        if "Unable to get accurate CPU usage" not in done.stderr:
-            break
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=quick_kdf(),
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from backend_process import BackendProcess
-from crash.tools import plain_environment
 from frontend.daemon import Daemon, vhostblk
 from frontend.device import Device
 from frontend.protocol import Type
 from loop_devices import attached, mounted
+from qemu_clock import quick_kdf
 
 KIB, MIB = 1024, 1 << 20
 BLOCK, SECTOR = 4096, 512
@@ -28,7 +28,7 @@ IOTHREADS = ["--object", "iothread,id=io1", "--object", "iothread,id=io2"]
 
 def qemu(*command: str) -> str:
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, env=plain_environment(), timeout=60
+        command, check=True, capture_output=True, text=True, env=quick_kdf(), timeout=60
     ).stdout
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ class Tools:
     def name(self) -> str:
         return f"qemu-{self.version[0]}.{self.version[1]}"
 
-    def run(self, *arguments: str | Path, ok: tuple[int, ...] = (0,)) -> str:
+    def run(
+        self,
+        *arguments: str | Path,
+        ok: tuple[int, ...] = (0,),
+        env: Mapping[str, str] | None = None,
+    ) -> str:
         """Run a tool, whose path comes first; what it prints.
 
         It runs in the directory of the image: QEMU takes the name of an external data file, unlike
@@ -59,7 +65,7 @@ class Tools:
         done = subprocess.run(
             [str(argument) for argument in arguments],
             cwd=images[-1].parent if images else None,
-            env=plain_environment(),
+            env=plain_environment() if env is None else env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
