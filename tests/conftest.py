@@ -12,6 +12,13 @@ from pathlib import Path
 
 import pytest
 from backend_process import BackendProcess
+from thoroughness import seconds
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Who wants more to be tried gives tests more time."""
+    if config.option.timeout is None:
+        config.option.timeout = seconds(float(config.getini("timeout")))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from frontend import Device
+from thoroughness import seconds as limit
 
 from vhostblk.backend import Backend
 from vhostblk.control.commands import registry
@@ -127,7 +128,7 @@ def with_host(
             host = Host(Path(directory), drivers)
             await host.backend.start()
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(limit(seconds)):
                     await test(host)
             finally:
                 async with asyncio.timeout(20):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 ENGINE = Path(__file__).resolve().parent.parent / "cffi_build" / "engine"
 BLOCK = 16
@@ -75,7 +76,7 @@ def exclusive_or(a: bytes, b: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=tries(100), deadline=None)
 @given(
     sector=st.sampled_from([512, 1024, 2048, SECTOR_MAX]),
     sectors=st.integers(1, 8),

@@ -19,6 +19,7 @@ from blkio.model import pattern
 from blkio.stacks import MIB, Stack, usable
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 # Bytes of the disk that hypothesis plays with: small, so that its requests meet one another.
 ARENA = 64 << 10
@@ -106,7 +107,7 @@ def test_any_sequence_of_batches(stack: Stack, tmp_path: Path) -> None:
     with stack.server(tmp_path) as server, Disk(server.path) as disk:
 
         @settings(
-            max_examples=25,
+            max_examples=tries(25),
             deadline=None,
             derandomize=True,
             database=None,

@@ -30,6 +30,7 @@ from crash.recording import MODES, Change, Mode, Survival
 from crash.stage import SEED_VARIABLE
 from dedup_lab import BLOCK, SEGMENT, contents, create, rebuilt
 from in_process import MIB, Host, with_host
+from thoroughness import tries
 
 from vhostblk.dedup import journal as journal_module
 from vhostblk.dedup import store as store_module
@@ -408,7 +409,7 @@ def test_power_cuts(tmp_path: Path, scenario: Scenario, block: int) -> None:
         await scenario(drive)
         await drive.check()
         await life.end()
-        await judge(host, life, history, seed, cuts=32)
+        await judge(host, life, history, seed, cuts=tries(14))
         history.judge(await content_of(host, host.directory), life.recording.clock.now)
         # When a store is full to the brim, the ledger stands back.
         assert ledgers[True] > ledgers[False], ledgers

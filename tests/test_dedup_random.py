@@ -15,6 +15,7 @@ from dedup_lab import BLOCK, SEGMENT, create, open_disk, store_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import MIB, Host, with_host
+from thoroughness import tries
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES
 
@@ -102,7 +103,7 @@ class Model:
             await self.check()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tries(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     plan=st.lists(steps, min_size=5, max_size=40),
     compress=st.sampled_from(["off", "zstd"]),

@@ -6,7 +6,8 @@ tree is drained, snapshots are taken below the filters, images are streamed, and
 go. Requests are made to fail anywhere in the tree: below one leg of a quorum, no guest notices, and
 the leg is rebuilt; elsewhere the guest is told, what it wrote is there or is not, sector by sector,
 and afterwards all is as before. A model says what the disk must contain.
-VHOSTBLK_STACK_EXAMPLES: how often each stack is tried; the first time is hypothesis' simplest.
+VHOSTBLK_STACK_EXAMPLES: how often each stack is tried, if not as often as VHOSTBLK_TEST_EXAMPLES
+says; the first time is hypothesis' simplest.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from hypothesis.stateful import (
 )
 from in_process import MIB, Host
 from luks_headers import CHEAP1, header
+from thoroughness import tries
 
 from vhostblk.jobs.quorum import start_rebuild
 from vhostblk.jobs.stream import StreamJob, start_stream
@@ -53,7 +55,7 @@ STORE = 4 * MIB  # what dedup has for a disk
 SECTOR = 512
 LEGS = 3
 PASSPHRASE = "the passphrase"
-EXAMPLES = int(os.environ.get("VHOSTBLK_STACK_EXAMPLES", "2"))
+EXAMPLES = int(os.environ.get("VHOSTBLK_STACK_EXAMPLES", tries(2)))
 STEPS = 12
 
 

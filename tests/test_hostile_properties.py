@@ -13,6 +13,7 @@ from frontend.virtqueue import DESC, DESC_F_INDIRECT, DESC_F_WRITE
 from fuzz.sessions import Session
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 pytest_plugins = ["frontend.fixtures"]
 
@@ -20,7 +21,7 @@ pytest_plugins = ["frontend.fixtures"]
 def bounded(examples: int) -> settings:
     """The same examples each time, and so many."""
     return settings(
-        max_examples=examples,
+        max_examples=tries(examples),
         deadline=None,
         derandomize=True,
         database=None,

@@ -25,6 +25,7 @@ from test_luks_reencrypt import (
     ended_well,
     until_done,
 )
+from thoroughness import tries
 
 from crash import newest_tools  # isort: skip
 from vhostblk import luks
@@ -218,7 +219,7 @@ def test_a_power_cut_at_any_moment(tmp_path: Path, slots: tuple[int, ...]) -> No
         await luks.convert(volume)
         versions = set()
         for after in range(len(storage.steps) + 1):
-            for seed in range(6):
+            for seed in range(tries(3)):
                 left = Memory(storage.cut(after, random.Random(1000 * after + seed)))
                 found = await luks.open_volume(left)
                 versions.add(found.version)

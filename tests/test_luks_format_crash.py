@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from luks_headers import CHEAP1, CHEAP2, MIB, QUICK, Memory, cryptsetup, opens, run
+from thoroughness import tries
 
 from vhostblk import luks
 from vhostblk.luks import luks2
@@ -25,7 +26,7 @@ from vhostblk.schema import VhostblkError
 
 ONE, TWO, THREE = b"one", b"two", b"three"
 VERSIONS = pytest.mark.parametrize("options", [CHEAP1, CHEAP2], ids=["luks1", "luks2"])
-SEEDS = 3
+SEEDS = tries(2)
 
 
 @pytest.fixture(autouse=True)

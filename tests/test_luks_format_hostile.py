@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from luks_headers import CHEAP1, CHEAP2, QUICK, Memory, run
+from thoroughness import tries
 
 from vhostblk import luks
 from vhostblk.luks import binary2, luks2, reencryption
@@ -119,7 +120,7 @@ def test_random_damage(options: dict[str, Any]) -> None:
     right = run(attempt(whole))
     rnd = random.Random(4)
     end = 592 if options is CHEAP1 else 4096 + 1500
-    for _ in range(150):
+    for _ in range(tries(60)):
         storage = Memory(bytes(whole.content))
         for _ in range(rnd.choice((1, 1, 2, 10))):
             # Both copies alike, so that it is not simply the other one that is used.

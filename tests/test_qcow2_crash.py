@@ -198,14 +198,16 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_power_cuts(tmp_path: Path, name: str) -> None:
     scenario, create, options = SCENARIOS[name]
-    report = stage(tmp_path, create, **options).play(scenario, seed=1)
-    assert report.cuts >= 40
+    made = stage(tmp_path, create, **options)
+    assert made.play(scenario, seed=1).cuts == made.cuts
 
 
 @pytest.mark.parametrize(("name", "seed"), [("refcounts-512-wide", 7), ("resize-extended", 7)])
 def test_power_cuts_that_found_something(tmp_path: Path, name: str, seed: int) -> None:
     scenario, create, options = SCENARIOS[name]
-    stage(tmp_path, create, **options).play(scenario, seed)
+    made = stage(tmp_path, create, **options)
+    made.cuts = 48  # the one in question was among so many
+    made.play(scenario, seed)
 
 
 async def a_little_of_all(drive: Drive) -> None:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qcow2_memory import MemoryDisk
 from qcow2_variants import VARIANTS, make
+from thoroughness import tries
 
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
 from vhostblk.nodes.qcow2.check import check
@@ -120,7 +121,7 @@ async def use_it(disk: MemoryDisk) -> None:
 
 
 @settings(
-    max_examples=250,
+    max_examples=tries(60),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -136,7 +137,7 @@ def test_nothing_but_clear_errors(data: bytes) -> None:
     assert disk.bytes_read < 40 * len(data) + 400 * MIB
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=tries(300), deadline=None, derandomize=True)
 @given(st.binary(min_size=0, max_size=700), st.booleans())
 def test_any_bytes_as_header(data: bytes, valid_start: bool) -> None:
     if valid_start:
@@ -167,7 +168,7 @@ SLICES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=tries(400), deadline=None, derandomize=True)
 @given(SLICES, st.booleans(), st.sampled_from([2, 3]), st.booleans(), st.booleans())
 def test_any_entries_as_l2_table(
     words: list[int], extended: bool, version: int, external: bool, writable: bool

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from in_process import Host, refused, with_host
 from test_qcow2_driver import KIB, MIB, Disk, new_disk
 from test_qcow2_hostile import CLEAR, hostile
+from thoroughness import tries
 
 from vhostblk import backend as backend_module
 from vhostblk.nodes.qcow2.header import Header
@@ -61,7 +62,7 @@ async def use(disk: Disk) -> None:
 
 
 @settings(
-    max_examples=100,
+    max_examples=tries(100),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import Host, with_host
 from test_qcow2_driver import new_disk
+from thoroughness import tries
 
 from vhostblk.nodes.qcow2.header import Header
 from vhostblk.nodes.qcow2.refcounts import Refcounts
@@ -29,7 +30,7 @@ WINDOW = 2000  # clusters that the model looks at: more than it ever takes
 
 
 @pytest.mark.parametrize("bits", [1, 4, 16, 64])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=tries(15), deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_counts_against_a_model(bits: int, seed: int) -> None:
     """Nothing is given to two, the lowest place that fits is taken, and all of it is used."""

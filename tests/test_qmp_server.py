@@ -23,6 +23,7 @@ from backend_process import BackendProcess
 from crash.tools import plain_environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 from vhostblk.control import results
 from vhostblk.control.client import ControlClient, Refused
@@ -405,7 +406,9 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=tries(30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(cuts=st.lists(st.integers(0, 400), max_size=8).map(sorted), noise=st.booleans())
 def test_stream_split_anywhere(path: str, cuts: list[int], noise: bool) -> None:
@@ -444,7 +447,9 @@ def test_oversized_message(path: str) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=tries(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.binary(max_size=200) | st.text(alphabet="{}[]\"':,a1 \n", max_size=100).map(str.encode))
 def test_noise_costs_only_error_messages(path: str, noise: bytes) -> None:
@@ -527,7 +532,9 @@ hostile_arguments = st.dictionaries(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=tries(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_hostile_arguments_are_errors(path: str, backend: Any, data: st.DataObject) -> None:

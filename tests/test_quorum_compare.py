@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 NODES = Path(__file__).resolve().parent.parent / "cffi_build" / "engine" / "nodes"
 GUARD = b"\xa5" * 64
@@ -31,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("name", ["quorum_compare", "quorum_compare_portable"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tries(200), deadline=None)
 @given(
     count=st.integers(1, 5),
     bytes_=st.one_of(st.integers(0, 300), st.sampled_from([512, 4096, 65536, 65536 + 8])),

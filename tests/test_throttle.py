@@ -20,6 +20,7 @@ from frontend import vhostblk as serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import MIB, Guest, Host, refused, with_host
+from thoroughness import tries
 
 from vhostblk.engine.throttle import DIRECTIONS
 from vhostblk.objects.throttle_group import VALUE_MAX, ThrottleGroup, ThrottleGroupOptions
@@ -580,7 +581,7 @@ def test_the_rules_are_qemus(tmp_path: Path) -> None:
             except VhostblkError as error:
                 return error.desc
 
-        @settings(max_examples=400, deadline=None)
+        @settings(max_examples=tries(400), deadline=None)
         @given(limits, limits)
         def check(first: dict[str, int], then: dict[str, int]) -> None:
             new = {"qom-type": "throttle-group", "id": "g", "limits": first}

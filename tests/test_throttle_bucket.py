@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thoroughness import tries
 
 ENGINE = Path(__file__).resolve().parent.parent / "cffi_build" / "engine"
 TICKS = 64 * 10**9  # a second
@@ -111,7 +112,7 @@ def limits(draw: st.DrawFn) -> tuple[int, int, int]:
     return avg, avg * draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 60]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(
     first=limits(),
     second=limits(),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from in_process import Host, with_host
+from thoroughness import tries
 
 from crash.drive import Drive, read_all
 from crash.history import History
@@ -22,6 +23,7 @@ from crash.tools import Tools, newest_tools
 
 SEED_VARIABLE = "VHOSTBLK_CRASH_SEED"
 """Another seed than a test's own: to look for more, or to see a failure again."""
+CUTS = 20
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Stage:
     data_file: Path | None = None
     companions: tuple[Path, ...] = ()
     discards_show: bytes | None = None
-    cuts: int | None = 48
+    cuts: int | None = field(default_factory=lambda: tries(CUTS))
     """None: the process is killed, at each change of a file."""
     snapshots: Snapshots | None = None
     tools: Tools = field(default_factory=newest_tools)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 from frontend.lab import Lab
+from thoroughness import tries
 
 from fuzz.sessions import Session
 
 pytest_plugins = ["frontend.fixtures"]
 
 EXPORTS = ("null", "disk", "many")
-SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "4"))
+SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", tries(4)))
 SEED = os.environ.get("VHOSTBLK_FUZZ_SEED", "1")
 
 
@@ -64,13 +65,13 @@ def has_address_sanitizer() -> bool:
 
 @pytest.mark.skipif("VHOSTBLK_SANITIZED" in os.environ, reason="this is that run already")
 @pytest.mark.skipif(not has_address_sanitizer(), reason="gcc has no libasan")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 + tries(4))
 def test_random_hostile_sessions_with_sanitizers() -> None:
     """The same, on an engine in which a wrong byte ends the process."""
     script = Path(__file__).parents[2] / "scripts" / "test"
     done = subprocess.run(
         [script, "--sanitize", "address,undefined", "tests/fuzz"],
-        env={**os.environ, "VHOSTBLK_FUZZ_SECONDS": "4"},
+        env={**os.environ, "VHOSTBLK_FUZZ_SECONDS": str(tries(4))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
