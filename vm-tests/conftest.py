@@ -20,7 +20,7 @@ from guest import DiskServer, Guest, GuestImages, Workspace
 from guest.accel import find_accelerator
 from guest.images import REPOSITORY
 
-TEST_SECONDS = 120
+TEST_SECONDS = 240  # other tests may run at the same time
 KEPT_LOGS = REPOSITORY / "build" / "vm-tests"
 
 
