@@ -14,11 +14,31 @@ import pytest
 from backend_process import BackendProcess
 from thoroughness import seconds
 
+from vhostblk.luks import kdf, luks2
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Who wants more to be tried gives tests more time."""
     if config.option.timeout is None:
         config.option.timeout = seconds(float(config.getini("timeout")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_digests() -> Iterator[None]:
+    """What a digest of a random volume key costs, tests have no time for: each opening pays it.
+
+    Commands in processes of their own make digests as everywhere.
+    """
+    measured = kdf.pbkdf2_for
+
+    def pbkdf2_for(hash: str, milliseconds: int, length: int) -> int:
+        if milliseconds == luks2.DIGEST_MILLISECONDS:
+            return kdf.LEAST_ITERATIONS
+        return measured(hash, milliseconds, length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kdf, "pbkdf2_for", pbkdf2_for)
+        yield
 
 
 @pytest.fixture

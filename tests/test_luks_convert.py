@@ -30,16 +30,10 @@ from thoroughness import tries
 from crash import newest_tools  # isort: skip
 from vhostblk import luks
 from vhostblk.cli import main
-from vhostblk.luks import luks2
 from vhostblk.luks.file import open_storage
 from vhostblk.schema import VhostblkError
 
 DISK = 4 * MIB
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 def formatted1(path: Path, *words: str, size: int = DISK) -> Path:

@@ -29,15 +29,9 @@ from test_luks_reencrypt import (
     until_done,
 )
 
-from vhostblk.luks import luks2
 from vhostblk.schema import VhostblkError
 
 DISK = 4 * MIB
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 class Detached:

@@ -17,7 +17,7 @@ from vhostblk import luks
 from vhostblk.engine import Engine
 from vhostblk.engine.crypt import CipherSpec as EngineSpec
 from vhostblk.engine.crypt import new_cipher
-from vhostblk.luks import af, hashes, kdf, luks2
+from vhostblk.luks import af, hashes, kdf
 from vhostblk.luks.ciphers import CipherSpec, SectorCipher
 from vhostblk.schema import VhostblkError
 from vhostblk.secret import SecretBytes
@@ -33,11 +33,6 @@ SPECS = [
     ("cast5-cbc-plain", 16), ("des3_ede-cbc-plain64", 24), ("capi:xts(aes)-plain64", 64),
     ("capi:cbc(aes)-essiv:sha256", 32),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 @pytest.mark.parametrize("sector_size", [512, 4096])

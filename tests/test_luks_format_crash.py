@@ -21,18 +21,11 @@ from luks_headers import CHEAP1, CHEAP2, MIB, QUICK, Memory, cryptsetup, opens, 
 from thoroughness import tries
 
 from vhostblk import luks
-from vhostblk.luks import luks2
 from vhostblk.schema import VhostblkError
 
 ONE, TWO, THREE = b"one", b"two", b"three"
 VERSIONS = pytest.mark.parametrize("options", [CHEAP1, CHEAP2], ids=["luks1", "luks2"])
 SEEDS = tries(2)
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A digest of a random key need not cost what the tests have no time for."""
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 Change = Callable[[luks.Volume], Coroutine[Any, Any, Any]]

@@ -21,7 +21,7 @@ from luks_headers import CHEAP1, CHEAP2, QUICK, Memory, run
 from thoroughness import tries
 
 from vhostblk import luks
-from vhostblk.luks import binary2, luks2, reencryption
+from vhostblk.luks import binary2, reencryption
 from vhostblk.schema import VhostblkError
 
 ONE = b"one"
@@ -31,11 +31,6 @@ PERMITTED = {
     "bad-luks-header", "not-luks", "luks-requirements", "luks-unsupported", "luks-cost",
     "bad-passphrase", "luks-slots",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 def made(options: dict[str, Any]) -> Memory:

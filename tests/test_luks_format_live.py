@@ -24,18 +24,12 @@ from luks_headers import CHEAP1, CHEAP2, MIB, Memory, opens, run
 
 from vhostblk import luks
 from vhostblk.control.client import ControlClient, Refused
-from vhostblk.luks import luks2
 from vhostblk.schema import VhostblkError
 
 ONE, TWO, THREE = b"first passphrase", b"second", b"third"
 CHEAP = {"pbkdf-force-iterations": 1000}
 VERSIONS = pytest.mark.parametrize("options", [CHEAP1, CHEAP2], ids=["luks1", "luks2"])
 DISK = 4 * MIB
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 def formatted(path: Path, options: dict[str, Any]) -> Path:

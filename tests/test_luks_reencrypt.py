@@ -20,18 +20,12 @@ from luks_headers import MIB, cryptsetup, opens, run, volume_key
 
 from vhostblk import luks
 from vhostblk.control.client import ControlClient
-from vhostblk.luks import luks2
 from vhostblk.luks.file import open_storage
 from vhostblk.nodes._reencrypt import ReencryptingNode
 
 ONE, TWO = b"first passphrase", b"second"
 CHEAP = {"pbkdf": "pbkdf2", "pbkdf-force-iterations": 1000}
 DISK = 6 * MIB + 3 * 512
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 def formatted(path: Path, *words: str, size: int = DISK) -> Path:

@@ -33,12 +33,6 @@ from test_luks_reencrypt import (
 from crash import newest_tools  # isort: skip
 from vhostblk.control.client import ControlClient
 from vhostblk.jobs.stream import start_stream
-from vhostblk.luks import luks2
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 def legs(directory: Path) -> list[Path]:

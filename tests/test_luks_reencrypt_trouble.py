@@ -41,7 +41,6 @@ from vhostblk.control.client import ControlClient
 from vhostblk.filter import Filter, Request
 from vhostblk.graph import graph
 from vhostblk.jobs import luks_reencrypt
-from vhostblk.luks import luks2
 from vhostblk.luks.file import open_storage
 from vhostblk.luks.reencryption import find
 from vhostblk.nodes import _zone_log
@@ -52,11 +51,6 @@ from vhostblk.schema import VhostblkError
 KIB = 1024
 HEADER = 2 * 16 * KIB + 704 * KIB
 SMALL = 192 * KIB
-
-
-@pytest.fixture(autouse=True)
-def cheap_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks2, "DIGEST_MILLISECONDS", 1)
 
 
 class Small(Volatile):
