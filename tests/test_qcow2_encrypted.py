@@ -15,6 +15,7 @@ from luks_headers import qemu
 
 from vhostblk.cli import main
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES, REQ_MAY_UNMAP
+from vhostblk.luks import KdfOptions
 from vhostblk.schema import VhostblkError
 
 PASSPHRASE = "the passphrase"
@@ -237,7 +238,8 @@ def test_key_slots_change_in_use(tmp_path: Path) -> None:
     async def test(host: Host) -> None:
         node = await opened(host, path)
         await host.write("disk", 0, b"\x77" * 4096)
-        added = await node.volume.add_passphrase(PASSPHRASE.encode(), b"another")
+        kdf = KdfOptions(iter_time=100)
+        added = await node.volume.add_passphrase(PASSPHRASE.encode(), b"another", kdf_options=kdf)
         await host.write("disk", 4096, b"\x77" * 4096)
         assert await node.volume.test(b"another") == added
 
