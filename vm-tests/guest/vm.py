@@ -108,13 +108,16 @@ class Job:
         result = self._guest.run(f"cat {self._base}.status")
         return int(result.output) if result.status == 0 and result.output else None
 
+    def _ended(self) -> tuple[int] | None:
+        """The status as something true, even if it is 0."""
+        status = self.status()
+        return None if status is None else (status,)
+
     def wait(self, timeout: float) -> int:
         """Wait for its end; its exit status."""
         what = f"the end of `{self.command}` in the guest"
         # Not too often: the questions themselves cost the guest time.
-        wait_until(lambda: self.status() is not None, what, timeout, every=0.1)
-        status = self.status()
-        assert status is not None
+        (status,) = wait_until(self._ended, what, timeout, every=0.1)
         return status
 
     def check(self, timeout: float) -> None:
