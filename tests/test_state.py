@@ -71,7 +71,7 @@ def picture(host: Host) -> Any:
             )
             for name, node in sorted(graph.nodes.items())
         },
-        "exports": [export.state_options() for export in host.backend.exports()],
+        "exports": [export.state_options(export.backend.root) for export in host.backend.exports()],
         "objects": [
             host.backend.qom_get(f"/objects/{entry['name']}", "poll-max-ns")
             for entry in host.backend.qom_list("/objects")

@@ -214,6 +214,50 @@ def test_a_quorum_knows_its_legs_wherever_a_snapshot_was_killed(point: str) -> N
                 assert device.read(0, 512) == b"before" + bytes(506)
 
 
+ALONE = (
+    *TREE[:2],
+    "--export",
+    "vhost-user-blk,id=e,node-name=leg0,addr.type=unix,addr.path={dir}/e.sock,writable=on",
+)
+
+
+@pytest.mark.parametrize("point", ["state-synced", "state-renamed", *PAUSED_POINTS])
+def test_killed_when_what_an_export_shows_is_covered(point: str) -> None:
+    """There are no filters above it: the export has another root."""
+    with vhostblk(*ALONE, *PROCESS, files={"disk0.img": MIB}) as daemon:
+        with Device(daemon.socket("e")) as device:
+            device.write(0, b"before" + bytes(506))
+        daemon.terminate()
+        with start(daemon.directory, point) as killed, Qmp(killed.socket("q")) as qmp:
+            with pytest.raises((AssertionError, OSError)):
+                qmp.command("blockdev-snapshot-sync", device="e")
+            assert killed.process.wait(20) == -9
+        with start(daemon.directory) as again:
+            check_tree(again)
+            with Qmp(again.socket("q")) as qmp:
+                [export] = qmp.command("query-block-exports")
+            assert export["node-name"] == ("leg0" if point == "state-synced" else "leg0-1")
+            with Device(again.socket("e")) as device:
+                assert device.read(0, 512) == b"before" + bytes(506)
+
+
+def test_a_job_goes_on_wherever_a_snapshot_was_killed() -> None:
+    """What it is about has another name in the new tree: that is recorded in the pause."""
+    with vhostblk(*QUORUM, *PROCESS, files={"disk0.img": MIB, "disk1.img": MIB}) as daemon:
+        daemon.terminate()
+        with start(daemon.directory, "snapshot-paused") as killed, Qmp(killed.socket("q")) as qmp:
+            qmp.command("quorum-scrub", **{"job-id": "s", "node-name": "m", "speed": 1})
+            before = document(daemon.directory)
+            assert [job["id"] for job in before["jobs"]] == ["s"]
+            with pytest.raises((AssertionError, OSError)):
+                qmp.command("blockdev-snapshot-sync", device="e")
+            assert killed.process.wait(20) == -9
+        assert document(daemon.directory) == before
+        with start(daemon.directory) as again, Qmp(again.socket("q")) as qmp:
+            check_tree(again)
+            assert [job["id"] for job in qmp.command("query-jobs")] == ["s"]
+
+
 FAILING = {
     "actions": [
         {"type": "blockdev-snapshot-sync", "data": {"device": "e"}},

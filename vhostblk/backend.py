@@ -32,7 +32,7 @@ from vhostblk.objects.iothread import IOThreadObject, IOThreadOptions
 from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as snapshot_actions  # known to transactions once loaded
 from vhostblk.snapshot.freeze import FrozenGuests
-from vhostblk.state import Document, StateFile, describe, restore, with_frozen_guests
+from vhostblk.state import Document, StateFile, describe, restore, unfinished, with_frozen_guests
 from vhostblk.transaction import run_actions
 
 if TYPE_CHECKING:
@@ -138,9 +138,14 @@ class Backend:
         if self._state is not None:
             await self._state.write(describe(self))
 
-    async def _record_expected(self, change: Change) -> Callable[[], Awaitable[None]]:
-        """Record the tree as it will be: what reads the same may be served from now on."""
+    async def _record_expected(self, change: Change) -> Callable[[], Awaitable[None]] | None:
+        """Record the tree as it will be: what reads the same may be served from now on.
+
+        Not with jobs, which say of themselves what they are in the present tree.
+        """
         assert self._state is not None
+        if any(unfinished(self)):
+            return None
         file, before = self._state, self._state.safe
         await file.write(describe(self, change.children_of))
 

@@ -247,7 +247,7 @@ def test_killed_while_the_guest_is_frozen(
     for fault in ("snapshot-frozen", "snapshot-paused", "state-renamed:2"):
         story.files.progress.wait(100)
         story.killed_in_a_snapshot(fault)
-    assert len(story.moments) == 1, "the last one was recorded"
+    assert len(story.moments) == 2, "what is in the pause was recorded before, and the last one"
     story.files.progress.wait(100)
     story.snapshot(frozen=True)
     story.files.progress.wait(100)

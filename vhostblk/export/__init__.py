@@ -13,6 +13,7 @@ from vhostblk.schema.validation import wrong_type_error
 if TYPE_CHECKING:
     from vhostblk.engine import Engine, Stats
     from vhostblk.events import EventBus
+    from vhostblk.nodes.driver import NodeDriver
     from vhostblk.objects import ObjectStore
 
 
@@ -65,11 +66,11 @@ class Export:
         """Its entry in `query-block-exports`."""
         raise NotImplementedError
 
-    def state_options(self) -> dict[str, Any]:
-        """Options that make it again after a restart, for the state file (docs/state.md)."""
-        assert self.backend is not None
+    def state_options(self, root: NodeDriver) -> dict[str, Any]:
+        """Options that make it again on that root after a restart, for the state file
+        (docs/state.md)."""
         options: dict[str, Any] = self.options.to_options()
-        return {**options, "node-name": self.backend.root.name}
+        return {**options, "node-name": root.name}
 
     async def set_throttle_group(self, id: str | None) -> None:
         """Have the limits of this throttle-group from now on; None: none."""

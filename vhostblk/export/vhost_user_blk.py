@@ -20,7 +20,7 @@ from vhostblk.export import Export
 from vhostblk.export.limits import ExportLimits
 from vhostblk.export.listener import Listener, SocketAddress, listen
 from vhostblk.graph import BlockBackend
-from vhostblk.nodes.driver import Perm
+from vhostblk.nodes.driver import NodeDriver, Perm
 from vhostblk.objects.iothread import IOThreadObject
 from vhostblk.objects.throttle_group import ThrottleGroup
 from vhostblk.ratelimit import RateLimitedLog
@@ -344,8 +344,8 @@ class VhostUserBlkExport(Export):
     def stats(self) -> Stats:
         return self._handle.stats()
 
-    def state_options(self) -> dict[str, Any]:
-        options = super().state_options()
+    def state_options(self, root: NodeDriver) -> dict[str, Any]:
+        options = super().state_options(root)
         return {**options, "addr": _absolute(options["addr"])}
 
     def describe(self) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class Graph:
         """The state file, beside which nodes may have files of their own."""
         self.on_switched: Callable[[], Awaitable[None]] | None = None
         """Called when a change is in force and guests are still paused; may refuse by raising."""
-        self.on_expected: Callable[[Change], Awaitable[Callable[[], Awaitable[None]]]] | None = None
+        self.on_expected: (
+            Callable[[Change], Awaitable[Callable[[], Awaitable[None]] | None]] | None
+        ) = None
         """Called while guests run, before a change after which all data are as before; its undo."""
 
     # ---- looking

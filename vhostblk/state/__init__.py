@@ -4,7 +4,13 @@
 `file` knows how to keep a document safe on disk, `document` what is in it.
 """
 
-from vhostblk.state.document import Document, describe, restore, with_frozen_guests
+from vhostblk.state.document import (
+    Document,
+    describe,
+    restore,
+    unfinished,
+    with_frozen_guests,
+)
 from vhostblk.state.file import StateFile
 
-__all__ = ["Document", "StateFile", "describe", "restore", "with_frozen_guests"]
+__all__ = ["Document", "StateFile", "describe", "restore", "unfinished", "with_frozen_guests"]

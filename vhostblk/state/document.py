@@ -113,8 +113,11 @@ def describe(backend: Backend, children_of: Relations | None = None) -> str:
     """The state of a backend, as the text of a state file; with other relations, if given."""
     children_of = children_of or partial(_present, backend.graph)
     objects, mentioned = [], []
-    drives = [export.backend for export in backend.exports() if export.backend is not None]
-    roots = [children_of(drive)["root"] for drive in drives]
+    exports = [
+        (export, children_of(export.backend)["root"])
+        for export in backend.exports()
+        if export.backend is not None
+    ]
     for entry in backend.objects:
         options = entry.state_options()
         if options is None:
@@ -129,10 +132,10 @@ def describe(backend: Backend, children_of: Relations | None = None) -> str:
         "objects-with-secrets": _array(map(_compact, mentioned)),
         "nodes": _array(
             _node_text(backend, node, children_of(node))
-            for node in _kept_nodes(backend.graph, roots, children_of)
+            for node in _kept_nodes(backend.graph, [root for _, root in exports], children_of)
         ),
-        "exports": _array(_compact(export.state_options()) for export in backend.exports()),
-        "jobs": _array(_compact(entry) for entry in _unfinished(backend)),
+        "exports": _array(_compact(export.state_options(root)) for export, root in exports),
+        "jobs": _array(_compact(entry) for entry in unfinished(backend)),
     }
     return _laid_out(members, backend.frozen_guests)
 
@@ -160,7 +163,7 @@ def _laid_out(members: dict[str, str], frozen: Iterable[str]) -> str:
     return f"{{\n{text}\n}}\n"
 
 
-def _unfinished(backend: Backend) -> Iterable[dict[str, Any]]:
+def unfinished(backend: Backend) -> Iterable[dict[str, Any]]:
     """The jobs that are to go on after a restart."""
     for job in backend.jobs:
         options = job.state_options()
