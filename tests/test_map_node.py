@@ -380,14 +380,14 @@ def test_a_failed_write_over_the_backing_file_leaves_that(length: int) -> None:
 def test_grace_waits_for_those_that_began_before() -> None:
     async def test(host: Host) -> None:
         await host.add("file", "f", filename=host.file("data", 16 * MIB))
-        await host.add("delay", "slow", file="f", read_ns=150_000_000)
+        await host.add("delay", "slow", file="f", read_ns=1_000_000_000)
         node = await host.add("toy", "t", file="slow", size=MIB)
         node.give()
         await host.write("t", 0, b"a" * UNIT)
         await node.map.grace()
         old = host.backend.engine.submit(node.map, OP_READ, 0, bytearray(512))
         first = asyncio.create_task(node.map.grace())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
         new = host.backend.engine.submit(node.map, OP_READ, 0, bytearray(512))
         second = asyncio.create_task(node.map.grace())
         await first
