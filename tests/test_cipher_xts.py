@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import shared_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -54,12 +53,7 @@ class Xts(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("cc")
-    assert compiler, "scripts/setup installs one"
-    path = tmp_path_factory.mktemp("xts") / "xts.so"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC"]
-    subprocess.run([*command, str(ENGINE / "cipher_xts.c"), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return shared_library(tmp_path_factory.mktemp("xts"), [ENGINE / "cipher_xts.c"])
 
 
 def masks_of(tweak: bytes, size: int) -> bytes:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import shared_library
 from in_process import Guest, Host, with_host
 
 HERE = Path(__file__).parent
@@ -144,14 +143,8 @@ def test_none_at_all_counts_at_once() -> None:
 @pytest.fixture
 def control(tmp_path: Path) -> Iterator[ctypes.CDLL]:
     """The engine's control side with a clock of its own."""
-    compiler = shutil.which("cc")
-    assert compiler, "scripts/setup installs one"
-    path = tmp_path / "control.so"
-    command = [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O2"]
     sources = [*(ENGINE / name for name in ("engine.c", "mailbox.c")), HERE / "c/control_poll.c"]
-    shared = ["-shared", "-fPIC", f"-I{ENGINE}", *map(str, sources), "-o", str(path)]
-    subprocess.run([*command, *shared], check=True)
-    library = ctypes.CDLL(str(path))
+    library = shared_library(tmp_path, sources, "-D_GNU_SOURCE", f"-I{ENGINE}")
     library.one_message.argtypes = [ctypes.c_uint64]
     library.no_message.restype = ctypes.c_uint64
     library.start()

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import shared_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -20,12 +19,7 @@ GUARD = b"\xa5" * 64
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("cc")
-    assert compiler, "scripts/setup installs one"
-    path = tmp_path_factory.mktemp("compare") / "compare.so"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC"]
-    subprocess.run([*command, str(NODES / "quorum_compare.c"), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
+    library = shared_library(tmp_path_factory.mktemp("compare"), [NODES / "quorum_compare.c"])
     for name in ("quorum_compare", "quorum_compare_portable"):
         getattr(library, name).restype = ctypes.c_bool
     return library

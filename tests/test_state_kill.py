@@ -202,10 +202,7 @@ def test_a_quorum_knows_its_legs_wherever_a_snapshot_was_killed(point: str) -> N
         with Device(daemon.socket("e")) as device:
             device.write(0, b"before" + bytes(506))
         daemon.terminate()
-        with start(daemon.directory, point) as killed, Qmp(killed.socket("q")) as qmp:
-            with pytest.raises((AssertionError, OSError)):
-                qmp.command("blockdev-snapshot-sync", device="e")
-            assert killed.process.wait(20) == -9
+        killed_in_a_snapshot(daemon.directory, point)
         with start(daemon.directory) as again, Qmp(again.socket("q")) as qmp:
             check_tree(again)
             [quorum] = qmp.command("query-quorum")
@@ -228,10 +225,7 @@ def test_killed_when_what_an_export_shows_is_covered(point: str) -> None:
         with Device(daemon.socket("e")) as device:
             device.write(0, b"before" + bytes(506))
         daemon.terminate()
-        with start(daemon.directory, point) as killed, Qmp(killed.socket("q")) as qmp:
-            with pytest.raises((AssertionError, OSError)):
-                qmp.command("blockdev-snapshot-sync", device="e")
-            assert killed.process.wait(20) == -9
+        killed_in_a_snapshot(daemon.directory, point)
         with start(daemon.directory) as again:
             check_tree(again)
             with Qmp(again.socket("q")) as qmp:
@@ -417,10 +411,7 @@ def test_a_plug_in_must_be_given_again(restored: Path) -> None:
 )
 def test_what_was_covered_becomes_read_only(restored: Path, point: str) -> None:
     """Of a snapshot that is in the tree; by the next process, if this one does not live."""
-    with start(restored, point) as daemon, Qmp(daemon.socket("q")) as qmp:
-        with pytest.raises((AssertionError, OSError)):
-            qmp.command("blockdev-snapshot-sync", device="e")
-        assert daemon.process.wait(20) == -9
+    killed_in_a_snapshot(restored, point)
     marked = [node["name"] for node in document(restored)["nodes"] if "covered" in node]
     assert marked == ["leg0", "leg1"]
     for _ in range(2):
@@ -448,7 +439,8 @@ def test_a_frozen_guest_is_thawed_by_the_next_process(restored: Path, point: str
     async def run() -> None:
         async with GuestAgentPeer(str(restored / "ga.sock")) as agent:
             before = document(restored)
-            await asyncio.to_thread(killed_in_a_snapshot, restored, point, agent.path)
+            options = {"guest-agent": agent.path}
+            await asyncio.to_thread(killed_in_a_snapshot, restored, point, **options)
             assert agent.frozen == (point in FROZEN_POINTS)
             recorded = document(restored)
             expected = [agent.path] if point != "state-synced" else None
@@ -477,10 +469,10 @@ def finished(recorded: dict[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def killed_in_a_snapshot(directory: Path, point: str, agent: str) -> None:
+def killed_in_a_snapshot(directory: Path, point: str, **options: str) -> None:
     with start(directory, point) as daemon, Qmp(daemon.socket("q")) as qmp:
         with pytest.raises((AssertionError, OSError)):
-            qmp.command("blockdev-snapshot-sync", device="e", **{"guest-agent": agent})
+            qmp.command("blockdev-snapshot-sync", device="e", **options)
         assert daemon.process.wait(20) == -9
 
 

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import shared_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -89,16 +88,10 @@ class Bucket:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("cc")
-    assert compiler, "scripts/setup installs one"
-    path = tmp_path_factory.mktemp("bucket") / "bucket.so"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC"]
     nodes = ENGINE / "nodes"
     sources = [nodes / "throttle_bucket.c", Path(__file__).with_name("c") / "throttle_race.c"]
-    subprocess.run(
-        [*command, "-pthread", f"-I{nodes}", *map(str, sources), "-o", str(path)], check=True
-    )
-    library = ctypes.CDLL(str(path))
+    directory = tmp_path_factory.mktemp("bucket")
+    library = shared_library(directory, sources, "-pthread", f"-I{nodes}")
     library.vb_bucket_wait.restype = ctypes.c_uint64
     library.vb_bucket_account.restype = library.vb_bucket_set.restype = None
     return library

@@ -64,21 +64,9 @@ static struct vb_message *next_message(struct vb_engine *engine)
 /*
  * Going to sleep in the event loop and being woken costs some ten microseconds of CPU on this side and
  * a system call on the other. So while messages come faster than that it is cheaper to spin. How
- * long adapts as for I/O threads (iothread.c): a wait that a longer spin would have
- * shortened doubles the time, one beyond CONTROL_POLL_MAX_NS ends it.
+ * long adapts as for I/O threads (vb_adapt_poll()).
  */
 #define CONTROL_POLL_MAX_NS 32000
-
-static void adapt_polling(struct vb_engine *engine, uint64_t idle_ns)
-{
-    if (idle_ns > CONTROL_POLL_MAX_NS) {
-        engine->poll_ns = 0;
-    } else if (idle_ns > engine->poll_ns) {
-        uint64_t next = engine->poll_ns ? 2 * engine->poll_ns : VB_POLL_NS_START;
-
-        engine->poll_ns = next < CONTROL_POLL_MAX_NS ? next : CONTROL_POLL_MAX_NS;
-    }
-}
 
 static void spin(struct vb_engine *engine)
 {
@@ -112,7 +100,8 @@ int vb_engine_poll(struct vb_engine *engine, struct vb_event *events, int max, b
     if (count > 0) {
         uint64_t now = vb_clock_ns();
 
-        adapt_polling(engine, now - engine->idle_since);
+        engine->poll_ns = vb_adapt_poll(engine->poll_ns, now - engine->idle_since,
+                                        CONTROL_POLL_MAX_NS, 0, 0);
         engine->idle_since = now;
     }
     if (count == max) {

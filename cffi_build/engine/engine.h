@@ -320,6 +320,29 @@ uint64_t vb_clock_ns(void); /* any */
 /* First value of a time to spin when it grows from zero; QEMU's. */
 #define VB_POLL_NS_START 4000
 
+/*
+ * How long to spin after having been idle for `idle_ns`, spinning included, as in QEMU's AioContext: longer (`grow`
+ * times, 0 for 2) if that would have caught what came, less (1/`shrink`, 0 for nothing) if nothing
+ * up to `max_ns` would have.
+ */
+static inline uint64_t vb_adapt_poll(uint64_t poll_ns, uint64_t idle_ns, uint64_t max_ns,
+                                     uint64_t grow, uint64_t shrink)
+{
+    uint64_t next;
+
+    if (poll_ns > max_ns) {
+        return max_ns;
+    }
+    if (idle_ns > max_ns) {
+        return shrink ? poll_ns / shrink : 0;
+    }
+    if (idle_ns <= poll_ns || poll_ns == max_ns) {
+        return poll_ns;
+    }
+    next = poll_ns ? poll_ns * (grow ? grow : 2) : VB_POLL_NS_START;
+    return next < max_ns ? next : max_ns;
+}
+
 /* This is a loop that waits: let the CPU's other thread go first. */
 static inline void vb_pause_cpu(void)
 {

@@ -215,20 +215,12 @@ static void sleep_until_woken(struct vb_iothread *thread)
 /* `idle_ns`: from the last thing done to the next, spinning included. */
 static void adapt_polling(struct vb_iothread *thread, uint64_t idle_ns)
 {
-    uint64_t max = atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
     uint64_t now = atomic_load_explicit(&thread->poll_ns, memory_order_relaxed);
-    uint64_t next = now;
+    uint64_t next = vb_adapt_poll(now, idle_ns,
+                                  atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed),
+                                  atomic_load_explicit(&thread->poll_grow, memory_order_relaxed),
+                                  atomic_load_explicit(&thread->poll_shrink, memory_order_relaxed));
 
-    if (now > max) {
-        next = max;
-    } else if (idle_ns > max) {
-        uint64_t shrink = atomic_load_explicit(&thread->poll_shrink, memory_order_relaxed);
-        next = shrink ? now / shrink : 0;
-    } else if (idle_ns > now && now < max) {
-        uint64_t grow = atomic_load_explicit(&thread->poll_grow, memory_order_relaxed);
-        next = now ? now * (grow ? grow : 2) : VB_POLL_NS_START;
-        next = next < max ? next : max;
-    }
     if (next != now) {
         atomic_store_explicit(&thread->poll_ns, next, memory_order_relaxed);
     }
