@@ -24,6 +24,7 @@ from vhostblk.engine.map import (
     MAP_BACKING,
     MAP_DATA,
     MAP_MISS,
+    MAP_OFFSET,
     MAP_PENDING,
     MAP_TYPE,
     MAP_WRITABLE,
@@ -107,9 +108,10 @@ class Toy(HookedNode):
 
     def apply_log(self) -> None:
         while changes := self.map.take_log():
-            for guest, host in changes:
-                self.truth[guest >> BITS] = host | IN_PLACE
-                self.logged.append((guest, host))
+            for guest, entry, units in changes:
+                assert units == 1 and entry & MAP_TYPE == MAP_DATA
+                self.truth[guest >> BITS] = entry
+                self.logged.append((guest, entry & MAP_OFFSET))
 
     def tables_of(self, request: Request) -> range:
         first = request.offset >> BITS + TABLE_BITS

@@ -25,6 +25,7 @@ from crash.judge import is_dirty
 from crash.stage import SEED_VARIABLE
 from crash.tools import ToolError
 from frontend import Device, Qmp, Request, Type
+from frontend.protocol import DISCARD_SEGMENT, DISCARD_UNMAP
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -36,6 +37,9 @@ Start = Callable[..., BackendProcess]
 
 class Load:
     """A front-end with many writes in flight, and the history of its disk."""
+
+    zeroes = 0.15
+    """How many of the writes are zero writes."""
 
     def __init__(self, socket: Path, history: History, rnd: random.Random) -> None:
         self.rnd = rnd
@@ -73,6 +77,12 @@ class Load:
                 and op.offset < offset + length
             ):
                 return
+        if self.rnd.random() < self.zeroes:
+            flags = self.rnd.choice((0, DISCARD_UNMAP))
+            segment = DISCARD_SEGMENT.pack(offset // 512, length // 512, flags)
+            request = self.device.submit(Type.WRITE_ZEROES, data=segment, queue=queue)
+            self.flying[request] = self.history.begin("write-zeroes", offset, length)
+            return
         data = self.rnd.randbytes(length)
         request = self.device.submit(Type.OUT, offset // 512, data, queue=queue)
         self.flying[request] = self.history.begin("write", offset, length, data)
@@ -119,6 +129,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "512": {"cluster_size": 512},
     "lazy": {"lazy_refcounts": "on", "cluster_size": 4 * KIB},
     "extended": {"extended_l2": "on", "cluster_size": 16 * KIB},
+    "subclusters": {"extended_l2": "on", "cluster_size": 128 * KIB, "backing": "below.raw"},
     "backing": {"cluster_size": 16 * KIB, "backing": "below.raw"},
     "data-file": {"data_file": "disk.data", "cluster_size": 4 * KIB},
     "qed": {"format": "qed", "cluster_size": 4 * KIB, "table_size": 2},

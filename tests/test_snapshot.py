@@ -230,6 +230,15 @@ def test_names_from_templates() -> None:
         ({"device": "e", "mode": "existing"}, ["does not exist", "mode=existing"]),
         ({"device": "e", "mode": "some"}, ["'mode'", "absolute-paths"]),
         (
+            {"device": "e", "mode": "existing", "create_options": {}},
+            ["'create-options' is unexpected"],
+        ),
+        (
+            {"device": "e", "create_options": {"backing-file": "/x"}},
+            ["'create-options.backing-file'"],
+        ),
+        ({"device": "e", "create_options": {"nonesuch": 1}}, ["nonesuch"]),
+        (
             {"device": "e", "snapshot_file_template": "/nonexistent/{node}"},
             ["Could not create '/nonexistent/leg0'", "No such file"],
         ),

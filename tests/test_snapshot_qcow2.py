@@ -87,6 +87,41 @@ async def three_legs(host: Host, format: str) -> None:
     await host.export("m")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "cluster", "subclusters"),
+    [
+        ({"device": "e"}, 128 << 10, True),
+        ({"device": "e", "create_options": {}}, 64 << 10, False),
+        ({"device": "e", "create_options": {"cluster-size": 4096}}, 4096, False),
+        ({"node_name": "leg0", "snapshot_file": "o.qcow2"}, 64 << 10, False),
+        (
+            {
+                "node_name": "leg0",
+                "snapshot_file": "o.qcow2",
+                "create_options": {"extended-l2": True},
+            },
+            64 << 10,
+            True,
+        ),
+    ],
+)
+def test_how_overlays_are_created(
+    arguments: dict[str, Any], cluster: int, *, subclusters: bool
+) -> None:
+    """Those of a drive with subclusters, those of a node as QEMU's, unless somebody says."""
+
+    async def test(host: Host) -> None:
+        await three_legs(host, "raw")
+        if "snapshot_file" in arguments:
+            arguments["snapshot_file"] = host.path(arguments["snapshot_file"])
+        for entry in await snapshot(host, **arguments):
+            info = json.loads(qemu_img("info", "-U", "--output=json", entry["filename"]))
+            assert info["cluster-size"] == cluster
+            assert info["format-specific"]["data"]["extended-l2"] is subclusters
+
+    with_host(test, Mirror)
+
+
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_each_is_one_moment_of_a_guest_under_load(format: str) -> None:
     async def test(host: Host) -> None:

@@ -23,7 +23,7 @@ MAP_TYPE: int = lib.VB_MAP_TYPE
 MAP_WRITABLE: int = lib.VB_MAP_WRITABLE
 MAP_OFFSET = 0xFFFF_FFFF_FFFF_FE00
 MAP_CHANGES = 512
-
+_RUN_WANTED: int = lib.VB_MAP_RUN_WANTED
 
 _FEW = 1 << 16
 
@@ -99,14 +99,13 @@ class MapHandle(NodeHandle):
         lib.vb_map_reclaim(self.pointer, left)
         return [(left[i], left[i + 1]) for i in (0, 2) if left[i + 1]]
 
-    def take_log(self) -> list[tuple[int, int]]:
-        """What the engine has allocated since the last time, some of it: guest and host offset."""
+    def take_log(self) -> list[tuple[int, int, int]]:
+        """What the engine has allocated since the last time, some of it.
+
+        Guest offset, entry and units (struct vb_map_change).
+        """
         count = lib.vb_map_take_log(self.pointer, self._changes, MAP_CHANGES)
-        words = struct.unpack(f"={2 * count}Q", ffi.buffer(self._changes, 16 * count))
-        return [
-            (guest, entry & MAP_OFFSET)
-            for guest, entry in zip(words[::2], words[1::2], strict=True)
-        ]
+        return list(struct.iter_unpack("=3Q", ffi.buffer(self._changes, 24 * count)))
 
     def add_to_log(self, guest: int, entry: int, extra: int) -> bool:
         """A record of our own, behind all that happened before; False if the log is full."""
@@ -152,6 +151,47 @@ class MapHandle(NodeHandle):
         super().free()
 
 
+class MapWords:
+    """L2 tables of a qcow2 image in memory, into which the log of its map is entered.
+
+    A slice of a table is an `array("Q")` in the machine's byte order, and belongs to one table of
+    the map; the caller keeps it, and its length, while it is here.
+    """
+
+    def __init__(self, unit_bits: int, cluster_bits: int, slice_entries: int) -> None:
+        pointer = lib.vb_map_words_new(unit_bits, cluster_bits, slice_entries)
+        if pointer == ffi.NULL:
+            raise MemoryError
+        self._pointer = ffi.gc(pointer, lib.vb_map_words_free)
+        self._slices = ffi.new("uint64_t[]", MAP_CHANGES)
+        self._change = ffi.new("struct vb_map_change *")
+
+    def add(self, slice: int, words: array[int]) -> None:
+        """Words of a slice."""
+        address = ffi.cast("uint64_t *", words.buffer_info()[0])
+        if lib.vb_map_words_set(self._pointer, slice, address) < 0:
+            raise MemoryError
+
+    def remove(self, slice: int) -> None:
+        """They are forgotten. Nothing in the log is about them."""
+        lib.vb_map_words_set(self._pointer, slice, ffi.NULL)
+
+    def enter(self, guest: int, entry: int, units: int) -> None:
+        """One change (struct vb_map_change)."""
+        self._change.guest, self._change.entry, self._change.units = guest, entry, units
+        lib.vb_map_words_enter(self._pointer, self._change)
+
+    def take_log(self, handle: MapHandle) -> Iterator[int]:
+        """Enter what the map has allocated since the last time; the slices that have changed."""
+        while True:
+            count = lib.vb_map_words_take_log(
+                self._pointer, handle.pointer, self._slices, MAP_CHANGES
+            )
+            if not count:
+                return
+            yield from ffi.unpack(self._slices, count)
+
+
 async def sorted_numbers(numbers: array[int], mask: int) -> array[int]:
     """What is left of `numbers` (`array("Q")`) with `mask`, in order, zeroes left out."""
     found = numbers[:]
@@ -167,6 +207,10 @@ async def sorted_numbers(numbers: array[int], mask: int) -> array[int]:
     return found
 
 
+def _nothing() -> None:
+    """For maps that do not allocate."""
+
+
 def new_map(
     engine: Engine,
     *,
@@ -179,15 +223,16 @@ def new_map(
     allocate: bool,
     detect_zeroes: int = 0,
     sink: UpcallSink,
-    low: Callable[[], None],
+    low: Callable[[], None] = _nothing,
+    log_half: Callable[[], None] = _nothing,
     log: MapLog | None = None,
 ) -> MapHandle:
-    """A `map` node; requests it has no answer for go to `sink`, `low` is called for new runs.
+    """A `map` node; requests it has no answer for go to `sink`.
 
-    `log` is memory for the record of allocations, which the map has of its own otherwise.
+    `low` is called for new runs, `log_half` when half of the log is full: once, until something is
+    taken out of it. `log` is memory for that record of allocations, which the map has of its own
+    otherwise.
     """
-    if allocate and unit_bits != cluster_bits:
-        raise ValueError("a map allocates whole units only")
     cookie = engine.new_cookie()
     options = ffi.new(
         "struct vb_map_options *",
@@ -198,6 +243,7 @@ def new_map(
             "log": 0 if log is None else log.address,
             "log_records": 0 if log is None else log.records,
             "unit_bits": unit_bits,
+            "cluster_bits": cluster_bits,
             "table_bits": table_bits,
             "has_backing": has_backing,
             "allocate": allocate,
@@ -205,5 +251,9 @@ def new_map(
         },
     )
     pointer = engine.made(lib.vb_node_map_new(engine.pointer, options, engine.error))
-    engine.listen(cookie, told=lambda *_: low(), upcalls=sink)
+
+    def told(_request: int, _ret: int, what: int, *_: int) -> None:
+        (low if what == _RUN_WANTED else log_half)()
+
+    engine.listen(cookie, told=told, upcalls=sink)
     return MapHandle(engine, pointer, cookie, log)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Drivers besides formats that a program understands when it finds them named in an image.
 _WELL_KNOWN = ("raw", "file", "host_device")
 
+SET_BY_US = ("driver", "file", "size", "backing-file", "backing-fmt")
+"""What the options of blockdev-create say that a snapshot decides."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -42,6 +45,8 @@ class Wanted:
     format: str
     existing: bool
     """The image is there already."""
+    create_options: Mapping[str, Any]
+    """Of blockdev-create, for one that is not; without SET_BY_US."""
 
 
 async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
@@ -155,6 +160,7 @@ async def _create(backend: Backend, change: Change, wanted: Wanted) -> None:
     file = {"driver": "file", "filename": wanted.filename}
     await creator.create(
         {
+            **wanted.create_options,
             "driver": wanted.format,
             "file": file,
             "size": wanted.below.size,

@@ -3,7 +3,12 @@
  * map: where guest data lives. Child 0 is the storage, child 1 (if has_backing) what an
  * unallocated cluster shows. The disk is a row of units of 2^unit_bits bytes; each has an entry,
  * and the entries come in tables of 2^table_bits, which Python installs and evicts. An
- * entry is a type and, for VB_MAP_DATA, the host offset (a multiple of 512):
+ * entry is a type and, for VB_MAP_DATA, the host offset (a multiple of 512).
+ *
+ * Units are clusters, or parts of clusters (qcow2's subclusters): then the cluster has one place in
+ * the storage, in which each unit has its own. A cluster may have a place before its first unit
+ * has: the entry of that, BACKING or ZERO, has the host offset then, and WRITABLE if the place is the
+ * cluster's alone.
  */
 #define VB_MAP_MISS 0      /* ask Python (also: the table is not installed) */
 #define VB_MAP_DATA 1      /* at the host offset on child 0 */
@@ -11,13 +16,14 @@
 #define VB_MAP_BACKING 3   /* on child 1, at the guest's offset; zeroes beyond backing_size */
 #define VB_MAP_PENDING 4   /* being allocated: requests wait until the entry changes */
 #define VB_MAP_TYPE 7      /* mask */
-#define VB_MAP_WRITABLE 8  /* DATA: may be overwritten in place */
+#define VB_MAP_WRITABLE 8  /* DATA: may be overwritten in place; others: see above */
 
 /*
  * What is mapped never leaves C. All of a request goes to Python (VB_EVENT_UPCALL) when one of its
  * entries is MISS, for discards and zero writes, and for writes that need more than a fresh
- * cluster. With `allocate` C takes those by itself from runs (vb_map_give): for ZERO always, unless
- * it has a host offset (a place without data), for BACKING when the write covers the cluster. Each
+ * cluster or the place that it has. With `allocate` C takes those by itself from runs (vb_map_give),
+ * for ZERO and for BACKING, and copies what is around the guest's data. An entry with a host
+ * offset that is not WRITABLE (a place without data, or somebody else's, too) is Python's. Each
  * such allocation is a record in the log, written before anybody can see the new entry.
  */
 struct vb_map_options {
@@ -27,23 +33,28 @@ struct vb_map_options {
     uint64_t log;          /* address of a struct vb_map_log, the caller's; 0: the map has its own */
     uint32_t log_records;  /* its size: a power of two */
     uint8_t unit_bits;     /* 9 to 26 */
+    uint8_t cluster_bits;  /* unit_bits to that and table_bits */
     uint8_t table_bits;    /* 0 to 20 */
     bool has_backing;
-    bool allocate;         /* units are clusters, and C may allocate them */
+    bool allocate;         /* C may allocate clusters */
     uint8_t detect_zeroes; /* writes of zeroes are zero writes: 0 no, 1 yes, 2 that may unmap */
 };
 
-/* The cluster at `guest` has this entry now. */
+/*
+ * The unit at `guest` has this entry now, and those behind it in the cluster, `units` in all, have the like.
+ * BACKING: the cluster at `guest` has this place now, and nothing in it.
+ */
 struct vb_map_change {
     uint64_t guest;
     uint64_t entry;
+    uint64_t units;
 };
 
 struct vb_map_record {
     uint64_t number; /* 1 + its place in the whole history; anything else: not written yet */
     uint64_t guest;  /* VB_MAP_RECORD_PYTHON: the other members are Python's business */
     uint64_t entry;
-    uint64_t extra;
+    uint64_t extra;  /* units behind the first that have the like */
 };
 #define VB_MAP_RECORD_PYTHON 1
 
@@ -76,9 +87,11 @@ void vb_map_set(vb_node *map, uint64_t unit, uint64_t count, uint64_t entry, uin
 bool vb_map_claim(vb_node *map, uint64_t unit, uint64_t expected);
 /*
  * A run of clusters for C to allocate: they read as zeroes, and nobody else uses them. There is place
- * for one in use and a spare one; -EBUSY otherwise. When more is wanted,
- * VB_EVENT_NODE says so.
+ * for one in use and a spare one; -EBUSY otherwise. When more is wanted, VB_EVENT_NODE says so
+ * with op VB_MAP_RUN_WANTED; with VB_MAP_LOG_HALF that half of the log is full.
  */
+#define VB_MAP_RUN_WANTED 1
+#define VB_MAP_LOG_HALF 2
 int vb_map_give(vb_node *map, uint64_t host, uint64_t bytes);
 /* Takes up to `wanted` clusters, at least one if any is left, out of the runs; how many, from *host on. */
 uint64_t vb_map_take(vb_node *map, uint64_t wanted, uint64_t *host);

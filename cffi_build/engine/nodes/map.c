@@ -1,25 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * nodes/map.c: requests to a disk whose data lie wherever a map of units says. The map is
- * in map_table.c, its waiting in map_thread.c; map.api.h explains the entries. Drivers in Python
- * (qcow2, qed) fill the map and do what it has no answer for.
+ * in map_table.c, how units get a place in map_place.c, its waiting in map_thread.c; map.api.h explains
+ * the entries. Drivers in Python (qcow2, qed) fill the map and do what it has no answer for.
  *
  * A request is cut into extents: as many units in a row as one request to a child can do.
  * If any of its units needs Python, all of it goes up before anything has been started, as far as
  * one look can tell; if that was too optimistic it is begun again from the start, which a
  * read or a write may.
  *
- * Allocation in C. The entry is made pending, so that nobody else allocates the same cluster; then
- * a cluster is taken from the run and a record of it written to the log. What comes next depends on
- * what was there before:
- *  - ZERO: the new entry is published at once. The cluster reads as zeroes, so whoever looks at the
+ * Allocation in C. The entry is made pending, so that nobody else allocates the same unit; then it gets
+ * a place. What comes next depends on what was there before:
+ *  - ZERO, of a map whose units are clusters: the new entry is published at once. The cluster reads as zeroes, so whoever looks at the
  *    parts that this request does not write sees what was there before. Whether the data have arrived
  *    when the entry gets to the disk makes no difference either: zeroes were there, and this
  *    request has not been flushed.
- *  - BACKING: the entry stays pending until the data are there, and the record is made then: had the
- *    entry got to the disk before, a crash would leave zeroes in the place of what the backing file has.
- *    A request that does not cover all of the cluster has the rest read from the backing file first, and
- *    the whole written in one piece (struct copy).
+ *  - BACKING, and ZERO of a part of a cluster, in whose place anything may be: the entry stays pending until
+ *    the data are there, and the record is made then: had the entry got to the disk before, a crash would leave
+ *    what was in that place before instead of what the guest had.
+ *    A request that does not cover all of the unit has the rest read from the backing file first (or
+ *    zeroes put around it), and the whole written in one piece (struct copy).
  */
 #include "map_table.h"
 
@@ -29,9 +29,10 @@
 #define GROUPS_MAX 4
 #define DATA_AT 4096u /* in a copy's memory: aligned for O_DIRECT */
 
-/* Adjacent clusters that showed the backing file and are being written. */
+/* Adjacent units that are being written, and not to be seen before that is done. */
 struct group {
     uint64_t unit, count, host;
+    uint64_t type;         /* what they were: VB_MAP_BACKING or _ZERO */
 };
 
 /* A request under way, in its scratch. */
@@ -60,23 +61,23 @@ struct cursor {
 };
 
 /* What can be done with some units in a row. */
-#define COPY (VB_MAP_TYPE + 1) /* a copy of the cluster is under way already */
+#define COPY (VB_MAP_TYPE + 1) /* a copy of the unit is under way already */
 struct extent {
     uint64_t type;  /* VB_MAP_DATA, _ZERO, _BACKING, COPY */
     uint64_t host;  /* DATA */
     uint64_t bytes;
 };
 
-/* A cluster that gets the guest's data on top of the backing file's. The first bytes of its memory. */
+/* A unit that gets the guest's data on top of what it shows. The first bytes of its memory. */
 struct copy {
     struct map_op *op;
-    uint64_t unit, host;
+    struct group group;
     uint64_t position;     /* of the guest's data in the request */
-    uint64_t begin, bytes; /* of the guest's data in the cluster */
-    uint64_t there;        /* what the backing file has of the cluster */
+    uint64_t begin, bytes; /* of the guest's data in the unit */
+    uint64_t there;        /* what the backing file has of the unit */
     size_t memory_size;
     struct iovec iov;
-    unsigned char *data;   /* a whole cluster */
+    unsigned char *data;   /* a whole unit */
 };
 
 static uint64_t unit_size(const struct map_node *map)
@@ -109,26 +110,27 @@ static uint64_t rest_of_unit(const struct map_node *map, uint64_t offset, uint64
     return rest < end - offset ? rest : end - offset;
 }
 
-/* The last cluster may be shorter than the others. */
+/* The last unit may be shorter than the others. */
 static bool covers_unit(const struct map_node *map, uint64_t offset, uint64_t bytes)
 {
     return (offset & (unit_size(map) - 1)) == 0 &&
            (bytes == unit_size(map) || offset + bytes >= map->options.size);
 }
 
-static bool can_write(const struct map_node *map, uint64_t entry)
+/*
+ * Whether nothing of what the unit showed is needed. A place that is not new may have anything behind
+ * the end of the disk, which is not to be seen when that grows.
+ */
+static bool replaces_unit(const struct map_node *map, uint64_t offset, uint64_t bytes)
 {
-    switch (entry & VB_MAP_TYPE) {
-    case VB_MAP_DATA:
-        return entry & VB_MAP_WRITABLE;
-    case VB_MAP_ZERO:
-        /* One that has a place already, but no data there, is Python's to fill. */
-        return map->options.allocate && host_of(entry) == 0;
-    case VB_MAP_BACKING:
-        return map->options.allocate;
-    default:
-        return false;
-    }
+    return covers_unit(map, offset, bytes) &&
+           (bytes == unit_size(map) || !map_has_subclusters(map));
+}
+
+/* Whether a new place may be seen before anything has been written to it. */
+static bool is_seen_at_once(const struct map_node *map, uint64_t type)
+{
+    return type == VB_MAP_ZERO && !map_has_subclusters(map);
 }
 
 static enum verdict look(struct map_node *map, const struct vb_request *request, uint64_t *unit,
@@ -139,9 +141,9 @@ static enum verdict look(struct map_node *map, const struct vb_request *request,
     *in_place = true;
     while (offset < end) {
         uint64_t bytes = rest_of_unit(map, offset, end);
-        uint64_t entry;
+        uint64_t entry, here, wait;
 
-        *unit = offset >> map->options.unit_bits;
+        *unit = here = wait = offset >> map->options.unit_bits;
         entry = load(map, *unit);
         if ((entry & VB_MAP_TYPE) == VB_MAP_PENDING) {
             return WAIT;
@@ -149,8 +151,9 @@ static enum verdict look(struct map_node *map, const struct vb_request *request,
         if ((entry & VB_MAP_TYPE) == VB_MAP_MISS) {
             return PYTHON;
         }
-        if (request->op == VB_OP_WRITE && !can_write(map, entry)) {
-            return PYTHON;
+        if (request->op == VB_OP_WRITE && !map_can_write(map, here, entry, &wait)) {
+            *unit = wait;
+            return wait == here ? PYTHON : WAIT;
         }
         *in_place &= (entry & VB_MAP_TYPE) == VB_MAP_DATA;
         offset += bytes;
@@ -160,31 +163,16 @@ static enum verdict look(struct map_node *map, const struct vb_request *request,
 
 /* ---- the end ---------------------------------------------------------------------------------- */
 
-static void publish(struct map_node *map, uint64_t unit, uint64_t value)
-{
-    _Atomic uint64_t *entry = map_entry(map, unit);
-
-    if (entry) { /* else its table has been evicted; the log says it all */
-        atomic_store(entry, value);
-    }
-}
-
-/* What came of the clusters that are still pending. */
-static void end_group(struct map_op *op, const struct group *group)
+/* What came of units that are still pending. */
+static void end_group(struct map_op *op, const struct group *group, int ret)
 {
     struct map_node *map = op->map;
+    uint64_t done = ret < 0 ? 0 : map_publish(map, group->unit, group->count, group->host);
 
-    for (uint64_t i = 0; i < group->count; i++) {
-        uint64_t host = group->host + (i << map->options.unit_bits);
-        uint64_t guest = (group->unit + i) << map->options.unit_bits;
-        uint64_t entry = host | VB_MAP_DATA | VB_MAP_WRITABLE;
-
-        if (op->ret < 0 || !map_log(map, guest, entry, 0)) {
-            op->up = true;
-            entry = VB_MAP_BACKING;
-            map_give_back(map, host, 1);
-        }
-        publish(map, group->unit + i, entry);
+    if (done < group->count) {
+        op->up = true; /* if it has not failed, the log is full */
+        map_unplace(map, group->unit + done, group->count - done,
+                    group->host + (done << map->options.unit_bits), group->type);
     }
 }
 
@@ -198,10 +186,7 @@ static void end_op(struct map_op *op)
     int ret;
 
     for (unsigned i = 0; i < op->groups_count; i++) {
-        end_group(op, &op->groups[i]);
-    }
-    if (op->groups_count > 0) {
-        map_wake(map);
+        end_group(op, &op->groups[i], op->ret);
     }
     ret = op->ret;
     again = op->again;
@@ -350,47 +335,30 @@ static void start_part(struct map_op *op, struct cursor *cursor, unsigned child,
 
 /* ---- allocation ------------------------------------------------------------------------------------ */
 
-/* Makes up to `wanted` clusters of this type pending; how many. */
-static uint64_t claim(struct map_node *map, uint64_t unit, uint64_t wanted, uint64_t type)
+/* New clusters, which read as zeroes: they are seen from here on. */
+static void publish_at_once(struct map_op *op, const struct group *group)
 {
-    uint64_t count = 0;
+    uint64_t done = map_publish(op->map, group->unit, group->count, group->host);
 
-    while (count < wanted) {
-        _Atomic uint64_t *entry = map_entry(map, unit + count);
-        uint64_t expected = type;
-
-        if (!entry || !atomic_compare_exchange_strong(entry, &expected, VB_MAP_PENDING)) {
-            break;
-        }
-        count++;
-    }
-    return count;
-}
-
-static void unclaim(struct map_node *map, uint64_t unit, uint64_t count, uint64_t type)
-{
-    for (uint64_t i = 0; i < count; i++) {
-        publish(map, unit + i, type);
-    }
-    if (count > 0) {
-        map_wake(map);
+    if (done < group->count) {
+        op->up = true; /* nothing has been lost but the clusters */
+        map_unclaim(op->map, group->unit + done, group->count - done, group->type);
     }
 }
 
-static void publish_zero_clusters(struct map_op *op, uint64_t unit, uint64_t count, uint64_t host)
+/* Units that are seen when the request has ended; with those before them, if they are adjacent. */
+static void add_group(struct map_op *op, const struct group *group)
 {
-    struct map_node *map = op->map;
+    struct group *last = &op->groups[op->groups_count - 1];
+    unsigned bits = op->map->options.unit_bits;
 
-    for (uint64_t i = 0; i < count; i++) {
-        uint64_t entry = (host + (i << map->options.unit_bits)) | VB_MAP_DATA | VB_MAP_WRITABLE;
-
-        if (!map_log(map, (unit + i) << map->options.unit_bits, entry, 0)) {
-            op->up = true; /* nothing has been lost but the cluster */
-            entry = VB_MAP_ZERO;
-        }
-        publish(map, unit + i, entry);
+    if (op->groups_count > 0 && last->type == group->type &&
+        last->unit + last->count == group->unit &&
+        last->host + (last->count << bits) == group->host) {
+        last->count += group->count;
+    } else {
+        op->groups[op->groups_count++] = *group;
     }
-    map_wake(map);
 }
 
 /* ---- copies ------------------------------------------------------------------------------------------ */
@@ -398,16 +366,8 @@ static void publish_zero_clusters(struct map_op *op, uint64_t unit, uint64_t cou
 static void end_copy(struct copy *copy, int ret)
 {
     struct map_op *op = copy->op;
-    struct map_node *map = op->map;
-    uint64_t entry = copy->host | VB_MAP_DATA | VB_MAP_WRITABLE;
 
-    if (ret < 0 || !map_log(map, copy->unit << map->options.unit_bits, entry, 0)) {
-        op->up = op->up || ret == 0;
-        entry = VB_MAP_BACKING;
-        map_give_back(map, copy->host, 1);
-    }
-    publish(map, copy->unit, entry);
-    map_wake(map);
+    end_group(op, &copy->group, ret);
     vb_buffer_put(op->request->thread, copy, copy->memory_size);
     part_ended(op, ret);
 }
@@ -444,7 +404,7 @@ static void write_copy(struct copy *copy)
 
     memset(copy->data + copy->there, 0, size - copy->there);
     vb_request_get(op->request, copy->position, copy->data + copy->begin, copy->bytes);
-    vb_submit(op->map->node.children[0], copy_part(copy, VB_OP_WRITE, copy->host, size, copy_written));
+    vb_submit(op->map->node.children[0], copy_part(copy, VB_OP_WRITE, copy->group.host, size, copy_written));
 }
 
 static void copy_read(struct vb_request *part)
@@ -460,36 +420,61 @@ static void copy_read(struct vb_request *part)
     }
 }
 
-/* The guest writes `bytes` at `offset`, a part of a cluster that shows the backing file. */
-static bool start_copy(struct map_op *op, uint64_t offset, uint64_t bytes)
+/* What the backing file has of a unit, and of the disk. */
+static uint64_t backing_has(const struct map_node *map, uint64_t start)
+{
+    uint64_t end = map->options.backing_size;
+
+    end = end < map->options.size ? end : map->options.size;
+    if (start >= end) {
+        return 0;
+    }
+    return end - start < unit_size(map) ? end - start : unit_size(map);
+}
+
+/* How many records a group of units may need. */
+static uint64_t records_of(const struct map_node *map, uint64_t units)
+{
+    return map_has_subclusters(map) ? 2 : units; /* their cluster's place, and they together */
+}
+
+/* Units from `unit` on that are claimed get a place; those that do not are released. */
+static bool place_group(struct map_op *op, uint64_t unit, uint64_t claimed, uint64_t type,
+                        struct group *group)
+{
+    enum map_placing placing;
+
+    *group = (struct group){.unit = unit, .count = claimed, .type = type};
+    placing = map_place(op->map, unit, &group->count, &group->host);
+    map_unclaim(op->map, unit + group->count, claimed - group->count, type);
+    op->up |= placing == MAP_PYTHON;
+    return placing == MAP_PLACED;
+}
+
+/* The guest writes `bytes` at `offset`, a part of a unit that has no place and shows something. */
+static bool start_copy(struct map_op *op, uint64_t offset, uint64_t bytes, uint64_t type)
 {
     struct map_node *map = op->map;
-    uint64_t start = offset & ~(unit_size(map) - 1), size = map->options.backing_size;
-    uint64_t unit = offset >> map->options.unit_bits, host;
+    uint64_t start = offset & ~(unit_size(map) - 1), unit = offset >> map->options.unit_bits;
     size_t memory_size = unit_size(map) + DATA_AT;
     struct copy *copy = vb_buffer_get(op->request->thread, memory_size);
+    struct group group;
 
-    if (!copy || !map_log_has_room(map, 1) || claim(map, unit, 1, VB_MAP_BACKING) == 0) {
-        op->up = !copy || !map_log_has_room(map, 1); /* else somebody else is at it */
+    op->up = !copy || !map_log_has_room(map, records_of(map, 1));
+    /* If it cannot be claimed, somebody else is at it. */
+    if (op->up || map_claim(map, unit, 1, type) == 0 || !place_group(op, unit, 1, type, &group)) {
         if (copy) {
             vb_buffer_put(op->request->thread, copy, memory_size);
         }
         return false;
     }
-    if (map_take_clusters(map, 1, &host) == 0) {
-        unclaim(map, unit, 1, VB_MAP_BACKING);
-        vb_buffer_put(op->request->thread, copy, memory_size);
-        op->up = true;
-        return false;
-    }
     *copy = (struct copy){
         .op = op,
-        .unit = unit,
-        .host = host,
+        .group = group,
         .position = offset - op->request->offset,
         .begin = offset - start,
         .bytes = bytes,
-        .there = start >= size ? 0 : size - start < unit_size(map) ? size - start : unit_size(map),
+        .there = type == VB_MAP_BACKING ? backing_has(map, start) : 0,
         .memory_size = memory_size,
         .data = (unsigned char *)copy + DATA_AT,
     };
@@ -502,8 +487,26 @@ static bool start_copy(struct map_op *op, uint64_t offset, uint64_t bytes)
     return true;
 }
 
+/* How many units from `unit` on, up to `end`, may be claimed at once. */
+static uint64_t units_to_claim(const struct map_node *map, uint64_t unit, uint64_t end,
+                               uint64_t type)
+{
+    uint64_t last = (end - 1) >> map->options.unit_bits, wanted = last - unit + 1;
+    /* What is left becomes further extents: Python makes room in a log that is nearly full only. */
+    uint64_t most = map->options.log_records / 16 + 1;
+
+    if (!is_seen_at_once(map, type) && !replaces_unit(map, last << map->options.unit_bits,
+                                                      end - (last << map->options.unit_bits))) {
+        wanted--; /* the last one is not covered */
+    }
+    if (map_has_subclusters(map)) {
+        most = map_rest_of_cluster(map, unit);
+    }
+    return wanted < most ? wanted : most;
+}
+
 /*
- * Clusters from `offset` on that are all unallocated in the same way get a place in a row. False:
+ * Units from `offset` on that are all unallocated in the same way get a place in a row. False:
  * the request has to start anew, because somebody else is at it, or to go up (op->up).
  */
 static bool allocate(struct map_op *op, uint64_t offset, uint64_t end, uint64_t type,
@@ -511,42 +514,28 @@ static bool allocate(struct map_op *op, uint64_t offset, uint64_t end, uint64_t 
 {
     struct map_node *map = op->map;
     uint64_t unit = offset >> map->options.unit_bits;
-    uint64_t last = (end - 1) >> map->options.unit_bits;
-    uint64_t wanted = last - unit + 1, count, host;
+    uint64_t wanted = units_to_claim(map, unit, end, type);
+    struct group group;
 
-    if (type == VB_MAP_BACKING && !covers_unit(map, last << map->options.unit_bits,
-                                               end - (last << map->options.unit_bits))) {
-        wanted--; /* the last one is not covered */
-    }
     if (op->groups_count == GROUPS_MAX) {
         return false; /* those that it has are in their place when it starts anew */
     }
-    /* What is left becomes further extents: Python makes room in a log that is nearly full only. */
-    if (wanted > map->options.log_records / 16 + 1) {
-        wanted = map->options.log_records / 16 + 1;
-    }
-    if (!map_log_has_room(map, wanted)) {
+    if (!map_log_has_room(map, records_of(map, wanted))) {
         op->up = true;
         return false;
     }
-    wanted = claim(map, unit, wanted, type);
-    if (wanted == 0) {
+    wanted = map_claim(map, unit, wanted, type);
+    if (wanted == 0 || !place_group(op, unit, wanted, type, &group)) {
         return false;
     }
-    count = map_take_clusters(map, wanted, &host);
-    unclaim(map, unit + count, wanted - count, type);
-    if (count == 0) {
-        op->up = true;
-        return false;
-    }
-    if (type == VB_MAP_ZERO) {
-        publish_zero_clusters(op, unit, count, host);
+    if (is_seen_at_once(map, type)) {
+        publish_at_once(op, &group);
     } else {
-        op->groups[op->groups_count++] = (struct group){unit, count, host};
+        add_group(op, &group);
     }
     extent->type = VB_MAP_DATA;
-    extent->host = host + (offset & (unit_size(map) - 1));
-    extent->bytes = ((unit + count) << map->options.unit_bits) - offset;
+    extent->host = group.host + (offset & (unit_size(map) - 1));
+    extent->bytes = ((unit + group.count) << map->options.unit_bits) - offset;
     if (extent->bytes > end - offset) {
         extent->bytes = end - offset;
     }
@@ -575,23 +564,23 @@ static bool next_extent(struct map_op *op, uint64_t offset, uint64_t end, struct
 {
     struct map_node *map = op->map;
     uint64_t entry = load(map, offset >> map->options.unit_bits);
-    uint64_t type = entry & VB_MAP_TYPE;
+    uint64_t type = entry & VB_MAP_TYPE, wait;
     bool write = op->request->op == VB_OP_WRITE;
 
     if (type == VB_MAP_MISS || type == VB_MAP_PENDING) {
         return false;
     }
-    if (write && !can_write(map, entry)) {
+    if (write && !map_can_write(map, offset >> map->options.unit_bits, entry, &wait)) {
         return false;
     }
     if (write && type != VB_MAP_DATA) {
         /* With FUA it was in place when looked at first: Python has to see to it after all. */
         op->up = op->request->flags & VB_REQ_FUA;
-        if (!op->up && type == VB_MAP_BACKING &&
-            !covers_unit(map, offset, rest_of_unit(map, offset, end))) {
+        if (!op->up && !is_seen_at_once(map, type) &&
+            !replaces_unit(map, offset, rest_of_unit(map, offset, end))) {
             extent->type = COPY;
             extent->bytes = rest_of_unit(map, offset, end);
-            return start_copy(op, offset, extent->bytes);
+            return start_copy(op, offset, extent->bytes, type);
         }
         return !op->up && allocate(op, offset, end, type, extent);
     }

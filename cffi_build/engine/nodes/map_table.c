@@ -29,29 +29,82 @@ static uint64_t entries_per_table(const struct map_node *map)
     return 1ull << map->options.table_bits;
 }
 
-_Atomic uint64_t *map_entry(struct map_node *map, uint64_t unit)
+static struct map_table *table_of(struct map_node *map, uint64_t unit)
 {
     uint64_t number = unit >> map->options.table_bits;
-    struct map_table *table;
 
     if (number >= map->tables_count) {
         return NULL;
     }
     /* Acquire: its entries were written before it was installed. */
-    table = atomic_load_explicit(&map->tables[number], memory_order_acquire);
-    if (!table) {
-        return NULL;
-    }
+    return atomic_load_explicit(&map->tables[number], memory_order_acquire);
+}
+
+static _Atomic uint64_t *entry_in(const struct map_node *map, struct map_table *table,
+                                  uint64_t unit)
+{
     if (!atomic_load_explicit(&table->used, memory_order_relaxed)) {
         atomic_store_explicit(&table->used, true, memory_order_relaxed);
     }
-    return &table->entries[unit & (entries_per_table(map) - 1)];
+    return &table->entries[table->same ? 0 : unit & (entries_per_table(map) - 1)];
+}
+
+_Atomic uint64_t *map_entry(struct map_node *map, uint64_t unit)
+{
+    struct map_table *table = table_of(map, unit);
+
+    return table ? entry_in(map, table, unit) : NULL;
+}
+
+static size_t table_size(uint64_t entries)
+{
+    return sizeof(struct map_table) + entries * sizeof(uint64_t);
+}
+
+/*
+ * A table with entries of its own in the place of one whose entries are all the same. That one never
+ * changes: who still looks at it sees what was there a moment ago.
+ */
+static void spread(struct map_node *map, uint64_t unit, struct map_table *same)
+{
+    _Atomic(struct map_table *) *place = &map->tables[unit >> map->options.table_bits];
+    uint64_t count = entries_per_table(map);
+    uint64_t entry = atomic_load_explicit(&same->entries[0], memory_order_relaxed);
+    struct map_table *expected = same, *table = vb_must_alloc(table_size(count));
+
+    atomic_init(&table->used, true);
+    table->same = false;
+    for (uint64_t i = 0; i < count; i++) {
+        atomic_init(&table->entries[i], entry);
+    }
+    if (atomic_compare_exchange_strong(place, &expected, table)) {
+        vb_after_all_threads(map->node.engine, free, same);
+    } else {
+        free(table); /* another thread has done it, or the table has been evicted */
+    }
+}
+
+_Atomic uint64_t *map_own_entry(struct map_node *map, uint64_t unit)
+{
+    struct map_table *table = table_of(map, unit);
+
+    while (table && table->same && entries_per_table(map) > 1) {
+        spread(map, unit, table);
+        table = table_of(map, unit);
+    }
+    return table ? entry_in(map, table, unit) : NULL;
+}
+
+static bool are_same(const uint64_t *entries, uint64_t count)
+{
+    return memcmp(entries, entries + 1, (count - 1) * sizeof(*entries)) == 0;
 }
 
 int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entries)
 {
     struct map_node *map = map_of(node);
     struct map_table *table;
+    uint64_t count;
 
     if (number >= map->tables_count) {
         return -ERANGE;
@@ -59,12 +112,14 @@ int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entrie
     if (atomic_load_explicit(&map->tables[number], memory_order_relaxed)) {
         return -EEXIST;
     }
-    table = malloc(sizeof(*table) + entries_per_table(map) * sizeof(table->entries[0]));
+    count = are_same(entries, entries_per_table(map)) ? 1 : entries_per_table(map);
+    table = malloc(table_size(count));
     if (!table) {
         return -ENOMEM;
     }
     atomic_init(&table->used, true);
-    for (uint64_t i = 0; i < entries_per_table(map); i++) {
+    table->same = count == 1;
+    for (uint64_t i = 0; i < count; i++) {
         atomic_init(&table->entries[i], entries[i]);
     }
     atomic_store_explicit(&map->tables[number], table, memory_order_release);
@@ -110,7 +165,7 @@ void vb_map_set(struct vb_node *node, uint64_t unit, uint64_t count, uint64_t va
     bool waited_for = false;
 
     for (uint64_t i = 0; i < count; i++, value += step) {
-        _Atomic uint64_t *entry = map_entry(map_of(node), unit + i);
+        _Atomic uint64_t *entry = map_own_entry(map_of(node), unit + i);
 
         if (entry) {
             waited_for |= (atomic_exchange(entry, value) & VB_MAP_TYPE) == VB_MAP_PENDING;
@@ -123,9 +178,47 @@ void vb_map_set(struct vb_node *node, uint64_t unit, uint64_t count, uint64_t va
 
 bool vb_map_claim(struct vb_node *node, uint64_t unit, uint64_t expected)
 {
-    _Atomic uint64_t *entry = map_entry(map_of(node), unit);
+    _Atomic uint64_t *entry = map_own_entry(map_of(node), unit);
 
     return entry && atomic_compare_exchange_strong(entry, &expected, VB_MAP_PENDING);
+}
+
+/* ---- telling Python ------------------------------------------------------------------------ */
+
+/* It may be told after its map has gone. */
+struct told {
+    struct vb_message message;
+    uint64_t cookie;
+    uint16_t what;
+};
+
+static void fill_told(struct vb_message *message, void *context)
+{
+    struct told *told = vb_container_of(message, struct told, message);
+
+    *(struct vb_event *)context = (struct vb_event){
+        .kind = VB_EVENT_NODE,
+        .cookie = told->cookie,
+        .op = told->what,
+    };
+    free(told);
+}
+
+/* Once, until `already` is made false. */
+static void tell(struct map_node *map, uint16_t what, _Atomic bool *already)
+{
+    struct told *told;
+
+    if (atomic_load_explicit(already, memory_order_relaxed) || atomic_exchange(already, true)) {
+        return;
+    }
+    told = malloc(sizeof(*told));
+    if (told) {
+        told->message.run = fill_told;
+        told->cookie = map->options.cookie;
+        told->what = what;
+        vb_engine_post(map->node.engine, &told->message);
+    }
 }
 
 /* ---- the log ------------------------------------------------------------------------------ */
@@ -137,13 +230,12 @@ bool vb_map_claim(struct vb_node *node, uint64_t unit, uint64_t expected)
  */
 bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extra)
 {
-    uint64_t number = __atomic_load_n(&map->log->head, __ATOMIC_RELAXED);
+    uint64_t number = __atomic_load_n(&map->log->head, __ATOMIC_RELAXED), tail;
     struct vb_map_record *record;
 
     do {
         /* Acquire: what is overwritten was read before tail moved on. */
-        uint64_t tail = __atomic_load_n(&map->log->tail, __ATOMIC_ACQUIRE);
-
+        tail = __atomic_load_n(&map->log->tail, __ATOMIC_ACQUIRE);
         if (number - tail >= map->options.log_records) {
             return false;
         }
@@ -154,6 +246,9 @@ bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extr
     record->entry = entry;
     record->extra = extra;
     __atomic_store_n(&record->number, number + 1, __ATOMIC_RELEASE);
+    if (number + 1 - tail > map->options.log_records / 2) {
+        tell(map, VB_MAP_LOG_HALF, &map->half_told);
+    }
     return true;
 }
 
@@ -189,7 +284,7 @@ int vb_map_take_log(struct vb_node *node, struct vb_map_change *changes, int max
             sched_yield();
         }
         if (!(record->guest & VB_MAP_RECORD_PYTHON)) {
-            changes[count++] = (struct vb_map_change){record->guest, record->entry};
+            changes[count++] = (struct vb_map_change){record->guest, record->entry, record->extra + 1};
         }
         taken++;
     }
@@ -216,6 +311,7 @@ uint64_t vb_map_log_taken(struct vb_node *node)
 void vb_map_log_done(struct vb_node *node, uint64_t taken)
 {
     __atomic_store_n(&map_of(node)->log->tail, taken, __ATOMIC_RELEASE);
+    atomic_store(&map_of(node)->half_told, false);
 }
 
 int vb_map_set_log(struct vb_node *node, uint64_t log, uint32_t records)
@@ -246,39 +342,6 @@ void vb_map_set_dirty(struct vb_node *node, bool dirty)
 
 /* ---- runs ------------------------------------------------------------------------------------ */
 
-/* It may be told after its map has gone. */
-struct low_event {
-    struct vb_message message;
-    uint64_t cookie;
-};
-
-static void fill_low(struct vb_message *message, void *context)
-{
-    struct low_event *low = vb_container_of(message, struct low_event, message);
-
-    *(struct vb_event *)context = (struct vb_event){
-        .kind = VB_EVENT_NODE,
-        .cookie = low->cookie,
-    };
-    free(low);
-}
-
-static void tell_low(struct map_node *map)
-{
-    struct low_event *low;
-
-    if (atomic_load_explicit(&map->low_told, memory_order_relaxed) ||
-        atomic_exchange(&map->low_told, true)) {
-        return;
-    }
-    low = malloc(sizeof(*low));
-    if (low) {
-        low->message.run = fill_low;
-        low->cookie = map->options.cookie;
-        vb_engine_post(map->node.engine, &low->message);
-    }
-}
-
 /* The spare run takes the place of an empty one. One thread at a time: the others ask Python. */
 static bool use_spare(struct map_node *map, struct map_run *empty)
 {
@@ -305,11 +368,11 @@ static uint64_t take_from(const struct map_node *map, struct map_run *run, uint6
     uint64_t count;
 
     do {
-        count = (run->end - next) >> map->options.unit_bits;
+        count = (run->end - next) >> map->options.cluster_bits;
         count = count < wanted ? count : wanted;
     } while (count > 0 &&
              !atomic_compare_exchange_weak(&run->next, &next,
-                                           next + (count << map->options.unit_bits)));
+                                           next + (count << map->options.cluster_bits)));
     *host = next;
     return count;
 }
@@ -322,7 +385,7 @@ uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host
 
         if (count > 0) {
             if (!atomic_load_explicit(&map->spare, memory_order_relaxed)) {
-                tell_low(map);
+                tell(map, VB_MAP_RUN_WANTED, &map->low_told);
             }
             return count;
         }
@@ -330,7 +393,7 @@ uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host
             if (atomic_load(&map->run) != run) {
                 continue; /* another thread has just put the spare in its place */
             }
-            tell_low(map);
+            tell(map, VB_MAP_RUN_WANTED, &map->low_told);
             return 0;
         }
     }
@@ -515,9 +578,12 @@ static int check_options(const struct vb_map_options *options, char *error)
 {
     uint32_t records = options->log_records;
 
-    if (options->unit_bits < 9 || options->unit_bits > 26 || options->table_bits > 20) {
-        return vb_error(error, -EINVAL, "a map with units of 2^%u bytes in tables of 2^%u",
-                        options->unit_bits, options->table_bits);
+    if (options->unit_bits < 9 || options->unit_bits > 26 || options->table_bits > 20 ||
+        options->cluster_bits < options->unit_bits ||
+        options->cluster_bits > options->unit_bits + options->table_bits) {
+        return vb_error(error, -EINVAL,
+                        "a map with units of 2^%u bytes in tables of 2^%u, clusters of 2^%u bytes",
+                        options->unit_bits, options->table_bits, options->cluster_bits);
     }
     if (options->log && (records == 0 || (records & (records - 1)))) {
         return vb_error(error, -EINVAL, "a map's log of %u records, which is no power of two",

@@ -7,9 +7,13 @@
 #include "../upcall.h"
 #include "map.api.h"
 
-/* Entries of one table; Python installs and evicts it, I/O threads look at it without a lock. */
+/*
+ * Entries of one table; Python installs and evicts it, I/O threads look at it without a lock. One
+ * whose entries are all the same has only the first of them, until one is to be changed.
+ */
 struct map_table {
     _Atomic bool used;
+    bool same;
     _Atomic uint64_t entries[];
 };
 
@@ -43,7 +47,7 @@ struct map_node {
     _Atomic bool dirty;        /* Python's metadata */
     _Atomic(struct map_run *) run, spare;
     _Atomic bool switching;    /* a thread is replacing `run` */
-    _Atomic bool low_told;
+    _Atomic bool low_told, half_told; /* VB_MAP_RUN_WANTED, VB_MAP_LOG_HALF have been said */
     _Atomic(struct map_unused *) unused; /* I/O threads put in, control takes all */
     struct vb_map_log *log;
     struct vb_map_record *records;
@@ -55,6 +59,8 @@ struct map_node {
 
 /* Any: the entry of a unit, or NULL if its table is not there. Valid until the next message. */
 _Atomic uint64_t *map_entry(struct map_node *map, uint64_t unit);
+/* The same, to change it. */
+_Atomic uint64_t *map_own_entry(struct map_node *map, uint64_t unit);
 
 /* I/O thread: a record in the log; false if that is full. */
 bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extra);
@@ -66,6 +72,38 @@ bool map_is_dirty(struct map_node *map);
 uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host);
 /* I/O thread: they are not needed after all. Without memory they are lost until the image is checked. */
 void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters);
+
+/* ---- map_place.c ------------------------------------------------------------------------ */
+
+enum map_placing {
+    MAP_PLACED,
+    MAP_AGAIN,  /* somebody else is at it: look again */
+    MAP_PYTHON, /* no cluster, no room in the log, or a place that is not ours alone */
+};
+
+/* Whether clusters have parts. */
+bool map_has_subclusters(const struct map_node *map);
+/* How many units there are from `unit` to the end of its cluster. */
+uint64_t map_rest_of_cluster(const struct map_node *map, uint64_t unit);
+/* Whether a unit with this entry can be written to here; if not, whether to wait, and for which. */
+bool map_can_write(struct map_node *map, uint64_t unit, uint64_t entry, uint64_t *wait);
+
+/*
+ * I/O thread. Up to `wanted` units of this type, VB_MAP_ZERO or _BACKING, become pending, so that
+ * nobody else allocates them; how many.
+ */
+uint64_t map_claim(struct map_node *map, uint64_t unit, uint64_t wanted, uint64_t type);
+/* I/O thread: the opposite. The place of their cluster, if it has parts, stays. */
+void map_unclaim(struct map_node *map, uint64_t unit, uint64_t count, uint64_t type);
+/*
+ * I/O thread: where claimed units, of one cluster if those have parts, are to be: one behind the
+ * other from *host on. How many of them: the others have to do without.
+ */
+enum map_placing map_place(struct map_node *map, uint64_t unit, uint64_t *count, uint64_t *host);
+/* I/O thread: claimed units are data from now on. How many: not all if the log is full. */
+uint64_t map_publish(struct map_node *map, uint64_t unit, uint64_t count, uint64_t host);
+/* I/O thread: nothing is there, and nobody is going to write there: map_unclaim(). */
+void map_unplace(struct map_node *map, uint64_t unit, uint64_t count, uint64_t host, uint64_t type);
 
 /* ---- map_thread.c ----------------------------------------------------------------------- */
 

@@ -182,7 +182,6 @@ class Dedup(HookedNode):
             backing_size=0,
             allocate=False,
             sink=self._start,
-            low=_nothing,
         )
         sha256 = store.super.hash == "sha256"
         self._hasher = self.handle = new_dedup(self.engine, self._bits, sha256=sha256)

@@ -37,6 +37,9 @@ MIN_RUN = 1 << 20
 MAX_RUN = 64 << 20
 MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there
 MAX_RUN_OF_DISK = 8  # no more than the disk divided by this: a small one is not to get a long file
+# With subclusters a write takes place in a run for more than itself, and leaves a hole in the file.
+SPARSE = 4
+FIRST_RUN = 4  # times MIN_RUN: for an overlay, where all that is written is new
 
 
 class Owner(Protocol):
@@ -79,7 +82,8 @@ class Allocator:
         self._handle = handle
         self._owner = owner
         self._lock = asyncio.Lock()
-        self._run = MIN_RUN
+        self._scale = SPARSE if geometry.extended else 1
+        self._run = self._scale * MIN_RUN
         self._given_at = 0.0
         self._tables: list[int] = []  # reserved, for L2 tables
         # Everything from here on reads as zeroes, unless somebody has written to it since.
@@ -204,15 +208,20 @@ class Allocator:
         now = time.monotonic()
         lasted, self._given_at = now - self._given_at, now
         if lasted < RUN_LASTS:
-            most = MAX_RUN if self.grows else MAX_RUN_OF_DEVICE
-            most = min(most, self._owner.size // MAX_RUN_OF_DISK)
-            self._run = max(min(2 * self._run, most), MIN_RUN)
+            self._set_run(2 * self._run)
         elif lasted > 10 * RUN_LASTS:
-            self._run = max(self._run // 2, MIN_RUN)
+            self._set_run(self._run // 2)
 
-    def keep_pace_of(self, other: Allocator) -> None:
+    def _set_run(self, wanted: int) -> None:
+        """As long as that, within bounds."""
+        most = self._scale * MAX_RUN if self.grows else MAX_RUN_OF_DEVICE
+        most = min(most, self._scale * self._owner.size // MAX_RUN_OF_DISK)
+        self._run = max(min(wanted, most), self._scale * MIN_RUN)
+
+    def expect_guest_of(self, other: Allocator | None) -> None:
         """The guest that writes there will write here, not more slowly."""
-        self._run = other._run
+        pace = 0 if other is None else other._run // other._scale
+        self._set_run(self._scale * max(pace, FIRST_RUN * MIN_RUN))
 
     def run_is_low(self) -> None:
         """The engine asks for more."""

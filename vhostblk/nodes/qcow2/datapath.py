@@ -294,6 +294,8 @@ class DataPath:
         base = cluster * geometry.units
         touched = self._units(request.offset, request.length, cluster)
         entries = [get(base + unit) for unit in touched]
+        slice = pinned[cluster // geometry.slice_entries]
+        index = cluster % geometry.slice_entries
         if all(
             entry & _IN_PLACE == _IN_PLACE and entry & MAP_TYPE == MAP_DATA for entry in entries
         ):
@@ -301,10 +303,10 @@ class DataPath:
         if any(entry & MAP_TYPE == MAP_PENDING for entry in entries):
             return None
         nowhere = not entries[0] & OFFSET_MASK and entries[0] & MAP_TYPE in (MAP_ZERO, MAP_BACKING)
+        if geometry.extended:  # or its cluster has a place, even a compressed one
+            nowhere = nowhere and not slice.words[index * geometry.words]
         if nowhere and live.engine_allocates and not self._takes_many_runs(request):
             return True  # the engine copies what is around the guest's data, too
-        slice = pinned[cluster // geometry.slice_entries]
-        index = cluster % geometry.slice_entries
         word = slice.words[index * geometry.words]
         own = bool(word & COPIED and not word & COMPRESSED)
         if geometry.extended and own:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vhostblk.engine import OP_WRITE, REQ_LITERAL
-from vhostblk.engine.map import MAP_TYPE, MAP_ZERO
+from vhostblk.engine.map import MAP_TYPE, MAP_WRITABLE, MAP_ZERO
 from vhostblk.nodes.hooks import Request
 from vhostblk.nodes.qcow2.datapath import Claim
 from vhostblk.nodes.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, ZERO
@@ -141,15 +141,16 @@ class Discarder:
     def _is_nothing(self, cluster: int, slice: Slice, index: int) -> bool:
         """Whether a cluster takes no space and reads as zeroes already."""
         live = self._live
-        at = index * live.geometry.words
-        if live.geometry.extended:
-            word, bitmap = slice.words[at], slice.words[at + 1]
-            zero = bitmap == ALL_ZERO or (not bitmap and not live.has_backing)
-            return not word and zero
-        word = slice.words[at]
-        done = word == ZERO or (not word and not live.has_backing)
+        geometry = live.geometry
+        word = slice.words[index * geometry.words]
+        if geometry.extended:
+            bitmap = slice.words[index * geometry.words + 1]
+            done = not word and (bitmap == ALL_ZERO or (not bitmap and not live.has_backing))
+        else:
+            done = word == ZERO or (not word and not live.has_backing)
         # The engine may have allocated it just now.
-        return done and live.map.get(cluster) & MAP_TYPE == MAP_ZERO
+        units = range(cluster * geometry.units, (cluster + 1) * geometry.units)
+        return done and all(live.map.get(unit) & ~MAP_WRITABLE == MAP_ZERO for unit in units)
 
     def _zero_one(self, claim: Claim, *, keep: bool, discard: bool) -> bool:
         """Make claimed units read as zeroes; False if that cannot be said in an L2 entry."""

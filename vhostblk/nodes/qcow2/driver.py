@@ -170,7 +170,10 @@ class Qcow2(MappedImage):
         self._tables = await facts.read_tables(self.file, self.header)
         header, token = self.header, 0
         limits = cache_limits(
-            self.options, 1 << header.cluster_bits, self.options.refcount_cache_size or 0
+            self.options,
+            1 << header.cluster_bits,
+            self.options.refcount_cache_size or 0,
+            extended=header.extended_l2,
         )
         self.geometry = Geometry(
             cluster_bits=header.cluster_bits,
@@ -196,13 +199,10 @@ class Qcow2(MappedImage):
             self._encrypted = self._encrypt(key)
         if self._encrypted is not None:
             self.data = self._encrypted
-        # A cluster with subclusters is not the engine's to allocate, nor one with a fixed place,
-        # nor one whose zeroes are noise.
+        # A cluster with a fixed place is not the engine's to allocate, nor one whose zeroes
+        # are noise.
         self.engine_allocates = not (
-            self.read_only
-            or self.geometry.extended
-            or self.geometry.external
-            or self._encrypted is not None
+            self.read_only or self.geometry.external or self._encrypted is not None
         )
         self.map = self._new_map(log)
         self.handle = self.map
@@ -299,7 +299,9 @@ class Qcow2(MappedImage):
             return
         geometry = self.geometry
         words, at = claim.slice.words, claim.index * geometry.words
-        bitmap = words[at + 1] if geometry.extended else 0
+        bitmap = 0
+        if geometry.extended:
+            bitmap = journal.known_of(words[at + 1], claim.units, geometry.units)
         if not self.map.add_to_log(claim.cluster << geometry.cluster_bits, words[at], bitmap):
             await self.writeback.flush()  # puts it on disk, and empties the log
 
@@ -414,6 +416,7 @@ class Qcow2(MappedImage):
             detect_zeroes=DETECT_ZEROES[self.options.detect_zeroes],
             sink=self._start,
             low=self._low,
+            log_half=self._log_is_half_full,
             log=log,
         )
 
@@ -421,8 +424,11 @@ class Qcow2(MappedImage):
         """The engine is about to run out of clusters; it has allocated some."""
         self.allocator.run_is_low()
         self.l2.apply_log()
-        if self._early is None and self.waiting_records() * 2 > self.map_records:
-            # Before the log is full and requests have to wait for a flush.
+
+    def _log_is_half_full(self) -> None:
+        """Before it is full and requests have to wait for a flush."""
+        self.l2.apply_log()  # which is all that the engine's own log needs
+        if self.log is not None and self._early is None:
             self._early = background(self._flush_early())
 
     def waiting_records(self) -> int:
@@ -617,10 +623,6 @@ class Qcow2(MappedImage):
             return None
         return translate(self.geometry, slice.words, self.nothing, not self.read_only)
 
-    def replaced(self, word: int) -> None:
-        """The engine has allocated a cluster for what had this L2 word."""
-        self.let_go(word)
-
     def let_go(self, word: int, *, discard: bool | None = None) -> None:
         """No L2 entry in memory names the cluster(s) of `word` any more."""
         if discard is None:
@@ -780,9 +782,11 @@ class Qcow2(MappedImage):
         if not self.engine_allocates:
             return
         wanted: Iterable[int] = range(_FIRST_SLICES)
+        before = None
         if isinstance(below, Qcow2) and below.engine_allocates:
             wanted = {*below.l2.indexes(), *wanted}
-            self.allocator.keep_pace_of(below.allocator)
+            before = below.allocator
+        self.allocator.expect_guest_of(before)
         last = (self.geometry.clusters(self._size) - 1) // self.geometry.slice_entries
         for index in itertools.islice(wanted, self.l2.limit // 2):
             if index <= last:

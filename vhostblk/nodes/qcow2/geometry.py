@@ -13,7 +13,13 @@ import sys
 from array import array
 from dataclasses import dataclass
 
-from vhostblk.engine.map import MAP_DATA, MAP_MISS, MAP_WRITABLE, MAP_ZERO
+from vhostblk.engine.map import (
+    MAP_DATA,
+    MAP_MISS,
+    MAP_TYPE,
+    MAP_WRITABLE,
+    MAP_ZERO,
+)
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -241,7 +247,10 @@ def units_of(
     if writable and word & COPIED:
         data |= MAP_WRITABLE
     step = 1 << geometry.unit_bits
-    return [
+    entries = [
         data + unit * step if allocated >> unit & 1 else MAP_ZERO if zero >> unit & 1 else nothing
         for unit in range(SUBCLUSTERS)
     ]
+    if host and not allocated & 1:
+        entries[0] |= data & ~MAP_TYPE  # the place of all of them
+    return entries

@@ -17,13 +17,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from vhostblk.engine.map import MAP_OFFSET
 from vhostblk.nodes._map_log import LogFile, Record, open_log
-from vhostblk.nodes.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
+from vhostblk.nodes.qcow2.geometry import (
+    ALL_ALLOCATED,
+    COMPRESSED,
+    OFFSET_MASK,
+    Geometry,
+)
 from vhostblk.nodes.qcow2.header import Header
+from vhostblk.nodes.qcow2.l2cache import Slice
 
 if TYPE_CHECKING:
     from vhostblk.nodes.qcow2.driver import Qcow2
@@ -51,36 +57,64 @@ async def open_for(live: Qcow2, header: Header) -> tuple[LogFile | None, int, li
     return log, token, [] if log is None else log.pending()
 
 
+def known_of(bitmap: int, units: Iterable[int], of: int) -> int:
+    """The bitmap of a record of ours that is about some of the units of a cluster.
+
+    The engine may have changed the others, and its records may be before or behind this one. They
+    are both allocated and zero here, which no L2 entry says: what they are, others say, and what
+    the place of the cluster is.
+    """
+    others = ((1 << of) - 1) & ~sum(1 << unit for unit in units)
+    return bitmap | others << 32 | others
+
+
+def _enter_ours(geometry: Geometry, words: array[int], index: int, record: Record) -> None:
+    """A record of ours."""
+    at = index * geometry.words
+    if not geometry.extended:
+        words[at] = record.entry
+        return
+    others = record.extra & record.extra >> 32 & ALL_ALLOCATED
+    others |= others << 32
+    if not others:
+        words[at] = record.entry
+    words[at + 1] = (words[at + 1] & others) | (record.extra & ~others)
+
+
 async def replay(live: Qcow2, records: Sequence[Record]) -> None:
     """Enter the records in the tables. The guest is not there yet."""
-    geometry = live.geometry
-    final: dict[int, tuple[int, int | None]] = {}
+    geometry, l2 = live.geometry, live.l2
+    bits, per_slice = geometry.cluster_bits, geometry.slice_entries
+    records = [record for record in records if record.guest < live.size]
+    slices: dict[int, Slice] = {}
+    before: dict[int, int] = {}  # the word of each cluster that has changed
+    # None may be written before all have been entered: a flush ends the log.
+    limit, l2.limit = l2.limit, l2.limit + len(records)
+    for cluster in sorted({record.guest >> bits for record in records}):
+        number, index = divmod(cluster, per_slice)
+        if number not in slices:
+            slices[number] = await l2.pin(number)
+        before[cluster] = slices[number].words[index * geometry.words]
     for record in records:
-        cluster = record.guest >> geometry.cluster_bits
+        number, index = divmod(record.guest >> bits, per_slice)
         if record.python:
-            final[cluster] = record.entry, record.extra
+            _enter_ours(geometry, slices[number].words, index, record)
         else:
-            final[cluster] = record.entry & MAP_OFFSET | COPIED, None
-    wanted = {
-        cluster: entry for cluster, entry in final.items() if cluster < geometry.clusters(live.size)
+            l2.words.enter(record.guest, record.entry, record.extra + 1)
+    now = {
+        cluster: slices[cluster // per_slice].words[cluster % per_slice * geometry.words]
+        for cluster in before
     }
     if not geometry.external:
         # Before anything is reserved: counts of these may not have got to the disk.
-        named = [word & OFFSET_MASK for word, _ in wanted.values() if not word & COMPRESSED]
-        await live.refcounts.adopt(host >> geometry.cluster_bits for host in named if host)
-    # None may be written before all have been entered: a flush ends the log.
-    limit, live.l2.limit = live.l2.limit, len(wanted) + live.l2.limit
-    for cluster, (word, bitmap) in sorted(wanted.items()):
-        slice = await live.l2.pin(cluster // geometry.slice_entries)
-        at = cluster % geometry.slice_entries * geometry.words
-        old = slice.words[at]
-        slice.words[at] = word
-        if geometry.extended and bitmap is not None:
-            slice.words[at + 1] = bitmap
-        if (old ^ word) & OFFSET_MASK or (old & COMPRESSED and old != word):
+        named = [word & OFFSET_MASK for word in now.values() if not word & COMPRESSED]
+        await live.refcounts.adopt(host >> bits for host in named if host)
+    for cluster, old in before.items():
+        if (old ^ now[cluster]) & OFFSET_MASK or (old & COMPRESSED and old != now[cluster]):
             live.let_go(old)
-        live.l2.mark_dirty(slice)
-        live.l2.unpin(slice)
-    live.l2.limit = limit
-    live.l2.install_again()
+    for slice in slices.values():
+        l2.mark_dirty(slice)
+        l2.unpin(slice)
+    l2.limit = limit
+    l2.install_again()
     await live.writeback.flush()

@@ -22,8 +22,8 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from vhostblk.engine.map import MapHandle
-from vhostblk.nodes.qcow2.geometry import COPIED, Geometry
+from vhostblk.engine.map import MapHandle, MapWords
+from vhostblk.nodes.qcow2.geometry import Geometry
 from vhostblk.nodes.qcow2.storage import background
 
 
@@ -71,9 +71,6 @@ class Source(Protocol):
     def map_entries(self, slice: Slice) -> array[int] | None:
         """What the engine is to know of it; None: nothing, all requests shall come up."""
 
-    def replaced(self, word: int) -> None:
-        """The engine has allocated a cluster for what had this L2 word."""
-
     def grace(self) -> Awaitable[None]:
         """Done when all requests that have begun by now have ended."""
 
@@ -92,8 +89,8 @@ class L2Cache:
         limit: int,
         made_dirty: Callable[[], None],
     ) -> None:
-        self._geometry = geometry
         self.handle = handle
+        self.words = MapWords(geometry.unit_bits, geometry.cluster_bits, geometry.slice_entries)
         self._source = source
         self.limit = limit
         self._made_dirty = made_dirty
@@ -147,12 +144,13 @@ class L2Cache:
         try:
             words = await self._source.load_slice(index)
             slice = Slice(index, words)
+            self.words.add(index, words)
             self._slices[index] = slice
             self._clock.append(index)
             try:
                 self.install(slice)
             except BaseException:
-                del self._slices[index]
+                self._forget(index)
                 self._clock.remove(index)
                 raise
         finally:
@@ -168,22 +166,18 @@ class L2Cache:
         if entries is not None:
             self.handle.install(slice.index, entries)
 
+    def _forget(self, index: int) -> None:
+        self.words.remove(index)
+        del self._slices[index]
+
     # ---- what the engine did
 
     def apply_log(self) -> None:
         """Enter what the engine has allocated by itself. Never waits."""
-        bits = self._geometry.cluster_bits
-        per_slice = self._geometry.slice_entries
-        while log := self.handle.take_log():
-            for guest, host in log:
-                number, entry = divmod(guest >> bits, per_slice)
-                # It cannot have gone: that waits for all who may allocate in it.
-                slice = self._slices[number]
-                word = slice.words[entry]
-                if word:
-                    self._source.replaced(word)
-                slice.words[entry] = host | COPIED
-                self.dirty[number] = slice
+        # None of the slices can have gone: that waits for all who may allocate in it.
+        changed = list(self.words.take_log(self.handle))
+        self.dirty.update((number, self._slices[number]) for number in changed)
+        if changed:
             self._made_dirty()
 
     # ---- eviction
@@ -236,7 +230,7 @@ class L2Cache:
                 if slice.index in self.dirty or slice.pins:
                     self.install(slice)  # somebody allocated in it at the last moment
                 else:
-                    del self._slices[slice.index]
+                    self._forget(slice.index)
             self._clock = list(self._slices)
             self._gone.set_result(None)
 
@@ -275,9 +269,9 @@ class L2Cache:
 
     def clear(self) -> None:
         """Forget everything: nothing is dirty, and no request is in flight."""
-        for index in self._slices:
+        for index in list(self._slices):
             self.handle.evict(index)
-        self._slices.clear()
+            self._forget(index)
         self._clock.clear()
         self.dirty.clear()
 

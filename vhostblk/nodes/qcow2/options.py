@@ -106,8 +106,14 @@ def check(options: Qcow2Options) -> None:
                 raise _error("overlap-check", f"there is no structure called '{name}'")
 
 
-def cache_limits(options: Qcow2Options, cluster_size: int, refcount_cache: int) -> CacheLimits:
-    """The bound on L2 slices; `refcount_cache` bytes of `cache-size` are for others."""
+def cache_limits(
+    options: Qcow2Options, cluster_size: int, refcount_cache: int, *, extended: bool
+) -> CacheLimits:
+    """The bound on L2 slices; `refcount_cache` bytes of `cache-size` are for others.
+
+    The engine's tables take as much again. With extended L2 entries they take 16 times that, 32
+    words for each entry of two, and there are as many slices less.
+    """
     entry = options.l2_cache_entry_size
     if entry is None:
         entry = min(SLICE_BYTES, cluster_size)
@@ -122,7 +128,8 @@ def cache_limits(options: Qcow2Options, cluster_size: int, refcount_cache: int) 
         size = max(0, options.cache_size - refcount_cache)
     if size is None:
         size = DEFAULT_L2_CACHE
-    return CacheLimits(entry, max(size, MIN_L2_CACHE) // entry)
+    slices = size * 2 // 17 // entry if extended else size // entry
+    return CacheLimits(entry, max(slices, MIN_L2_CACHE // entry))
 
 
 def _error(parameter: str, text: str) -> VhostblkError:

@@ -250,8 +250,6 @@ class Qed(MappedImage):
             allocate=False,
             detect_zeroes=DETECT_ZEROES[self.options.detect_zeroes],
             sink=self._start,
-            low=_nothing,
-            log=None,
         )
         self.handle = self.map
         self.l2 = L2Cache(self.geometry, self.map, self, _L2_CACHE // SLICE_BYTES, _nothing)
@@ -400,9 +398,6 @@ class Qed(MappedImage):
             {"device": "", "node-name": self.name, "msg": text, "fatal": False},
         )
         return OSError(errno.EIO, f"the image is corrupt: {text}")
-
-    def replaced(self, word: int) -> None:
-        """The engine does not allocate."""
 
     def let_go(self, word: int) -> None:
         """A claim never moves what has a place."""

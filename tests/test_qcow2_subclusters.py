@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Extended L2 entries: the engine gives clusters a place, and writes their subclusters, by itself.
+
+What random requests read and write, and what is left after a kill or a power cut, is tested with
+those of all other images (variants "extended…" and "subclusters").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash import newest_tools
+from in_process import Host, with_host
+
+from vhostblk.engine import OP_WRITE, OP_WRITE_ZEROES
+
+KIB = 1 << 10
+MIB = 1 << 20
+CLUSTER = 128 * KIB
+UNIT = CLUSTER // 32
+SIZE = 8 * MIB
+
+
+class Overlay:
+    """An image with subclusters of 4 KiB on a raw one that is full, and its nodes."""
+
+    def __init__(self, host: Host, size: int = SIZE) -> None:
+        self.host = host
+        self.path = Path(host.path("overlay.qcow2"))
+        self.below = random.Random(1).randbytes(size)
+        Path(host.path("below.raw")).write_bytes(self.below)
+        newest_tools().create(
+            self.path, size, cluster_size=CLUSTER, extended_l2="on", backing="below.raw"
+        )
+
+    async def open(self, file: str | None = None, **options: Any) -> None:
+        backing = {"driver": "file", "filename": self.host.path("below.raw")}
+        await self.host.add("raw", "below", file=backing)
+        if file is None:
+            file = "storage"
+            await self.host.add("file", file, filename=str(self.path))
+        self.node = await self.host.add("qcow2", "o", file=file, backing="below", **options)
+        self.came_up = 0
+        write: Callable[..., Any] = self.node._hooks[OP_WRITE]
+
+        async def counted(request: Any) -> None:
+            self.came_up += 1
+            await write(request)
+
+        self.node._hooks[OP_WRITE] = counted
+
+    async def write_all(self, writes: dict[int, bytes]) -> None:
+        await asyncio.gather(*(self.host.write("o", at, data) for at, data in writes.items()))
+
+    def below_has_read(self) -> int:
+        """Bytes that were read from the image below."""
+        return int(self.host.backend.graph.nodes["below"].stats().read.bytes)
+
+    def expected(self, writes: dict[int, bytes]) -> bytes:
+        content = bytearray(self.below)
+        for at, data in writes.items():
+            content[at : at + len(data)] = data
+        return bytes(content)
+
+    async def close_and_judge(self, content: bytes) -> None:
+        await self.host.backend.blockdev_del("o")
+        check = newest_tools().check(self.path)
+        assert (check.corruptions, check.leaks, check.errors) == (0, 0, 0), check.text
+        assert newest_tools().content(self.path) == content
+
+
+def test_whole_subclusters_are_written_without_a_look_at_what_is_below() -> None:
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await overlay.open()
+        await host.write("o", 0, b"\1" * UNIT)  # loads the table, asks for clusters
+        overlay.came_up, before = 0, overlay.below_has_read()
+        rnd = random.Random(2)
+        units = rnd.sample(range(1, SIZE // UNIT), 300)
+        writes = {unit * UNIT: rnd.randbytes(UNIT) for unit in units}
+        for start in range(0, 300, 50):
+            some = dict(list(writes.items())[start : start + 50])
+            await overlay.write_all(some)
+            await host.until(lambda: overlay.node.allocator._wanted is None)
+        assert overlay.came_up == 0
+        assert overlay.below_has_read() == before
+        writes[0] = b"\1" * UNIT
+        await overlay.close_and_judge(overlay.expected(writes))
+
+    with_host(test)
+
+
+def test_a_part_of_a_subcluster_copies_that_subcluster_alone() -> None:
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await overlay.open()
+        await host.write("o", 0, b"\1" * UNIT)
+        overlay.came_up, before = 0, overlay.below_has_read()
+        writes = {0: b"\1" * UNIT, CLUSTER + UNIT + 512: b"\2" * 512, 5 * UNIT - 512: b"\3" * 1024}
+        for at, data in list(writes.items())[1:]:
+            await host.write("o", at, data)
+        assert overlay.came_up == 0
+        assert overlay.below_has_read() == before + 3 * UNIT
+        await overlay.close_and_judge(overlay.expected(writes))
+
+    with_host(test)
+
+
+def test_large_writes_over_many_clusters() -> None:
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await overlay.open()
+        await host.write("o", SIZE - UNIT, b"\1" * UNIT)
+        rnd = random.Random(3)
+        writes = {
+            SIZE - UNIT: b"\1" * UNIT,
+            3 * UNIT + 512: rnd.randbytes(12 * CLUSTER),
+            30 * CLUSTER - 512: rnd.randbytes(CLUSTER + 1024),
+        }
+        await overlay.write_all(writes)
+        await overlay.close_and_judge(overlay.expected(writes))
+
+    with_host(test)
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_the_place_serves_the_next() -> None:
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await host.add("file", "storage", filename=str(overlay.path))
+        await host.add("error-inject", "broken", file="storage", count=0)
+        await overlay.open("broken")
+        await host.write("o", 0, b"\1" * UNIT)
+
+        async def fail(count: int) -> None:
+            broken: dict[str, Any] = {"driver": "error-inject", "node-name": "broken"}
+            broken |= {"file": "storage", "operations": ["write"], "count": count}
+            await host.command("blockdev-reopen", options=[broken])
+
+        for at, length in ((CLUSTER, UNIT), (2 * CLUSTER, 512), (3 * CLUSTER + 7 * UNIT, UNIT)):
+            await fail(1)
+            with pytest.raises(OSError) as caught:
+                await host.write("o", at, b"\2" * length)
+            assert caught.value.errno == errno.EIO
+            await fail(0)
+            assert await host.read("o", at, UNIT) == overlay.below[at : at + UNIT]
+        overlay.came_up = 0
+        again = dict.fromkeys((CLUSTER + UNIT, 2 * CLUSTER, 3 * CLUSTER), b"\x03" * UNIT)
+        await overlay.write_all(again)
+        assert overlay.came_up == 0
+        await overlay.close_and_judge(overlay.expected({0: b"\1" * UNIT, **again}))
+        assert sum(1 for used in places(overlay.path) if used) == 4
+
+    with_host(test)
+
+
+def places(image: Path) -> list[bool]:
+    """Which clusters of the disk have a place in the file, from the L2 table."""
+    data = image.read_bytes()
+    l1 = int.from_bytes(data[40:48], "big")
+    l2 = int.from_bytes(data[l1 : l1 + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    return [any(data[l2 + 16 * at : l2 + 16 * at + 8]) for at in range(SIZE // CLUSTER)]
+
+
+def test_half_a_log_is_flushed_before_writes_have_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster is needed for those writes, which would be another occasion."""
+    monkeypatch.setattr("vhostblk.nodes._map_log.RECORDS", 64)
+
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await overlay.open()
+        writes = {unit * 2 * UNIT: bytes([unit + 1]) * UNIT for unit in range(48)}
+        first = {at: data for at, data in writes.items() if at % CLUSTER == 0}
+        await overlay.write_all(first)  # the places
+        await overlay.node.writeback.flush()
+        await host.until(lambda: overlay.node.allocator._wanted is None)
+        overlay.came_up = 0
+        for at, data in writes.items():
+            if at not in first:
+                await host.write("o", at, data)
+        await host.until(lambda: overlay.node.waiting_records() < 32)
+        assert overlay.came_up == 0
+        await overlay.close_and_judge(overlay.expected(writes))
+
+    with_host(test)
+
+
+def test_what_is_behind_the_end_of_a_disk_is_zeroes_when_it_grows() -> None:
+    """A place that is kept has older data in it."""
+
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        await overlay.open()
+        await host.write("o", 0, b"\x11" * CLUSTER)
+        engine = host.backend.engine
+        await engine.submit(overlay.node.effective, OP_WRITE_ZEROES, 0, length=CLUSTER)
+        await host.backend.block_resize("o", UNIT + 512)
+        await host.write("o", UNIT, b"\x22" * 512)
+        await host.backend.block_resize("o", SIZE)
+        assert await host.read("o", UNIT, UNIT) == b"\x22" * 512 + bytes(UNIT - 512)
+
+    with_host(test)
+
+
+def test_tables_that_say_the_same_everywhere_take_no_memory() -> None:
+    """An overlay that has nothing yet: 64 KiB for each 32 MiB of disk otherwise."""
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    async def test(host: Host) -> None:
+        path, size = Path(host.path("empty.qcow2")), 128 << 30
+        newest_tools().create(path, size, cluster_size=CLUSTER, extended_l2="on")
+        file = {"driver": "file", "filename": str(path)}
+        node = await host.add("qcow2", "o", file=file, l2_cache_size=1 << 30)
+        before = memory()
+        for at in range(0, size, 32 * MIB):
+            assert await host.read("o", at, 512) == bytes(512)
+        assert len(node.l2) == 4096
+        assert memory() - before < 64 * MIB  # the words: 4 KiB each
+        for at in range(0, size, size // 16):
+            await host.write("o", at + UNIT, b"\1" * UNIT)
+            assert await host.read("o", at, 3 * UNIT) == bytes(UNIT) + b"\1" * UNIT + bytes(UNIT)
+
+    with_host(test)
