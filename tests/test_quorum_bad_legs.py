@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from crash.tools import plain_environment
 from in_process import MIB, Host
-from quorum_legs import BLOCK, content, restart, run, states, until_states
+from quorum_legs import BLOCK, content, restart, run, states, submit, until_states
 
+from vhostblk.engine import OP_DISCARD
 from vhostblk.jobs.quorum import start_rebuild
 
 SIZE = 4 * MIB
@@ -137,9 +138,28 @@ def test_the_server_of_a_leg_is_killed(fuse: FuseLeg) -> None:
             assert states(node) == "iii"
             fuse.signal(signal.SIGKILL)
             await host.until(lambda: states(node) == "iif" or guest.task.done())
-            assert node.describe_legs()[2]["missed-bytes"] == SIZE  # whatever it had in memory
+            # Whatever it had in memory; that is said a moment after its state.
+            await host.until(lambda: node.describe_legs()[2]["missed-bytes"] == SIZE)
             await guest.more(host)
         assert content(host, "a") == content(host, "b")
+
+    run(test)
+
+
+def test_nobody_knows_what_fuse_makes_of_a_discard(fuse: FuseLeg) -> None:
+    """It may be a TRIM, after which a server shows what it likes: so all legs keep the data."""
+
+    async def test(host: Host) -> None:
+        for leg, path in (("a", host.file("a", SIZE)), ("b", host.file("b", SIZE)),
+                          ("c", fuse.path)):  # fmt: skip
+            await host.add("file", leg, filename=path, discard="unmap")
+        await host.add("quorum", "q", children=["a", "b", "c"], vote_threshold=2)
+        data = random.Random(1).randbytes(SIZE)
+        await host.write("q", 0, data)
+        [info] = await host.command("query-quorum")
+        assert ["discard-granularity" in leg for leg in info["legs"]] == [True, True, False]
+        await submit(host, OP_DISCARD, 0, SIZE)
+        assert {await host.read(leg, 0, SIZE) for leg in "abc"} == {data}
 
     run(test)
 

@@ -295,9 +295,10 @@ def test_commands() -> None:
             {
                 "node-name": "q",
                 "vote-threshold": 2,
+                "discard-granularity": 1,
                 "legs": [
                     {"child": f"children.{i}", "node-name": leg, "state": "in-sync",
-                     "missed-bytes": 0}
+                     "missed-bytes": 0, "discard-granularity": 1}
                     for i, leg in enumerate("abc")
                 ],
             }

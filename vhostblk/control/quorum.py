@@ -36,6 +36,7 @@ async def query_quorum(context: Context, arguments: QueryQuorum) -> Any:
             "node-name": quorum.name,
             "vote-threshold": quorum.options.vote_threshold,
             **({"unclean": True} if quorum.unclean else {}),
+            **({"discard-granularity": unit} if (unit := quorum.discard_granularity) else {}),
             "legs": quorum.describe_legs(),
         }
         for quorum in quorums

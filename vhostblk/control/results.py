@@ -408,6 +408,8 @@ class QuorumLegInfo(Model):
     state: Literal["in-sync", "stale", "failed", "rebuilding"]
     missed_bytes: int
     """How much it lacks at most."""
+    discard_granularity: int | None = None
+    """It gives space back in whole units of so many bytes; absent: it does not."""
     reason: str | None = None
 
 
@@ -418,6 +420,8 @@ class QuorumInfo(Model):
     vote_threshold: int
     unclean: bool | None = None
     """Legs may differ in what was not flushed when the last process, or the host, ended."""
+    discard_granularity: int | None = None
+    """Whole units of so many bytes are zeroed where something is discarded; absent: nothing is."""
     legs: list[QuorumLegInfo]
 
 

@@ -14,6 +14,15 @@ class FileHandle(NodeHandle):
         """To be called before the file gets that size, in bytes, by means of another descriptor."""
         lib.vb_node_file_resize(self.pointer, size)
 
+    def grown(self, size: int) -> None:
+        """To be called when it has that size."""
+        lib.vb_node_file_grown(self.pointer, size)
+
+
+def can_punch(fd: int) -> bool:
+    """Whether zero writes that may unmap make holes in a regular file. May wait for its storage."""
+    return bool(lib.vb_file_can_punch(fd))
+
 
 def new_file(
     engine: Engine,

@@ -88,6 +88,10 @@ class QuorumSettings:
     fifo: bool
     lates: int
     """Address of LATE_SIZE bytes."""
+    discard_unit: int
+    """Of a discard, whole units are zeroed; 0: nothing is done."""
+    size: int
+    """The quorum's: where the last unit ends."""
 
 
 class QuorumHandle(NodeHandle):
@@ -163,6 +167,8 @@ def _options(cookie: int, settings: QuorumSettings, legs: Sequence[LegHandle]) -
             "write_threshold": settings.write_threshold,
             "timeout_ns": settings.timeout_ns,
             "lates": settings.lates,
+            "discard_unit": settings.discard_unit,
+            "size": settings.size,
             "fifo": settings.fifo,
         },
     )

@@ -415,6 +415,15 @@ class NodeDriver:
         return None
 
     @property
+    def discard_granularity(self) -> int | None:
+        """Zero writes that may unmap return as much space as discards do: in whole units of so many
+        bytes, a power of two. What is not a whole unit may be written as zeroes.
+
+        None: they return none (`discard=ignore`), or may cost as much as writes of data.
+        """
+        return self._only_child().node.discard_granularity if self.keeps_data else None
+
+    @property
     def keeps_zeroes(self) -> bool:
         """Whether what is zeroes in the child is zeroes here: decrypted, it is noise."""
         return self.keeps_data

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vhostblk.engine.file import FileHandle, new_file
+from vhostblk.engine.file import FileHandle, can_punch, new_file
 from vhostblk.image import Extent
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
 from vhostblk.nodes.driver import DETECT_ZEROES, CreateHost, NodeDriver, NodeOptions, Perm
@@ -57,6 +57,7 @@ class _Opened:
     size: int
     memory_align: int
     request_align: int
+    discard_granularity: int | None
 
 
 class File(NodeDriver):
@@ -78,6 +79,7 @@ class File(NodeDriver):
         self._check_options(self.options)
         opened = await asyncio.to_thread(self._open_file, self.options, self.options.filename)
         self._read_only = opened.read_only
+        self._discard_granularity = opened.discard_granularity
         self._size = opened.size
         self._fd = _duplicate(opened.fd)
         self._lock_fd = _duplicate(opened.fd)
@@ -150,7 +152,12 @@ class File(NodeDriver):
         except BaseException:
             os.close(opened.fd)
             raise
-        self.prepared.update(handle=handle, _fd=fd, _read_only=opened.read_only)
+        self.prepared.update(
+            handle=handle,
+            _fd=fd,
+            _read_only=opened.read_only,
+            _discard_granularity=opened.discard_granularity,
+        )
 
     async def reopen_dispose(self, attributes: dict[str, Any]) -> None:
         await super().reopen_dispose(attributes)
@@ -163,6 +170,10 @@ class File(NodeDriver):
     @property
     def read_only(self) -> bool:
         return self._read_only
+
+    @property
+    def discard_granularity(self) -> int | None:
+        return self._discard_granularity
 
     def filename(self) -> str:
         return self.options.filename
@@ -210,10 +221,13 @@ class File(NodeDriver):
         try:
             size = self._probe_size(fd)
             memory_align, request_align = self._probe_alignment(fd, direct)
+            granularity = None
+            if options.discard == "unmap" and not read_only:
+                granularity = self._probe_granularity(fd, request_align)
         except BaseException:
             os.close(fd)
             raise
-        return _Opened(fd, read_only, size, memory_align, request_align)
+        return _Opened(fd, read_only, size, memory_align, request_align, granularity)
 
     def _open_fd(self, path: str, read_only: bool, direct: bool) -> int:
         # Never wait for a FIFO's other end; has no effect on files and disks.
@@ -272,6 +286,17 @@ class File(NodeDriver):
         # Where even 1 works (tmpfs, a hole) nothing has been learnt.
         request = _block_of_disk_below(fd) if request == 1 else request
         return request if memory == 1 else max(memory, SECTOR), request
+
+    def _probe_granularity(self, fd: int, request_align: int) -> int | None:
+        """Of holes that can be made; None where zeroes would have to be written instead."""
+        if not self._wants_block_device:
+            return request_align if can_punch(fd) else None
+        device = os.fstat(fd).st_rdev
+        for limit in ("discard_max_bytes", "write_zeroes_max_bytes"):  # 0: it cannot
+            if not _queue_value(device, limit):
+                return None
+        answer = fcntl.ioctl(fd, _BLKSSZGET, bytes(4))
+        return int(struct.unpack("=i", answer)[0])
 
     def _make_locks(self) -> ImageLocks | None:
         mode = self.options.locking
@@ -345,6 +370,8 @@ class File(NodeDriver):
             raise self._error(
                 f"Failed to resize '{self.options.filename}' to {size} bytes: {error.strerror}"
             ) from None
+        if isinstance(self.handle, FileHandle):
+            self.handle.grown(size)
         self._size = -(-size // SECTOR) * SECTOR
 
     # ---- errors
@@ -396,12 +423,16 @@ def _duplicate(fd: int) -> int:
 
 def _block_of_disk_below(fd: int) -> int:
     """Its logical block, if the kernel knows; a sector, of which nothing is ever smaller."""
-    device = os.fstat(fd).st_dev
+    return _queue_value(os.fstat(fd).st_dev, "logical_block_size") or SECTOR
+
+
+def _queue_value(device: int, name: str) -> int | None:
+    """What the kernel says of a disk, or of the disk that a partition is on."""
     disk = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    for queue in (f"{disk}/queue", f"{disk}/../queue"):  # of a disk, and of a partition's
-        with contextlib.suppress(OSError), open(f"{queue}/logical_block_size") as file:
+    for queue in (f"{disk}/queue", f"{disk}/../queue"):
+        with contextlib.suppress(OSError), open(f"{queue}/{name}") as file:
             return int(file.read())
-    return SECTOR
+    return None
 
 
 def _first_that_works(alignments: tuple[int, ...], attempt: Any) -> int:

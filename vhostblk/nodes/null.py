@@ -54,6 +54,10 @@ class NullCo(NodeDriver):
     def size(self) -> int:
         return self._size
 
+    @property
+    def discard_granularity(self) -> int:
+        return 1
+
     def state_options(self) -> dict[str, Any]:
         options = super().state_options()
         if self._size != self.options.size:

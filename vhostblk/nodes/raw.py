@@ -80,6 +80,12 @@ class Raw(NodeDriver):
         return self.options.offset
 
     @property
+    def discard_granularity(self) -> int | None:
+        below = self.child("file").node.discard_granularity
+        # Where units begin in the middle of those below, none would be a whole one.
+        return None if below is None or self.options.offset % below else below
+
+    @property
     def keeps_zeroes(self) -> bool:
         return True
 

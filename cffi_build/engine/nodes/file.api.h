@@ -14,3 +14,10 @@ vb_node *vb_node_file_new(vb_engine *engine, const struct vb_file_options *optio
 
 /* The file is about to have this size, by way of another fd. Behind it nothing is written meanwhile. */
 void vb_node_file_resize(vb_node *node, uint64_t size);
+/* It has been made so long. */
+void vb_node_file_grown(vb_node *node, uint64_t size);
+/*
+ * Any thread: whether the file system can make holes in a regular file that is open for writing, which
+ * read as zeroes then. May wait for it.
+ */
+bool vb_file_can_punch(int fd);

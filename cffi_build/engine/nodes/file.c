@@ -91,6 +91,7 @@ struct file_node {
     uint32_t detect_zeroes;
     uint32_t memory_align;
     _Atomic uint32_t unsupported; /* METHOD_*: known not to work here */
+    _Atomic uint64_t covered;     /* a regular file's size, at least */
     _Atomic int flush_error;      /* see flushed() */
     _Atomic bool writing;         /* see may_write() */
     struct inline_history history[2]; /* read, write */
@@ -688,13 +689,20 @@ static void start_transfer(struct file_io *io)
 
 static void start_zeroes(struct file_io *io);
 
-/* The guest may rely on nothing but zeroes; the file's size must still cover them. */
+/*
+ * The guest may rely on nothing but zeroes; the file's size must still cover them. A server that
+ * stands still must not be asked here.
+ */
 static bool file_covers(const struct file_io *io)
 {
+    struct file_node *file = io->file;
+    uint64_t end = io->offset + io->left;
     struct stat status;
 
-    return !io->file->regular || fstat(io->file->fd, &status) < 0 ||
-           (uint64_t)status.st_size >= io->offset + io->left;
+    if (!file->regular || end <= atomic_load_explicit(&file->covered, memory_order_relaxed)) {
+        return true;
+    }
+    return !file->remote && (fstat(file->fd, &status) < 0 || (uint64_t)status.st_size >= end);
 }
 
 static void extended(struct vb_aio *aio)
@@ -977,6 +985,7 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
         file->memory_align = sizeof(void *); /* posix_memalign() wants that much */
     }
     file->regular = S_ISREG(status.st_mode);
+    atomic_init(&file->covered, (uint64_t)status.st_size);
     file->in_memory = file->regular && lives_in_memory(options->fd);
     file->remote = file->regular && lives_elsewhere(options->fd);
     if (file->direct) {
@@ -989,5 +998,47 @@ struct vb_node *vb_node_file_new(struct vb_engine *engine, const struct vb_file_
 
 void vb_node_file_resize(struct vb_node *node, uint64_t size)
 {
-    vb_file_map_cut_off(&vb_container_of(node, struct file_node, node)->map, size);
+    struct file_node *file = vb_container_of(node, struct file_node, node);
+
+    vb_file_map_cut_off(&file->map, size);
+    if (size < atomic_load_explicit(&file->covered, memory_order_relaxed)) {
+        atomic_store_explicit(&file->covered, size, memory_order_relaxed);
+    }
+}
+
+void vb_node_file_grown(struct vb_node *node, uint64_t size)
+{
+    struct file_node *file = vb_container_of(node, struct file_node, node);
+
+    atomic_store_explicit(&file->covered, size, memory_order_relaxed);
+}
+
+/* Where there is nothing: the file ends long before. 0 or negative errno. */
+static int try_to_punch(int fd, const struct stat *file, off_t offset)
+{
+    if (file->st_size >= offset / 2) {
+        return -EFBIG;
+    }
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, ZERO_SIZE) < 0 ? -errno
+                                                                                            : 0;
+}
+
+/*
+ * As far behind the end as the file system has places at all. Of FUSE nobody knows: nbdfuse makes a
+ * TRIM of it, after which an NBD server may show anything.
+ */
+bool vb_file_can_punch(int fd)
+{
+    static const uint8_t places[] = {62, 53, 43, 41, 31}; /* powers of two */
+    struct statfs status;
+    struct stat file;
+    int ret = -EFBIG;
+
+    if (fstatfs(fd, &status) < 0 || status.f_type == FUSE_SUPER_MAGIC || fstat(fd, &file) < 0) {
+        return false;
+    }
+    for (size_t i = 0; ret == -EFBIG && i < sizeof(places); i++) {
+        ret = try_to_punch(fd, &file, (off_t)1 << places[i]);
+    }
+    return ret != -EFBIG && !not_supported(ret);
 }

@@ -62,6 +62,8 @@ struct vb_quorum_options {
     uint32_t write_threshold; /* legs that must have a write before it is acknowledged; 0: all */
     uint64_t timeout_ns;      /* a leg that takes longer has failed; 0: never */
     uint64_t lates;           /* address of VB_QUORUM_LATE_SIZE bytes, the caller's */
+    uint64_t discard_unit;    /* a power of two: of a discard, whole units are zeroed; 0: nothing */
+    uint64_t size;            /* the last unit is whole if it ends here, or, legs having grown, behind */
     bool fifo;                /* a read is answered by the first leg that can, without a vote */
 };
 

@@ -27,6 +27,11 @@
  * Writes. The data are copied once, and the legs get the copy: legs that write what the guest
  * is changing at the same time would differ ever after. Late legs live from that copy, too. Only if
  * there can be none, and it is a node like a cipher whose data they are (VB_REQ_STABLE), is there no copy.
+ *
+ * Discards. A leg makes of one what it likes: part of a cluster stays, or becomes zeroes, or noise. So
+ * legs get zero writes that may unmap instead, which mean the same to all, of whole units of what each of them
+ * can give back. What is not in a whole unit stays as it is, on all. If there is a leg for which
+ * such a zero write would be a write like any other (options.discard_unit is 0), nothing is done at all.
  */
 #include "quorum.h"
 #include "quorum_compare.h"
@@ -167,6 +172,7 @@ static struct op *new_op(struct quorum_node *quorum, struct vb_request *request,
     op->bytes = request->bytes;
     op->size = size;
     op->op = request->op;
+    op->flags = request->flags;
     op->late = -1;
     *memory = (unsigned char *)op + in_pages(head);
     return op;
@@ -224,7 +230,7 @@ static void new_part(struct op *op, uint32_t leg, struct iovec *iov, uint32_t ni
     struct vb_request *request = vb_request_new(op->thread);
 
     request->op = op->op;
-    request->flags = op->request->flags;
+    request->flags = op->flags;
     request->offset = op->offset;
     request->bytes = op->bytes;
     request->iov = iov;
@@ -358,7 +364,7 @@ static bool is_early(const struct op *op)
     const struct vb_quorum_options *options = &op->quorum->options;
 
     return options->write_threshold && !op->starting && op->op != VB_OP_FLUSH &&
-           !(op->request->flags & VB_REQ_FUA) && op->failed == 0 &&
+           !(op->flags & VB_REQ_FUA) && op->failed == 0 &&
            count(op->voters & ~op->waiting) >= options->write_threshold &&
            all_recorded(op, op->missed);
 }
@@ -417,34 +423,66 @@ static bool needs_copy(const struct quorum_node *quorum, const struct vb_request
            quorum->options.timeout_ns;
 }
 
+/* With memory for a `copy` of the data, or NULL. */
+static void change_legs(struct op *op, unsigned char *copy)
+{
+    const struct vb_request *request = op->request;
+
+    quorum_begin(op);
+    choose_legs(op);
+    if (count(op->voters) < op->quorum->options.threshold) {
+        fail(op, -EIO); /* before anybody has it */
+        return;
+    }
+    mark_missed(op, op->missed);
+    if (copy) {
+        copy_from_guest(request, copy);
+    }
+    for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
+        if (op->asked & bit(leg)) {
+            op->parts[leg].iov = (struct iovec){copy, op->bytes};
+            new_part(op, leg, copy ? &op->parts[leg].iov : request->iov,
+                     copy ? 1 : request->niov);
+        }
+    }
+    submit_parts(op);
+}
+
 static void start_change(struct quorum_node *quorum, struct vb_request *request)
 {
     bool copy = request->op == VB_OP_WRITE && needs_copy(quorum, request);
     unsigned char *data;
     struct op *op = new_op(quorum, request, copy ? request->bytes : 0, &data);
 
+    if (op) {
+        change_legs(op, copy ? data : NULL);
+    } else {
+        vb_complete(request, -ENOMEM);
+    }
+}
+
+static void start_discard(struct quorum_node *quorum, struct vb_request *request)
+{
+    uint64_t unit = quorum->options.discard_unit, end = request->offset + request->bytes, begin;
+    unsigned char *data;
+    struct op *op;
+
+    begin = unit ? (request->offset + unit - 1) & ~(unit - 1) : end;
+    end = end < quorum->options.size ? end & ~(unit - 1) : end;
+    if (begin >= end) {
+        vb_complete(request, 0);
+        return;
+    }
+    op = new_op(quorum, request, 0, &data);
     if (!op) {
         vb_complete(request, -ENOMEM);
         return;
     }
-    quorum_begin(op);
-    choose_legs(op);
-    if (count(op->voters) < quorum->options.threshold) {
-        fail(op, -EIO); /* before anybody has it */
-        return;
-    }
-    mark_missed(op, op->missed);
-    if (copy) {
-        copy_from_guest(request, data);
-    }
-    for (uint32_t leg = 0; any_from(op->asked, leg); leg++) {
-        if (op->asked & bit(leg)) {
-            op->parts[leg].iov = (struct iovec){data, op->bytes};
-            new_part(op, leg, copy ? &op->parts[leg].iov : request->iov,
-                     copy ? 1 : request->niov);
-        }
-    }
-    submit_parts(op);
+    op->op = VB_OP_WRITE_ZEROES;
+    op->flags = VB_REQ_MAY_UNMAP;
+    op->offset = begin;
+    op->bytes = end - begin;
+    change_legs(op, NULL);
 }
 
 /* ---- votes on what was read ------------------------------------------------------------------ */
@@ -843,7 +881,9 @@ void quorum_submit(struct vb_node *node, struct vb_request *request)
         quorum_hold(quorum, request)) {
         return;
     }
-    if (request->op != VB_OP_READ) {
+    if (request->op == VB_OP_DISCARD) {
+        start_discard(quorum, request);
+    } else if (request->op != VB_OP_READ) {
         start_change(quorum, request);
     } else if (quorum->options.fifo) {
         start_fifo(quorum, request);

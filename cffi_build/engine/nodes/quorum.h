@@ -68,7 +68,8 @@ struct op {
     uint64_t started_ns;
     uint64_t offset, bytes;
     size_t size;                /* of this memory */
-    uint8_t op;
+    uint8_t op;                 /* what the legs are asked for */
+    uint16_t flags;
     bool starting;              /* parts are being submitted */
     bool listed;                /* in that list */
     bool counted;               /* for grace */

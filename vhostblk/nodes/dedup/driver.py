@@ -290,6 +290,10 @@ class Dedup(HookedNode):
     def allocation_unit(self) -> int:
         return 1 << self._bits
 
+    @property
+    def discard_granularity(self) -> int:
+        return 1 << self._bits
+
     def state_options(self) -> dict[str, Any]:
         options = super().state_options()
         return {**options, "metadata": os.path.abspath(self.options.metadata)}

@@ -492,6 +492,16 @@ class Qcow2(MappedImage):
     def allocation_unit(self) -> int:
         return 1 << self.geometry.unit_bits
 
+    @property
+    def discard_granularity(self) -> int | None:
+        if self.options.discard != "unmap" or (self.geometry.version < 3 and self.has_backing):
+            return None
+        if not self.data_is_raw:
+            return self.geometry.cluster_size
+        if self._encrypted is not None:
+            return None  # there, zeroes are noise
+        return self.child("data-file").node.discard_granularity
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         async for extent in extents.extents(self, offset, length):
             yield extent

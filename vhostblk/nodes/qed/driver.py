@@ -314,6 +314,14 @@ class Qed(MappedImage):
     def allocation_unit(self) -> int:
         return self.header.cluster_size
 
+    @property
+    def discard_granularity(self) -> int | None:
+        # Both are done in place.
+        below = self.child("file").node.discard_granularity
+        if self.options.discard != "unmap" or below is None:
+            return None
+        return max(self.header.cluster_size, below)
+
     async def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         async for extent in extents(self, offset, length):
             yield extent

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """quorum: the same data on several legs, read by vote.
 
-Writes, flushes, discards and zero writes go to all legs at the same time and succeed
-if `vote-threshold` of them do. A read asks all legs and returns the version that at least
-`vote-threshold` of them agree on; with `read-pattern=fifo` the first leg that can answers alone.
+Writes, flushes and zero writes go to all legs at the same time and succeed if `vote-threshold`
+of them do. Discards become zero writes, so that all legs make the same of them. A read asks all
+legs and returns the version that at least `vote-threshold` of them agree on; with
+`read-pattern=fifo` the first leg that can answers alone.
 A leg that misses a change is out, and says so for ever after (legs.py, metadata.py), until
 it has been rebuilt (repair.py, vhostblk/jobs/quorum.py). docs/quorum.md tells operators about it.
 Engine half: cffi_build/engine/nodes/quorum.c.
@@ -126,6 +127,7 @@ class Quorum(NodeDriver):
     options: QuorumOptions
     handle: QuorumHandle | None
     metadata: Metadata | None = None
+    _drops_discards = False  # as operators know
     _delivering = False
     _equalizing = False
     _unequal = False
@@ -179,6 +181,7 @@ class Quorum(NodeDriver):
             raise
         self._tell_states()
         self._tell_unclean()
+        self._tell_discards()
         self._note()
 
     async def close(self) -> None:
@@ -613,6 +616,7 @@ class Quorum(NodeDriver):
             leg.handle.free()
         self._drop_spare()
         self._close_replaced()
+        self._tell_discards()
 
     def _close_replaced(self) -> None:
         while self._replaced:
@@ -635,6 +639,30 @@ class Quorum(NodeDriver):
     @property
     def read_only(self) -> bool:
         return bool(self.options.read_only)
+
+    @property
+    def discard_granularity(self) -> int | None:
+        # Legs that are out count, too: they get everything as soon as they are rebuilt.
+        found = [child.node.discard_granularity for child in self.children.values()]
+        able = [granularity for granularity in found if granularity is not None]
+        return max(able) if len(able) == len(found) else None
+
+    def _tell_discards(self) -> None:
+        """Somebody may wonder where the space remains."""
+        drops = self.handle is not None and self.discard_granularity is None
+        if drops == self._drops_discards:
+            return
+        self._drops_discards = drops
+        nodes = self._leg_nodes()
+        unable = [node.name for node in nodes if node.discard_granularity is None]
+        if drops:
+            logger.log(
+                # Where no leg can, as by default, nobody has asked for it.
+                logging.INFO if len(unable) == len(nodes) else logging.WARNING,
+                "quorum '%s': discards return no space: %s would have to write zeroes",
+                self.name,
+                ", ".join(f"'{name}'" for name in unable),
+            )
 
     @property
     def keeps_zeroes(self) -> bool:
@@ -676,6 +704,9 @@ class Quorum(NodeDriver):
                 "state": leg.state.text,
                 "missed-bytes": leg.dirty_bytes,
             }
+            granularity = leg.node.discard_granularity
+            if granularity is not None:
+                entry["discard-granularity"] = granularity
             if leg.reason is not None and leg.state is not LegState.IN_SYNC:
                 entry["reason"] = leg.reason
             found.append(entry)
@@ -781,6 +812,8 @@ class Quorum(NodeDriver):
             timeout_ns=options.leg_timeout * 1_000_000,
             fifo=options.read_pattern == "fifo",
             lates=self.metadata.lates,
+            discard_unit=self.discard_granularity or 0,
+            size=self.legs[0].size,
         )
 
     def children_changed(self) -> None:
