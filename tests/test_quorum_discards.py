@@ -428,6 +428,87 @@ def test_a_discard_that_is_late_on_a_leg() -> None:
     run(test)
 
 
+# ---- as a whole, they fail
+
+
+async def fails(host: Host, offset: int, length: int) -> None:
+    with pytest.raises(OSError):
+        await discard(host, offset, length)
+
+
+@pytest.mark.parametrize("faults", [("write-zeroes",), ("write-zeroes", "write")], ids="+".join)
+@pytest.mark.parametrize("legs", ["ab", "ba"])
+def test_one_of_two_legs_cannot(faults: Any, legs: str) -> None:
+    """The guest is told. It can read there nevertheless, and both legs have the same."""
+
+    async def test(host: Host) -> None:
+        node = await quorum_of(host, ("raw", "qcow2"))
+        before = await all_the_same(host, node)
+        Faulty.faults[legs[0]] = dict.fromkeys(faults, errno.EIO)
+        await fails(host, 64 * KIB, 2 * MIB)
+        found = await host.read("q", 0, SIZE)
+        Faulty.faults.clear()
+        assert found in (before, before[: 64 * KIB] + bytes(2 * MIB) + before[2112 * KIB :])
+        if "write" in faults:
+            assert found == before
+        await host.until(lambda: not node._suspects)
+        assert await all_the_same(host, node) == found
+        assert states(node) == "ii"
+        await scrubbed(host, node)
+
+    run(test)
+
+
+def test_a_leg_is_rebuilt_from_those_that_did_not_all_do_it() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum_of(host, ("raw", "qcow2", "small"))
+        Faulty.faults["c"] = {"write": errno.EIO}
+        await host.write("q", 0, bytes(512))
+        Faulty.faults = {"b": {"write-zeroes": errno.EIO}}
+        await fails(host, 0, MIB)
+        # At once: nobody has had time to make them equal.
+        Faulty.faults.clear()
+        await rebuilt(host, node, "c")
+        await all_the_same(host, node)
+        await scrubbed(host, node)
+
+    run(test)
+
+
+@pytest.mark.parametrize("rebuilding", [False, True])
+def test_most_legs_cannot(rebuilding: bool) -> None:
+    """The one that could is not wrong, and nobody says so."""
+
+    async def test(host: Host) -> None:
+        node = await quorum_of(host, ("raw", "qcow2", "small", "raw"))
+        before = await all_the_same(host, node)
+        job = None
+        if rebuilding:  # it did it, too, and is to have what those have that count
+            Faulty.faults["d"] = {"write": errno.EIO}
+            await host.write("q", SIZE - 512, before[-512:])
+            Faulty.faults.clear()
+            node.leg("d").mark_whole()
+            async with host.backend.changing():
+                job = start_rebuild(host.backend, node, node.leg("d"), speed=MIB)
+            await host.until(lambda: job.current_progress >= MIB, 20)
+        codes = dict.fromkeys(("write-zeroes",), errno.ENOSPC)
+        Faulty.faults.update({"b": codes, "c": codes})
+        if not rebuilding:
+            Faulty.faults["d"] = codes
+        await fails(host, 0, MIB)
+        for _ in range(4):
+            assert await host.read("q", 0, MIB) == before[:MIB]
+        Faulty.faults.clear()
+        if job is not None:
+            job.set_speed(0)
+        await host.until(lambda: set(states(node)) == {"i"}, 20)
+        await host.until(lambda: not node._suspects)
+        assert await all_the_same(host, node) == before
+        assert all("error" in report for report in host.named("QUORUM_REPORT_BAD"))
+
+    run(test)
+
+
 # ---- kill -9
 
 

@@ -12,6 +12,7 @@ from vhostblk._engine import ffi, lib
 from vhostblk.engine import Engine, NodeHandle, NodeSink, UpcallSink, finish
 
 QUORUM_ALL: int = lib.VB_QUORUM_ALL
+QUORUM_UNEVEN: int = lib.VB_QUORUM_UNEVEN
 QUORUM_RETIRED: int = lib.VB_QUORUM_RETIRED
 
 LEG_IN_SYNC: int = lib.VB_LEG_IN_SYNC

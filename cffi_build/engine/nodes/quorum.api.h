@@ -3,13 +3,14 @@
  * quorum: children 0 to legs - 1 hold the same data, those of them that are in sync.
  *
  * VB_EVENT_NODE events, with the leg in `request`, op, offset and bytes: the leg failed (ret < 0)
- * or was outvoted (ret 0). VB_QUORUM_ALL: the request failed as a whole. VB_QUORUM_RETIRED + leg:
- * the leg has become VB_LEG_FAILED.
+ * or was outvoted (ret 0). VB_QUORUM_ALL: the request failed as a whole. VB_QUORUM_UNEVEN: it was a
+ * change, and some legs may have it. VB_QUORUM_RETIRED + leg: the leg has become VB_LEG_FAILED.
  * Requests that go up (VB_EVENT_UPCALL): a read without a majority, which Python answers; and
  * anything else that has succeeded but has missed a leg of which that is not recorded yet: Python
  * records it, then completes the request.
  */
 #define VB_QUORUM_ALL 0xffffffff
+#define VB_QUORUM_UNEVEN 0xfffffffe
 #define VB_QUORUM_RETIRED 0x80000000
 
 /* States of a leg. C makes IN_SYNC and REBUILDING to FAILED, all else is Python's. */

@@ -336,6 +336,9 @@ static void end_change(struct op *op)
     if (count(done) < op->quorum->options.threshold) {
         /* The guest knows that it has failed; who has it and who has not means nothing now. */
         retire_failed(op, others);
+        if (op->op != VB_OP_FLUSH) {
+            tell(op, VB_QUORUM_UNEVEN, 0);
+        }
         fail(op, op->failed & op->voters ? common_error(op) : -EIO);
         return;
     }

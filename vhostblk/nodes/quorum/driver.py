@@ -27,6 +27,7 @@ from vhostblk.engine.quorum import (
     LEG_WHOLE,
     QUORUM_ALL,
     QUORUM_RETIRED,
+    QUORUM_UNEVEN,
     QuorumHandle,
     QuorumSettings,
     new_quorum,
@@ -64,7 +65,7 @@ from vhostblk.nodes.quorum.metadata import (
     boot,
     regions_of,
 )
-from vhostblk.nodes.quorum.repair import Repair
+from vhostblk.nodes.quorum.repair import PORTION, Repair
 from vhostblk.ratelimit import RateLimitedLog
 from vhostblk.schema import BlockdevRef, OnOff, Size, UInt32, VhostblkError
 
@@ -138,7 +139,8 @@ class Quorum(NodeDriver):
         self._log = RateLimitedLog(logger)
         self._recording: asyncio.Task[None] | None = None
         self._waiting: list[int] = []  # changes that complete when it is recorded who misses them
-        self._suspects: dict[tuple[int, int], None] = {}
+        # Ranges to be looked at, and whether a change has failed there.
+        self._suspects: dict[tuple[int, int], bool] = {}
         self._looking: asyncio.Task[None] | None = None
         self._votes: set[asyncio.Task[None]] = set()
         self._former: list[Leg] = []
@@ -867,7 +869,7 @@ class Quorum(NodeDriver):
             except VhostblkError as error:
                 errors[leg] = error
         done = [leg for leg in legs if leg not in errors]
-        if errors and not self._can_do_without(*errors):
+        if errors and not self.can_do_without(*errors):
             for leg in done:
                 await self._truncate_back(leg, before[leg], lost=before[leg] - size)
             raise next(iter(errors.values()))
@@ -881,18 +883,19 @@ class Quorum(NodeDriver):
     async def _truncate_back(self, leg: Leg, size: int, lost: int) -> None:
         with contextlib.suppress(VhostblkError):
             await self._truncate_leg(leg, size)
-        if lost > 0 and self._can_do_without(leg):
+        if lost > 0 and self.can_do_without(leg):
             leg.mark(size - lost, lost)
             self.fail_leg(leg, "a part of it was cut off")
 
-    def _can_do_without(self, *legs: Leg) -> bool:
+    def can_do_without(self, *legs: Leg) -> bool:
+        """Whether enough others are in sync."""
         left = sum(leg.state is LegState.IN_SYNC and leg not in legs for leg in self.legs)
         return left >= self.options.vote_threshold
 
     async def _truncate_leg(self, leg: Leg, size: int, without: Iterable[Leg] = ()) -> None:
         """One that hangs is given up, as the engine does with requests."""
         child, patience = self.child_of(leg), None
-        if self._can_do_without(leg, *without):
+        if self.can_do_without(leg, *without):
             patience = self.options.leg_timeout / 1000 or None
         leg.truncation = asyncio.ensure_future(_after(leg.truncation, child.node.truncate(size)))
         leg.truncation.add_done_callback(lambda work: work.cancelled() or work.exception())
@@ -920,6 +923,8 @@ class Quorum(NodeDriver):
     def _told(self, what: int, ret: int, op: int, offset: int, length: int) -> None:
         if what == QUORUM_ALL:
             self.report_failure(op, ret, offset, length)
+        elif what == QUORUM_UNEVEN:
+            self._suspect(offset, length, uneven=True)
         elif what & QUORUM_RETIRED:
             self._retired(what & ~QUORUM_RETIRED, f"{OP_NAMES[op]}: {os.strerror(-ret)}")
         elif what >= len(self.legs):
@@ -946,6 +951,9 @@ class Quorum(NodeDriver):
         ret = -errno.EIO
         try:
             vote = await self.repair.vote(offset, length)
+            if vote.winner is None and self._is_uneven(offset, length):
+                await self._even(offset, length)
+                vote = await self.repair.vote(offset, length)
             if vote.winner is not None:
                 _fill(iov, niov, vote.winner)
                 ret = 0
@@ -1062,11 +1070,15 @@ class Quorum(NodeDriver):
 
     # ---- what the legs do wrong
 
-    def _suspect(self, offset: int, length: int) -> None:
-        """A leg was outvoted, perhaps only because a write was on its way. Look again, in peace."""
+    def _suspect(self, offset: int, length: int, *, uneven: bool = False) -> None:
+        """A leg was outvoted, perhaps only because a write was on its way. Look again, in peace.
+
+        Or (`uneven`) too few legs have done what was asked of all.
+        """
         if len(self._suspects) >= MAX_SUSPECTS:
             return
-        self._suspects[offset, length] = None
+        uneven |= self._suspects.get((offset, length), False)
+        self._suspects[offset, length] = uneven
         if self._looking is None or self._looking.done():
             self._looking = self.engine.loop.create_task(self._look())
 
@@ -1075,7 +1087,11 @@ class Quorum(NodeDriver):
             offset, length = next(iter(self._suspects))
             try:
                 async with self.repair.step():
-                    if offset + length <= self.size:
+                    if offset + length > self.size:
+                        pass  # it is shorter now
+                    elif self._suspects[offset, length]:
+                        await self._even(offset, length)
+                    else:
                         rewrite = self._rewrites or self.settles
                         await self.repair.compare(offset, length, rewrite=rewrite)
             except (OSError, VhostblkError) as error:
@@ -1087,6 +1103,21 @@ class Quorum(NodeDriver):
                     error,
                 )
             self._suspects.pop((offset, length), None)
+
+    def _is_uneven(self, offset: int, length: int) -> bool:
+        """Whether legs may differ there, and none is wrong, since a change has failed."""
+        end = offset + length
+        return any(
+            uneven and start < end and offset < start + size
+            for (start, size), uneven in self._suspects.items()
+        )
+
+    async def _even(self, offset: int, length: int) -> None:
+        """The guest has been told that it failed; but it may read there, or a leg be rebuilt."""
+        if not self._may_write or self.options.blkverify:
+            return
+        for at in range(offset, offset + length, PORTION):
+            await self.repair.even(at, min(PORTION, offset + length - at))
 
     def report_bad(self, leg: Leg, op: int, ret: int, offset: int, length: int) -> None:
         """A leg gave an error, or (ret 0) was outvoted."""

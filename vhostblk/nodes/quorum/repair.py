@@ -92,6 +92,7 @@ class Repair:
         # The engine has 16 locks. Inside one, a read may need a vote, which takes another.
         self._room = asyncio.Semaphore(8)
         self._room_to_vote = asyncio.Semaphore(8)
+        self._evening = asyncio.Lock()
         self._late: set[asyncio.Future[None]] = set()
 
     @asynccontextmanager
@@ -155,6 +156,22 @@ class Repair:
             vote.winner = vote.winner[offset - first : offset - first + length]
         return vote
 
+    async def even(self, offset: int, length: int) -> None:
+        """A change has failed on so many legs that it has as a whole: who has it is not wrong, and
+        who has not is neither. One version counts from now on, block by block: that of most legs,
+        or else of the first one; if others cannot take that, of the last one.
+        """
+        first = offset - offset % BLOCK
+        end = min(self._quorum.size, -(-(offset + length) // BLOCK) * BLOCK)
+        async with self._evening, self.locked(first, end - first, self._room_to_vote):
+            for direction in (1, -1):
+                legs = self._in_sync()[::direction]
+                vote = await self._vote(first, end - first, choose=True, legs=legs)
+                if not (vote.losers or vote.settled):
+                    return
+                vote.failed = {}  # whoever cannot be read stays as it is
+                await self._make_right(vote, first, end - first, everywhere=True)
+
     async def compare(self, offset: int, length: int, *, rewrite: bool) -> Comparison:
         """Find the legs that are wrong, tell, and with `rewrite` make them right."""
         if not (await self._vote(offset, length)).differ:
@@ -182,11 +199,15 @@ class Repair:
         for start, end in vote.settled:
             quorum.report_settled(offset + start, end - start)
 
-    async def _make_right(self, vote: Vote, offset: int, length: int) -> int:
+    async def _make_right(
+        self, vote: Vote, offset: int, length: int, *, everywhere: bool = False
+    ) -> int:
+        """With `everywhere` legs that do not vote may be wrong where any other is."""
         written = 0
         bad = {leg: [*ranges, *vote.others.pop(leg, ())] for leg, ranges in vote.losers.items()}
         bad.update(vote.others)
-        self._mark_settled(vote, offset, bad)
+        changed = [each for ranges in bad.values() for each in ranges] if everywhere else []
+        self._mark_changed(sorted({*vote.settled, *changed}), offset, bad)
         if vote.winner is not None:
             bad.update((leg, [(0, length)]) for leg in vote.failed)
         for leg, ranges in bad.items():
@@ -199,20 +220,27 @@ class Repair:
                 written += end - start if data is not None else 0
         return written
 
-    def _mark_settled(self, vote: Vote, offset: int, bad: dict[Leg, list[tuple[int, int]]]) -> None:
+    def _mark_changed(
+        self,
+        ranges: list[tuple[int, int]],
+        offset: int,
+        bad: dict[Leg, list[tuple[int, int]]],
+    ) -> None:
         """Legs that do not vote may have any version of what has been settled."""
         for leg in self._quorum.legs:
-            if vote.settled and leg.state is LegState.REBUILDING:
-                bad[leg] = vote.settled
+            if ranges and leg.state is LegState.REBUILDING:
+                bad[leg] = ranges
             elif leg.state is not LegState.IN_SYNC:
-                for start, end in vote.settled:
+                for start, end in ranges:
                     leg.mark(offset + start, end - start)
 
     async def _winner(self, offset: int, start: int, end: int) -> bytes | None:
         return (await self._vote(offset + start, end - start)).winner
 
-    async def _vote(self, offset: int, length: int, *, choose: bool = False) -> Vote:
-        legs = self._in_sync()
+    async def _vote(
+        self, offset: int, length: int, *, choose: bool = False, legs: list[Leg] | None = None
+    ) -> Vote:
+        legs = self._in_sync() if legs is None else legs
         answers = await asyncio.gather(
             *(self._read(leg, offset, length) for leg in legs), return_exceptions=True
         )
@@ -276,8 +304,9 @@ class Repair:
         try:
             await self._finish(self._quorum.child_of(leg).write(offset, data))
         except OSError as error:
-            leg.mark(offset, len(data))
-            self._quorum.fail_leg(leg, f"rewriting what was wrong: {error.strerror}")
+            if leg.state is not LegState.IN_SYNC or self._quorum.can_do_without(leg):
+                leg.mark(offset, len(data))
+                self._quorum.fail_leg(leg, f"rewriting what was wrong: {error.strerror}")
             return False
         return True
 
