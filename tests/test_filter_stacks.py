@@ -54,6 +54,7 @@ DISK = MIB
 STORE = 4 * MIB  # what dedup has for a disk
 SECTOR = 512
 LEGS = 3
+CLUSTERS = (65536, 16384, 4096)
 PASSPHRASE = "the passphrase"
 EXAMPLES = int(os.environ.get("VHOSTBLK_STACK_EXAMPLES", tries(2)))
 STEPS = 12
@@ -76,8 +77,10 @@ class Images:
     def _make(self, name: str, content: bytes) -> None:
         raw = self.directory / f"{name}.raw"
         write_sparse(raw, content)
-        path = self.directory / f"{name}.qcow2"
-        tools().create(path, len(content), "qcow2", backing=raw, backing_format="raw")
+        for size in CLUSTERS:  # legs of a quorum may be as unlike as they are
+            path = self.directory / f"{name}.{size}.qcow2"
+            options = {"backing": raw, "backing_format": "raw", "cluster_size": size}
+            tools().create(path, len(content), "qcow2", **options)
 
     async def _decrypted(self, name: str, **header: str) -> bytes:
         """What a guest sees, read where no other filter is."""
@@ -175,6 +178,9 @@ class Machine(RuleBasedStateMachine):
             metadata = f"meta{next(self.numbers)}"
             await new_store(self.host, file, metadata)
             return {"metadata": self.host.path(metadata), "discard": "unmap"}
+        if kind == "luks" and "quorum" in self.stack[: self.stack.index("luks")]:
+            # By itself it would make noise of what is discarded, and each leg another one.
+            return {"key_secret": "s", "discard": "unmap"}
         return {
             "throttle": {"throttle_group": "g"},
             "luks": {"key_secret": "s"},
@@ -197,7 +203,9 @@ class Machine(RuleBasedStateMachine):
 
     async def leaf(self) -> str:
         image = self.image().split(", ")[-1]
-        path = self.images.copy(f"{image}.qcow2", self.directory / f"leg{next(self.legs)}.qcow2")
+        number = next(self.legs)
+        image = f"{image}.{CLUSTERS[number % len(CLUSTERS)]}.qcow2"
+        path = self.images.copy(image, self.directory / f"leg{number}.qcow2")
         file = {"driver": "file", "filename": path}
         allowed = str(self.images.directory)
         return await self.node("qcow2", file=file, discard="unmap", allow_backing_from=allowed)
