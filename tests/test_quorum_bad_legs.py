@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from crash.tools import plain_environment
 from in_process import MIB, Host
-from quorum_legs import BLOCK, content, restart, run, states, submit, until_states
+from quorum_legs import BLOCK, content, recorded, restart, run, states, submit, until_states
 
 from vhostblk.engine import OP_DISCARD
+from vhostblk.engine.quorum import LEG_FAILED, LEG_WHOLE
 from vhostblk.jobs.quorum import start_rebuild
 
 SIZE = 4 * MIB
@@ -160,6 +161,27 @@ def test_nobody_knows_what_fuse_makes_of_a_discard(fuse: FuseLeg) -> None:
         assert ["discard-granularity" in leg for leg in info["legs"]] == [True, True, False]
         await submit(host, OP_DISCARD, 0, SIZE)
         assert {await host.read(leg, 0, SIZE) for leg in "abc"} == {data}
+
+    run(test)
+
+
+def test_what_a_server_had_in_memory_is_missing_with_the_state(fuse: FuseLeg) -> None:
+    """The engine says so without Python: whoever looks, or is killed, at any moment."""
+
+    async def test(host: Host) -> None:
+        node = await quorum(host, fuse.path)
+        await host.export("q")
+        async with host.device() as device:
+            await device.write(0, b"x" * BLOCK)
+            fuse.signal(signal.SIGKILL)
+            write = asyncio.create_task(device.write(BLOCK, b"y" * BLOCK))
+            await asyncio.sleep(0)
+            end = time.monotonic() + 20
+            while states(node) != "iif" and time.monotonic() < end:
+                time.sleep(0.001)  # the control thread does nothing else
+            assert node.describe_legs()[2]["missed-bytes"] == SIZE
+            assert recorded(host).legs[2].word == LEG_FAILED | LEG_WHOLE
+            await write
 
     run(test)
 

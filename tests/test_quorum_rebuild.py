@@ -45,6 +45,31 @@ def all_equal(host: Host, legs: str = "abc") -> bool:
     return len({content(host, leg) for leg in legs}) == 1
 
 
+def test_a_flush_that_fails_may_have_lost_what_guests_wrote_during_the_rebuild() -> None:
+    async def test(host: Host) -> None:
+        node = await quorum(host)
+        await host.write("q", 0, os.urandom(MIB))
+        await misses(host, "b", (0, b"x" * 512))
+        Faulty.hangs["b"] = asyncio.Event()
+        Faulty.faults["b"] = {"flush": errno.EIO}
+        await rebuild(host, node, "b")
+        await until_states(host, node, "iri")
+        Faulty.hangs.pop("b").set()
+        before = content(host, "b")[5 * BLOCK : 6 * BLOCK]
+        await host.write("q", 5 * BLOCK, b"y" * BLOCK)  # where it had missed nothing
+        await until_states(host, node, "ifi")
+        await host.until(lambda: bool(host.named("BLOCK_JOB_COMPLETED")))
+        with open(host.path("b"), "r+b") as file:
+            file.seek(5 * BLOCK)
+            file.write(before)
+        Faulty.faults.clear()
+        await rebuild(host, node, "b")
+        await until_states(host, node, "iii")
+        assert all_equal(host)
+
+    run(test)
+
+
 def test_only_what_was_missed_is_copied() -> None:
     async def test(host: Host) -> None:
         node = await quorum(host)
@@ -401,6 +426,7 @@ def test_a_spare_that_fails_is_followed_by_the_next_one_and_never_taken_again() 
         Faulty.faults["b"] = {"write": errno.EIO}
         await host.write("q", BLOCK, os.urandom(BLOCK))
         await host.until(lambda: node.legs[1].node.name == "t" and states(node) == "ifi", 20)
+        await host.until(lambda: not list(host.backend.jobs))
         told = len(host.events)
         await asyncio.sleep(0.3)
         assert len(host.events) == told and node.legs[1].node.name == "t"

@@ -13,6 +13,7 @@ from in_process import MIB, Host, refused
 from quorum_legs import BLOCK, Faulty, content, quorum, recorded, restart, run, states, submit
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES
+from vhostblk.engine.quorum import LEG_WHOLE
 
 
 @pytest.mark.parametrize("operation", ["write", "write-zeroes", "discard", "flush"])
@@ -35,7 +36,8 @@ def test_who_misses_a_change_is_out(operation: str, code: int) -> None:
         [*_, leg] = recorded(host).legs
         assert leg.word & 0xFF == 3 and recorded(host).legs[0].word == 1
         if operation == "flush":
-            assert leg.word & 0x100  # nobody knows what it has lost
+            assert leg.word & LEG_WHOLE  # nobody knows what it has lost
+            assert node.describe_legs()[2]["missed-bytes"] == MIB
         else:
             assert leg.dirty[0] == 0b10
         assert states(node) == "iif"

@@ -52,6 +52,10 @@ class LegHandle:
         """Another state; False if it is not (any more) as expected."""
         return bool(lib.vb_quorum_leg_change(self.pointer, old, new))
 
+    def set_forgets(self, forgets: bool) -> None:
+        """Whether it may lose what it has acknowledged when it fails."""
+        lib.vb_quorum_leg_set_forgets(self.pointer, forgets)
+
     @property
     def recorded(self) -> bool:
         """Whether it is on disk that the leg is out."""

@@ -37,6 +37,8 @@ void vb_quorum_leg_free(vb_quorum_leg *leg);
 uint32_t vb_quorum_leg_state(vb_quorum_leg *leg);
 /* False if it is not `from`. */
 bool vb_quorum_leg_change(vb_quorum_leg *leg, uint32_t from, uint32_t to);
+/* Whether it may lose what it has acknowledged when it fails: then VB_LEG_WHOLE goes with that. */
+void vb_quorum_leg_set_forgets(vb_quorum_leg *leg, bool forgets);
 /* Whether all that miss the leg may complete, since everybody will know that they did. */
 bool vb_quorum_leg_is_recorded(vb_quorum_leg *leg);
 void vb_quorum_leg_set_recorded(vb_quorum_leg *leg, bool recorded);

@@ -27,6 +27,7 @@ struct vb_quorum_leg {
     uint64_t bits;              /* of the map */
     uint32_t region_bits;
     _Atomic bool recorded;
+    _Atomic bool forgets;
     _Atomic uint32_t users;     /* its owner, and each stray */
 };
 

@@ -63,6 +63,11 @@ bool vb_quorum_leg_change(struct vb_quorum_leg *leg, uint32_t from, uint32_t to)
     return atomic_compare_exchange_strong(leg->state, &from, to);
 }
 
+void vb_quorum_leg_set_forgets(struct vb_quorum_leg *leg, bool forgets)
+{
+    atomic_store(&leg->forgets, forgets);
+}
+
 bool vb_quorum_leg_is_recorded(struct vb_quorum_leg *leg)
 {
     return atomic_load(&leg->recorded);
@@ -75,27 +80,27 @@ void vb_quorum_leg_set_recorded(struct vb_quorum_leg *leg, bool recorded)
 
 /*
  * Not recorded before FAILED is seen: whoever misses the leg because of that waits. With `whole`
- * said in the same word, there is no moment at which less is known.
+ * said in the same word, there is no moment at which less is known, neither for an operator nor
+ * for whoever comes after a kill -9.
  */
 bool leg_retire(struct vb_quorum_leg *leg, bool whole)
 {
-    uint32_t failed = VB_LEG_FAILED | (whole ? VB_LEG_WHOLE : 0);
-    uint32_t state = atomic_load(leg->state);
+    uint32_t flag = whole || atomic_load(&leg->forgets) ? VB_LEG_WHOLE : 0;
+    uint32_t state = atomic_load(leg->state), next;
+    bool first;
 
-    for (;;) {
+    do {
         uint32_t plain = state & VB_LEG_STATE;
 
-        if (plain != VB_LEG_IN_SYNC && plain != VB_LEG_REBUILDING) {
-            if (whole && !(state & VB_LEG_WHOLE)) {
-                atomic_fetch_or(leg->state, VB_LEG_WHOLE);
-            }
+        first = plain == VB_LEG_IN_SYNC || plain == VB_LEG_REBUILDING;
+        next = first ? VB_LEG_FAILED | flag : state | flag;
+        if (first) {
+            atomic_store(&leg->recorded, false);
+        } else if (next == state) {
             return false;
         }
-        atomic_store(&leg->recorded, false);
-        if (atomic_compare_exchange_weak(leg->state, &state, failed)) {
-            return true;
-        }
-    }
+    } while (!atomic_compare_exchange_weak(leg->state, &state, next));
+    return first;
 }
 
 /* ---- dirty regions ------------------------------------------------------------------------ */

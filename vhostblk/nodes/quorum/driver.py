@@ -564,7 +564,7 @@ class Quorum(NodeDriver):
             else:
                 leg = known
                 leg.node, leg.role, leg.files = node, role, identity(node)
-                leg.forgets = forgets(node)
+                leg.set_forgets(forgets(node))
                 leg.moved(metadata, index, size)
             self.legs.append(leg)
             leg.handle.recorded = False
@@ -974,8 +974,6 @@ class Quorum(NodeDriver):
         if index < len(self.legs):
             leg = self.legs[index]
             leg.reason = reason
-            if leg.forgets:  # what it had acknowledged before may be gone, too
-                leg.mark_whole()
             logger.error(
                 "quorum '%s': leg '%s' has failed and is out until it is rebuilt: %s",
                 self.name,
@@ -985,14 +983,13 @@ class Quorum(NodeDriver):
             self._tell_state(leg)
         self._note()
 
-    def fail_leg(self, leg: Leg, reason: str) -> None:
-        """It did not take something, which has been marked."""
+    def fail_leg(self, leg: Leg, reason: str, *, whole: bool = False) -> None:
+        """It did not take something, which has been marked; with `whole` it may lack anything."""
         leg.handle.recorded = False
-        for state in (LegState.IN_SYNC, LegState.REBUILDING, LegState.STALE):
-            if leg.change(state, LegState.FAILED):
-                self._retired(leg.index, reason)
-                return
-        self._note()
+        if leg.fail(whole=whole):
+            self._retired(leg.index, reason)
+        else:
+            self._note()
 
     def set_state(self, leg: Leg, old: LegState, new: LegState) -> bool:
         """What a job decides; False if the engine was faster."""

@@ -85,8 +85,7 @@ class Leg:
         self.failed_rebuilds = 0
         """How often in a row that has failed, through no fault of this leg."""
         self.files = identity(node)
-        self.forgets = forgets(node)
-        """See forgets()."""
+        self.set_forgets(forgets(node))
         self.apart_at = -1
         """How often data had been changed when it ceased to be a leg."""
 
@@ -138,6 +137,22 @@ class Leg:
         """Another state; False if the engine was faster."""
         return self.handle.change(old.value, new.value)
 
+    def set_forgets(self, forgets: bool) -> None:
+        """See forgets(). Whatever it had acknowledged may be gone as soon as it fails."""
+        self._forgets = forgets
+        self.handle.set_forgets(forgets)
+
+    def fail(self, *, whole: bool = False) -> bool:
+        """Something is wrong with it, and with `whole` it may have lost what it had acknowledged.
+
+        False if it is known already.
+        """
+        lost = LEG_WHOLE if whole or self._forgets else 0
+        while True:
+            word = self.handle.word
+            if self.handle.change(word, LEG_FAILED | (word & LEG_WHOLE) | lost):
+                return word & LEG_STATE != LEG_FAILED
+
     # ---- what it has missed
 
     @property
@@ -148,6 +163,8 @@ class Leg:
     @property
     def dirty_bytes(self) -> int:
         """How much it has missed at most."""
+        if self.handle.word & LEG_WHOLE:
+            return self.size
         return min(self.size, self.handle.count_dirty(self.regions) << self.region_bits)
 
     def mark(self, offset: int, length: int) -> None:

@@ -9,7 +9,8 @@ Rebuilding a leg, and what a crash leaves of it:
   2. For each run of dirty regions, locked: read it by vote; write to the leg what differs there.
   3. After some of them: flush the leg, then, locked again, clear their bits. A region whose bit is
      clear is on the leg's disk. If the leg failed meanwhile, the bit that said so may have been
-     among them - but none is cleared while a change of its region is in flight.
+     among them - but none is cleared while a change of its region is in flight. If the flush fails,
+     what guests have written since 1 may be gone as well, and all of the leg counts as missed.
   4. With all of the disk locked for a moment: no bit is set, and it is `in-sync`.
 Whatever happens before 4, the next process finds a leg that is not in sync, and the bits of all
 that it may lack.
@@ -362,7 +363,6 @@ class Repair:
             raise OSError(
                 errno.EBUSY, f"leg '{leg.node.name}' still has requests that were given up"
             )
-        leg.settle_flags()
         leg.left_alone = False
         async with self._quorum.sizing:
             try:
@@ -371,6 +371,7 @@ class Repair:
                 self._quorum.fail_leg(leg, f"its size: {error.strerror}")
                 raise
             leg.begin_copying()
+            leg.settle_flags()
             for state in (LegState.FAILED, LegState.STALE):
                 self._quorum.set_state(leg, state, LegState.REBUILDING)
         if leg.state is not LegState.REBUILDING:
@@ -414,7 +415,8 @@ class Repair:
         try:
             await self._finish(self._quorum.child_of(leg).flush())
         except OSError as error:
-            self._quorum.fail_leg(leg, f"rebuilding it, flush: {error.strerror}")
+            # What guests have written meanwhile, and nobody marked, may be gone, too.
+            self._quorum.fail_leg(leg, f"rebuilding it, flush: {error.strerror}", whole=True)
             raise
         first, last = runs[0][0] << leg.region_bits, sum(runs[-1])
         # The last bit speaks for what will be there one day, too.
