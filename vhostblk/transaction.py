@@ -16,8 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vhostblk.graph import Change
-from vhostblk.graph.change import Parent
+from vhostblk.graph import Change, Parent
 from vhostblk.nodes.driver import NodeDriver
 from vhostblk.schema import BlockdevRef, Model, OnOff, VhostblkError, did_you_mean, validate
 

@@ -3,7 +3,7 @@
 
 from vhostblk.graph.block_backend import BlockBackend, Device
 from vhostblk.graph.change import Change
-from vhostblk.graph.edge import Edge
+from vhostblk.graph.edge import Edge, Parent
 from vhostblk.graph.graph import PAUSE_PATIENCE, Graph
 
-__all__ = ["PAUSE_PATIENCE", "BlockBackend", "Change", "Device", "Edge", "Graph"]
+__all__ = ["PAUSE_PATIENCE", "BlockBackend", "Change", "Device", "Edge", "Graph", "Parent"]

@@ -8,11 +8,11 @@ them, and touches none of the filters.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Protocol
 
 from vhostblk.engine import NodeHandle
-from vhostblk.nodes.driver import Child, NodeDriver, NodeHost, Perm, RoleKind
+from vhostblk.nodes.driver import Child, NodeDriver, NodeHost, Perm, Relations, RoleKind, present
 
 
 class Device(Protocol):
@@ -68,6 +68,11 @@ class BlockBackend:
         return self.root_child.node
 
     @property
+    def children(self) -> Mapping[str, Child]:
+        """The root, as a child."""
+        return {"root": self.root_child}
+
+    @property
     def filters(self) -> list[NodeDriver]:
         """The filters at the top of the tree, from the root down."""
         return self._split()[0]
@@ -83,7 +88,7 @@ class BlockBackend:
         return self._split()[1]
 
     def _split(self) -> tuple[list[NodeDriver], list[NodeDriver]]:
-        return split(self.root, lambda node: node.children)
+        return split(self.root, present)
 
     def relink(self) -> None:
         """Tell the device where its tree begins. Called by the graph."""
@@ -119,7 +124,7 @@ class BlockBackend:
 
 
 def split(
-    root: NodeDriver, children_of: Callable[[NodeDriver], Mapping[str, Child | NodeDriver]]
+    root: NodeDriver, children_of: Relations[NodeDriver]
 ) -> tuple[list[NodeDriver], list[NodeDriver]]:
     """The filters at the top of a tree, and the nodes right below them; each once, in order.
 
@@ -137,6 +142,6 @@ def split(
                 filters[node] = None
                 for role, child in children_of(node).items():
                     if node.child_roles[role.split(".")[0]].kind is not RoleKind.METADATA:
-                        following.append(child.node if isinstance(child, Child) else child)
+                        following.append(child)
         level = following
     return list(filters), list(below)

@@ -32,15 +32,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.graph.block_backend import BlockBackend, split
-from vhostblk.graph.edge import Edge
+from vhostblk.graph.edge import Edge, Parent
 from vhostblk.graph.options import check_detect_zeroes, inherit, sentence
 from vhostblk.nodes.driver import (
     Child,
     NodeDriver,
     NodeOptions,
     Perm,
+    Relations,
     RoleKind,
     changed_options,
+    present,
 )
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INDEX = re.compile("0|[1-9][0-9]{0,3}")
-Parent = NodeDriver | BlockBackend
 Step = Callable[[], Awaitable[None]]
 
 
@@ -108,7 +109,7 @@ class Change:
         """The children of a node (or of a drive, which has one: `root`) by role."""
         if parent in self._plan:
             return self._plan[parent]
-        return {role: child.node for role, child in self._live(parent).items()}
+        return present(parent)
 
     def child(self, parent: Parent, role: str) -> NodeDriver:
         """One child, or an error that names those there are."""
@@ -145,11 +146,6 @@ class Change:
         """What `BlockBackend.top_nodes_below_filters` will be."""
         root = self.children_of(backend)["root"]
         return split(root, self.children_of)[1]
-
-    def _live(self, parent: Parent) -> Mapping[str, Child]:
-        if isinstance(parent, BlockBackend):
-            return {"root": parent.root_child}
-        return self.graph.children_of(parent)
 
     # ---- steps
 
@@ -432,7 +428,7 @@ class Change:
 
     def _forget_what_stays(self) -> None:
         for parent, children in list(self._plan.items()):
-            if children == {role: child.node for role, child in self._live(parent).items()}:
+            if children == present(parent):
                 del self._plan[parent]
 
     def _check_cycles(self) -> None:
@@ -470,7 +466,7 @@ class Change:
         return all(self._only_covers(parent, children) for parent, children in self._plan.items())
 
     def _only_covers(self, parent: Parent, children: Mapping[str, NodeDriver]) -> bool:
-        before = {role: child.node for role, child in self._live(parent).items()}
+        before = present(parent)
         if parent in self._empty:
             return before.items() <= children.items()
         return before.keys() == children.keys() and all(
@@ -563,15 +559,12 @@ class Change:
         """Formats whose data others will hold, and who does so now, by role; children first."""
         moves: dict[NodeDriver, dict[str, NodeDriver]] = {}
 
-        def now(node: NodeDriver) -> Mapping[str, NodeDriver]:
-            return {role: child.node for role, child in self._live(node).items()}
-
         for node in self.graph.above(nodes)[0]:
             planned = self.children_of(node)
-            for role, child in now(node).items():
+            for role, child in present(node).items():
                 if node.child_roles[role.split(".")[0]].kind is not RoleKind.STORAGE:
                     continue
-                if role in planned and _holders(child, now) != _holders(
+                if role in planned and _holders(child, present) != _holders(
                     planned[role], self.children_of
                 ):
                     moves.setdefault(node, {})[role] = child
@@ -584,7 +577,7 @@ class Change:
                 await node.move(before)
 
     def _retie(self, parent: Parent, wanted: dict[str, NodeDriver]) -> None:
-        for role, child in list(self._live(parent).items()):
+        for role, child in list(parent.children.items()):
             if role not in wanted:
                 assert isinstance(parent, NodeDriver)
                 self._untied.append(self.graph.untie(parent, role))
@@ -594,7 +587,7 @@ class Change:
                 self.graph.retie(child, wanted[role])
         if isinstance(parent, NodeDriver):
             for role, node in wanted.items():
-                if role not in self._live(parent):
+                if role not in parent.children:
                     self._tied.append(self.graph.tie(parent, role, node))
             self.graph.sort_children(parent)
 
@@ -704,9 +697,7 @@ class _logged:
         return True
 
 
-def _holders(
-    node: NodeDriver, children_of: Callable[[NodeDriver], Mapping[str, NodeDriver]]
-) -> tuple[NodeDriver, NodeDriver]:
+def _holders(node: NodeDriver, children_of: Relations[NodeDriver]) -> tuple[NodeDriver, NodeDriver]:
     """Who has the data that a node has: below filters that keep them, and at the very bottom."""
     while node.keeps_data:
         node = children_of(node)["file"]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from vhostblk.graph.block_backend import BlockBackend
 from vhostblk.nodes.driver import Child, NodeDriver
 
+Parent = NodeDriver | BlockBackend
+
 
 @dataclass(eq=False)
 class Edge:
     """One parent's use of a node."""
 
-    parent: NodeDriver | BlockBackend
+    parent: Parent
     child: Child
 
     @property

@@ -37,7 +37,7 @@ from vhostblk.graph.edge import Edge, enumerate_edges
 from vhostblk.graph.options import check_detect_zeroes, inherit, references, sentence
 from vhostblk.graph.steps import Steps
 from vhostblk.nodes import DriverRegistry
-from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names
+from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names, present
 from vhostblk.objects import BackendObject, ObjectStore
 from vhostblk.origin import origin
 from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
@@ -192,7 +192,7 @@ class Graph:
                         waiting.append(parent)
             for parent in self._nodes.values():
                 if parent in filters:
-                    found.update(dict.fromkeys(split(parent, self.children_of)[1]))
+                    found.update(dict.fromkeys(split(parent, present)[1]))
         found.pop(node, None)
         return list(found)
 

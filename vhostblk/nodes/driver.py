@@ -122,8 +122,22 @@ class ChildRole:
     many: bool = False  # a list: the children are called role.0, role.1, …
 
 
-Relations = Callable[["NodeDriver"], Mapping[str, "NodeDriver"]]
-"""The children of each node by role, as they are or as they will be."""
+class HasChildren(Protocol):
+    """Who has children: a node, or a drive (one, its `root`)."""
+
+    @property
+    def children(self) -> Mapping[str, Child]:
+        """By role and index, in order."""
+
+
+ParentT = TypeVar("ParentT", bound=HasChildren)
+Relations = Callable[[ParentT], Mapping[str, "NodeDriver"]]
+"""The children of each parent by role: as they are (present()), or as they will be."""
+
+
+def present(parent: HasChildren) -> dict[str, NodeDriver]:
+    """The children of one parent by role, as they are."""
+    return {role: child.node for role, child in parent.children.items()}
 
 
 class NodeHost(Protocol):
@@ -620,7 +634,7 @@ class NodeDriver:
     async def moved(self) -> None:
         """The change is complete, guests run: free what is not needed any more."""
 
-    async def expect_children(self, children_of: Relations) -> None:
+    async def expect_children(self, children_of: Relations[NodeDriver]) -> None:
         """Children, here or below, are about to be others: `children_of` says which. Guests run.
 
         What takes time is found out and prepared here, if it was not before: children_changed()

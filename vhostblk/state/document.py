@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from vhostblk import __version__
-from vhostblk.graph import BlockBackend, Graph
-from vhostblk.nodes.driver import NodeDriver, RoleKind
+from vhostblk.graph import Graph, Parent
+from vhostblk.nodes.driver import NodeDriver, Relations, RoleKind, present
 from vhostblk.schema import Model, VhostblkError, validate
 from vhostblk.state.file import StateFile
 
@@ -105,13 +104,8 @@ class Document(Model):
 # ---- writing
 
 
-Relations = Callable[[NodeDriver | BlockBackend], Mapping[str, NodeDriver]]
-"""The children of a node (of a drive: `root`) by role."""
-
-
-def describe(backend: Backend, children_of: Relations | None = None) -> str:
+def describe(backend: Backend, children_of: Relations[Parent] = present) -> str:
     """The state of a backend, as the text of a state file; with other relations, if given."""
-    children_of = children_of or partial(_present, backend.graph)
     objects, mentioned = [], []
     exports = [
         (export, children_of(export.backend)["root"])
@@ -138,12 +132,6 @@ def describe(backend: Backend, children_of: Relations | None = None) -> str:
         "jobs": _array(_compact(entry) for entry in unfinished(backend)),
     }
     return _laid_out(members, backend.frozen_guests)
-
-
-def _present(graph: Graph, parent: NodeDriver | BlockBackend) -> Mapping[str, NodeDriver]:
-    if isinstance(parent, BlockBackend):
-        return {"root": parent.root}
-    return {role: child.node for role, child in graph.children_of(parent).items()}
 
 
 def with_frozen_guests(text: str, frozen: Iterable[str]) -> str:
@@ -182,7 +170,7 @@ def _array(entries: Iterable[str]) -> str:
 
 
 def _kept_nodes(
-    graph: Graph, roots: Iterable[NodeDriver], children_of: Relations
+    graph: Graph, roots: Iterable[NodeDriver], children_of: Relations[NodeDriver]
 ) -> list[NodeDriver]:
     """Children first, else in the order in which they were made.
 

@@ -473,7 +473,7 @@ class Quorum(NodeDriver):
         self._drop_spare()
         return Metadata(path, size, self._region_bits, legs, generation, flags)
 
-    async def expect_children(self, children_of: Relations) -> None:
+    async def expect_children(self, children_of: Relations[NodeDriver]) -> None:
         if self.metadata is None:
             return
         nodes, size = list(children_of(self).values()), self.size
@@ -483,7 +483,7 @@ class Quorum(NodeDriver):
         self._spare = await asyncio.to_thread(self._make_spare, size, legs)
 
     @staticmethod
-    def _learn(nodes: Iterable[NodeDriver], children_of: Relations) -> None:
+    def _learn(nodes: Iterable[NodeDriver], children_of: Relations[NodeDriver]) -> None:
         for node in nodes:
             learn(node, children_of)
 

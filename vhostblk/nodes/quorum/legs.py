@@ -31,7 +31,7 @@ from vhostblk.engine.quorum import (
     LEG_WHOLE,
     LegHandle,
 )
-from vhostblk.nodes.driver import NodeDriver, Relations
+from vhostblk.nodes.driver import NodeDriver, Relations, present
 from vhostblk.nodes.quorum.metadata import LegRecord, Metadata, regions_of
 
 
@@ -231,18 +231,13 @@ class Leg:
 # ---- recognising
 
 
-def present(node: NodeDriver) -> dict[str, NodeDriver]:
-    """The children of a node by role, as they are now."""
-    return {role: child.node for role, child in node.children.items()}
-
-
-def learn(node: NodeDriver, children_of: Relations) -> None:
+def learn(node: NodeDriver, children_of: Relations[NodeDriver]) -> None:
     """Have answers for identity() and forgets() ready. May wait for the storage: in a thread."""
     identity(node, children_of)
     forgets(node, children_of)
 
 
-def identity(node: NodeDriver, children_of: Relations = present) -> list[str]:
+def identity(node: NodeDriver, children_of: Relations[NodeDriver] = present) -> list[str]:
     """The files that a leg's data are in, the top one first, and what is below it behind.
 
     An overlay that a snapshot has put on top of a leg has the leg's own file behind it, so
@@ -267,7 +262,7 @@ _SERVED = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "virtiofs", "afs", "gfs2"
 _SERVED_DEVICES = ("nbd", "rbd", "drbd")
 
 
-def forgets(node: NodeDriver, children_of: Relations = present) -> bool:
+def forgets(node: NodeDriver, children_of: Relations[NodeDriver] = present) -> bool:
     """Whether a leg may lose what it has not flushed although this host has not gone down.
 
     A server that dies takes along what it had in its own memory. Local files are in the host's.
