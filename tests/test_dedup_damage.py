@@ -9,19 +9,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import lmdb
 import pytest
 from dedup_lab import BLOCK, create, database, files, new_store, open_disk, rebuilt, sound
 from in_process import MIB, Host, refused, with_host
 
 from vhostblk.control.events import EVENTS
-from vhostblk.dedup.database import TABLES, Database
-from vhostblk.dedup.old_database import FILE as OLD_FILE
 from vhostblk.dedup.tables import FILE
 from vhostblk.engine.tree import PAGE
 from vhostblk.schema import VhostblkError
@@ -193,84 +187,5 @@ def test_values_that_cannot_be_are_refused() -> None:
             with refused("damaged", "dedup-rebuild"):
                 await open_disk(host)
             path.write_bytes(whole)
-
-    with_host(test)
-
-
-# ---- stores of earlier versions
-
-
-def old_state(database: Database) -> Iterator[tuple[bytes, bytes]]:
-    for key, name in ((b"state", "state"), (b"ledger", "ledger"), (b"unreferenced", "unref")):
-        value = database.value(name)
-        assert value is not None
-        yield key, value
-
-
-def make_old(directory: Path) -> None:
-    """The database as LMDB, as earlier versions had it."""
-    with closing(Database(directory / FILE, 1 << 40)) as database:
-        environment = lmdb.open(
-            os.fspath(directory / OLD_FILE), subdir=False, map_size=1 << 30, max_dbs=8
-        )
-        with environment as env, env.begin(write=True) as txn:
-            for name in TABLES:
-                db = env.open_db(name.encode(), txn)
-                entries: Any = old_state(database) if name == "state" else database.scan(name)
-                for key, value in entries:
-                    if name == "disks":
-                        value = value[:8] + value[9 : 9 + value[8]]
-                    txn.put(key, value, db=db)
-            txn.put(b"unreferenced", bytes(20_000), db=env.open_db(b"state", txn))
-    (directory / FILE).unlink()
-
-
-def test_a_store_of_an_earlier_version_is_taken_over() -> None:
-    async def test(host: Host) -> None:
-        content = await fill(host)
-        meta = Path(host.path("meta"))
-        make_old(meta)
-        (meta / f"{FILE}.upgrade").write_bytes(b"of one that was interrupted")
-        await open_disk(host)
-        assert await host.read("disk", 0, SIZE) == content
-        await sound(host)
-        await host.backend.blockdev_del("disk")
-        # LMDB does not take the note for a database.
-        with pytest.raises(lmdb.Error):
-            lmdb.open(os.fspath(meta / OLD_FILE), subdir=False)
-        await open_disk(host)
-        await sound(host)
-
-    with_host(test)
-
-
-def test_an_old_database_that_is_damaged_is_refused() -> None:
-    async def test(host: Host) -> None:
-        await fill(host)
-        meta = Path(host.path("meta"))
-        make_old(meta)
-        whole, rnd = (meta / OLD_FILE).read_bytes(), random.Random(3)
-        refusals = 0
-        for page in range(len(whole) // PAGE):
-            spoilt = bytearray(whole)
-            spoilt[page * PAGE : (page + 1) * PAGE] = (
-                rnd.randbytes(PAGE) if page % 2 else bytes(PAGE)
-            )
-            (meta / OLD_FILE).write_bytes(spoilt)
-            try:
-                await open_disk(host)
-            except VhostblkError as error:
-                assert "damaged" in error.desc and "dedup-rebuild" in error.desc
-                refusals += 1
-                continue
-            await host.backend.blockdev_del("disk")  # (the page was in no use)
-            (meta / FILE).unlink()
-            for journal in meta.glob("journal.*"):
-                journal.unlink()
-        assert refusals > len(whole) // PAGE // 2
-        for size in (100, 5000, len(whole) // 2):
-            (meta / OLD_FILE).write_bytes(whole[:size])
-            with refused("damaged", "dedup-rebuild"):
-                await open_disk(host)
 
     with_host(test)

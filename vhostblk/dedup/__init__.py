@@ -5,7 +5,7 @@ Usable without the engine: a `Store` works on anything that reads and writes.
 
 * `format`: what is on the data device, and the journal's records
 * `journal`: what has changed since the last checkpoint
-* `database`: named tables in a file, with checksums; `old_database` reads those of earlier versions
+* `database`: named tables in a file, with checksums
 * `tables`: the metadata, in the database and in memory
 * `space`: the data device as a log of segments
 * `store`: all of it together: writing, flushing, checkpoints, crashes, garbage collection

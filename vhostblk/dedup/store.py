@@ -67,7 +67,6 @@ from vhostblk.dedup.interface import BACKLOG, HOLD_INTERVAL, Counters, Data, Mem
 from vhostblk.dedup.journal import Journal, sync_directory, write_file
 from vhostblk.dedup.ledger import Ledger, portions
 from vhostblk.dedup.ledger import State as LedgerState
-from vhostblk.dedup.old_database import upgrade
 from vhostblk.dedup.replay import Replay, in_slices, look_through
 from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
 from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, Dump, Tables
@@ -185,10 +184,9 @@ class Store:
         self._run(self._now_and_then())
 
     async def _open_tables(self, undo: contextlib.ExitStack) -> None:
-        """The database is read in part, and all of it if it is to become one of today."""
+        """The database is read in part."""
 
         def opened() -> None:
-            upgrade(self.directory, self.directory / FILE)
             self.tables = Tables(self.directory, self.super, self.tuning.metadata_size)
             undo.callback(self.tables.close)
 
