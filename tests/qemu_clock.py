@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import functools
-import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
+from compiled import shared_library
 from crash.tools import plain_environment
 
 SOURCE = Path(__file__).resolve().parent / "c" / "slow_clock.c"
@@ -17,19 +16,12 @@ _directory: tempfile.TemporaryDirectory[str] | None = None
 
 
 @functools.cache
-def _library() -> Path | None:
+def _library() -> Path:
     global _directory
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        return None
     _directory = tempfile.TemporaryDirectory(prefix="vb-clock-")
-    path = Path(_directory.name) / "slow_clock.so"
-    command = [gcc, "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", str(SOURCE)]
-    subprocess.run([*command, "-o", str(path)], env=plain_environment(), check=True)
-    return path
+    return shared_library(Path(_directory.name), [SOURCE])
 
 
 def quick_kdf() -> dict[str, str]:
-    """The environment; without a compiler QEMU takes its time."""
-    library = _library()
-    return plain_environment() | ({"LD_PRELOAD": str(library)} if library else {})
+    """The environment."""
+    return plain_environment() | {"LD_PRELOAD": str(_library())}

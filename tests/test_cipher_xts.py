@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import pytest
-from compiled import shared_library
+from compiled import loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -53,7 +53,7 @@ class Xts(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return shared_library(tmp_path_factory.mktemp("xts"), [ENGINE / "cipher_xts.c"])
+    return loaded(tmp_path_factory.mktemp("xts"), [ENGINE / "cipher_xts.c"])
 
 
 def masks_of(tweak: bytes, size: int) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import shared_library
+from compiled import loaded
 from in_process import Guest, Host, with_host
 
 HERE = Path(__file__).parent
@@ -144,7 +144,7 @@ def test_none_at_all_counts_at_once() -> None:
 def control(tmp_path: Path) -> Iterator[ctypes.CDLL]:
     """The engine's control side with a clock of its own."""
     sources = [*(ENGINE / name for name in ("engine.c", "mailbox.c")), HERE / "c/control_poll.c"]
-    library = shared_library(tmp_path, sources, "-D_GNU_SOURCE", f"-I{ENGINE}")
+    library = loaded(tmp_path, sources, "-D_GNU_SOURCE", f"-I{ENGINE}")
     library.one_message.argtypes = [ctypes.c_uint64]
     library.no_message.restype = ctypes.c_uint64
     library.start()

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from compiled import shared_library
+from compiled import loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -19,7 +19,7 @@ GUARD = b"\xa5" * 64
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = shared_library(tmp_path_factory.mktemp("compare"), [NODES / "quorum_compare.c"])
+    library = loaded(tmp_path_factory.mktemp("compare"), [NODES / "quorum_compare.c"])
     for name in ("quorum_compare", "quorum_compare_portable"):
         getattr(library, name).restype = ctypes.c_bool
     return library

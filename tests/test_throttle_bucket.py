@@ -7,7 +7,7 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from compiled import shared_library
+from compiled import loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -91,7 +91,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     nodes = ENGINE / "nodes"
     sources = [nodes / "throttle_bucket.c", Path(__file__).with_name("c") / "throttle_race.c"]
     directory = tmp_path_factory.mktemp("bucket")
-    library = shared_library(directory, sources, "-pthread", f"-I{nodes}")
+    library = loaded(directory, sources, "-pthread", f"-I{nodes}")
     library.vb_bucket_wait.restype = ctypes.c_uint64
     library.vb_bucket_account.restype = library.vb_bucket_set.restype = None
     return library

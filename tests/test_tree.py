@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from compiled import shared_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vhostblk._engine import ffi, lib
@@ -249,10 +250,9 @@ int fdatasync(int fd)
 
 def test_syncs_that_fail(tmp_path: Path) -> None:
     """In another process, whose fdatasync() is ours."""
-    library = tmp_path / "failing.so"
-    (tmp_path / "failing.c").write_text(FAILING)
-    command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "failing.c", "-ldl"]
-    subprocess.run(command, check=True)
+    source = tmp_path / "failing.c"
+    source.write_text(FAILING)
+    library = shared_library(tmp_path, [source])
     test = f"import test_tree; test_tree.fail_syncs({str(tmp_path)!r})"
     preload = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
