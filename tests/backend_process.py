@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
+
+import fresh_process
 
 START_SECONDS = 30
 STOP_SECONDS = 15
@@ -21,11 +22,9 @@ class BackendProcess:
         self.directory = directory
         self.log: list[str] = []
         self._ready = threading.Event()
-        self.process = subprocess.Popen(
+        self.process = fresh_process.Popen(
             [
-                sys.executable,
-                "-m",
-                "vhostblk",
+                *fresh_process.COMMAND,
                 command,
                 *(argument.replace("{dir}", str(directory)) for argument in arguments),
             ],

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import psutil
 import pytest
 from backend_process import BackendProcess
@@ -40,12 +41,15 @@ def vhostblk(
     """Run a command to its end."""
     runtime = {"VHOSTBLK_RUNTIME_DIR": str(directory)} if directory else {}
     start = (
-        ["-m", "vhostblk"]
+        fresh_process.COMMAND
         if program == "vhostblk"
-        else ["-c", "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())"]
+        else [
+            *(sys.executable, "-c"),
+            "import sys; from vhostblk.cli import backend_main; sys.exit(backend_main())",
+        ]
     )
-    return subprocess.run(
-        [sys.executable, *start, *arguments],
+    return fresh_process.run(
+        [*start, *arguments],
         capture_output=True,
         text=True,
         timeout=60,

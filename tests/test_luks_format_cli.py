@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 from luks_headers import cryptsetup, metadata, opens, sparse
 
@@ -20,8 +21,8 @@ CHEAP = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
 
 def vhostblk(*words: object, stdin: bytes = b"", status: int = 0) -> str:
     """Run it; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vhostblk", *map(str, words)],
+    done = fresh_process.run(
+        [*fresh_process.COMMAND, *map(str, words)],
         input=stdin,
         capture_output=True,
         timeout=100,
@@ -181,8 +182,9 @@ def test_mistakes(tmp_path: Path, words: list[str], said: str) -> None:
     words = [str(target) if word == "X" else word for word in words]
     if words[0] == "create" and "--key-file" not in words:
         words += ["--key-file", "-"]
-    done = subprocess.run([sys.executable, "-m", "vhostblk", *words], input=ONE,
-                          capture_output=True, timeout=60)  # fmt: skip
+    done = fresh_process.run(
+        [*fresh_process.COMMAND, *words], input=ONE, capture_output=True, timeout=60
+    )
     assert done.returncode in (1, 2)
     assert said in done.stderr.decode()
     assert done.stderr.count(b"\n") == 1

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 from luks_headers import CHEAP1, CHEAP2, MIB, QUICK, Memory, cryptsetup, opens, run
 from thoroughness import tries
@@ -272,8 +271,8 @@ def command(path: Path, change: str, directory: Path, **environment: str) -> int
     }[change]
     if change in ("add", "rotate"):
         words += ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
-    return subprocess.run(
-        [sys.executable, "-m", "vhostblk", "luks", change, str(path), *words],
+    return fresh_process.run(
+        [*fresh_process.COMMAND, "luks", change, str(path), *words],
         cwd=directory,
         env=os.environ | environment,
         capture_output=True,

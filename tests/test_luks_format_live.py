@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 from backend_process import BackendProcess
 from crash import newest_tools
@@ -303,8 +304,8 @@ def test_the_command_line_on_a_node(
     )  # fmt: skip
 
     def vhostblk(what: str, *more: str, status: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "vhostblk", "luks", what, "disk", "--socket", "qmp.sock", *more],
+        done = fresh_process.run(
+            [*fresh_process.COMMAND, "luks", what, "disk", "--socket", "qmp.sock", *more],
             cwd=short_dir,
             capture_output=True,
             text=True,

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import fresh_process
 import pytest
 from frontend import Daemon, Device, Qmp, Type
 from frontend import vhostblk as serve
@@ -42,9 +41,10 @@ def _export(id: str, node: str) -> str:
 def throttle(backend: Daemon, *words: str, status: int = 0) -> str:
     """What it prints."""
     command, *rest = words
-    done = subprocess.run(
+    done = fresh_process.run(
         [
-            *(sys.executable, "-m", "vhostblk", "throttle", command),
+            *fresh_process.COMMAND,
+            *("throttle", command),
             *("--socket", f"{backend.directory}/control"),
             *rest,
         ],
@@ -206,9 +206,10 @@ def test_words(backend: Daemon, words: list[str], expected: dict[str, int]) -> N
     ],
 )
 def test_what_is_refused(backend: Daemon, words: list[str], said: str) -> None:
-    process = subprocess.run(
+    process = fresh_process.run(
         [
-            *(sys.executable, "-m", "vhostblk", "throttle", "set"),
+            *fresh_process.COMMAND,
+            *("throttle", "set"),
             *("--socket", f"{backend.directory}/control", *words),
         ],
         capture_output=True,

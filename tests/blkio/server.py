@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 from blkio.library import plain_environment
@@ -69,7 +70,7 @@ class Server:
         assert self.process is None or self.process.poll() is not None, "it runs already"
         self.path.unlink(missing_ok=True)  # QEMU's program leaves it behind if it is killed
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = fresh_process.Popen(
                 self.command,
                 env=None if JUDGE == "vhostblk" else plain_environment(),
                 stdin=subprocess.DEVNULL,

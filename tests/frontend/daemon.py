@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+import fresh_process
 
 
 class Daemon:
@@ -47,7 +40,7 @@ class Daemon:
         self.process = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = fresh_process.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -55,7 +48,7 @@ class Daemon:
             text=True,
             errors="replace",
             env=self.env,
-            preexec_fn=_die_with_parent,
+            preexec_fn=fresh_process.die_with_parent,
         )
         self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         self._reader.start()

@@ -42,7 +42,7 @@ examples:
 
 def overview() -> str:
     """The text of `vhostblk --help`."""
-    width = max(map(len, COMMANDS)) + 2
+    width = max(len(name) for name in COMMANDS) + 2  # (`map` is a module here, once loaded)
     lines = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     return (
         "usage: vhostblk [--version] [--help] COMMAND ...\n\n"
