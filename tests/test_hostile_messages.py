@@ -151,7 +151,7 @@ def test_wrong_number_of_descriptors(lab: Lab, message: Message, count: int) -> 
     with GuestFiles(count) as fds, lab.attack() as device:
         device.start()
         device.channel.send(message, bytes(SIZES.get(message, 0)), fds)
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_descriptors_that_nobody_asked_for(lab: Lab, message: Message) -> None:
         device.channel.send(message, bytes(SIZES.get(message, 0)), fds)
         device.channel.send(Message.GET_QUEUE_NUM)
         device.channel.receive()
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 def test_more_descriptors_than_fit(lab: Lab) -> None:
     before = lab.open_files()
     with GuestFiles(64) as fds, lab.attack() as device:
         device.channel.send(Message.SET_MEM_TABLE, struct.pack("<II", 8, 0) + bytes(256), fds)
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 def test_descriptors_in_the_middle_of_a_message(lab: Lab) -> None:
@@ -185,7 +185,7 @@ def test_descriptors_in_the_middle_of_a_message(lab: Lab) -> None:
         channel.send_bytes(u64(0)[:4], fds[1:3])
         channel.send_bytes(u64(0)[4:], fds[3:])
         channel.wait_closed(0.1)
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 KINDS: dict[str, Callable[[], tuple[int, ...]]] = {
@@ -222,7 +222,7 @@ def test_descriptors_of_the_wrong_kind(lab: Lab, message: Message, kind: str) ->
         for _ in range(3):
             device.submit(0, length=512).queue.kick()
         device.settle(seconds=0.02)
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 class GuestFiles:
@@ -608,7 +608,7 @@ def test_many_inflight_areas(lab: Lab) -> None:
         for _ in range(20):
             device.set_inflight()
         device.read(0, 512)
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_no_file_stays_open(lab: Lab) -> None:
             device.reset()
             device.start()
     lab.works("disk")
-    assert lab.open_files() == before
+    lab.until_files_are(before)
 
 
 def test_a_second_front_end_waits_for_the_first(lab: Lab) -> None:

@@ -224,4 +224,4 @@ def test_a_descriptor_to_signal_the_log(lab: Lab) -> None:
         device.tell(Message.SET_LOG_FD, fds=[fd])
         os.close(fd)
         assert logged(device, Type.IN, length=512)
-    assert lab.open_files() == before
+    lab.until_files_are(before)

@@ -210,7 +210,7 @@ def test_a_snapshot_when_the_table_of_counts_has_moved() -> None:
 @pytest.mark.parametrize("what", ["larger", "smaller", "create", "delete"])
 def test_a_change_of_the_image_that_fails_changes_nothing(what: str, failing: str) -> None:
     """At whichever of its writes (barriers, reads) the device fails; afterwards it works."""
-    old, new = 64 * MIB, {"larger": 96 * MIB, "smaller": 40 * MIB}.get(what, 64 * MIB)
+    old, new = 16 * MIB, {"larger": 24 * MIB, "smaller": 10 * MIB}.get(what, 16 * MIB)
 
     async def change(host: Host) -> None:
         if what in ("create", "delete"):
@@ -223,11 +223,11 @@ def test_a_change_of_the_image_that_fails_changes_nothing(what: str, failing: st
 
         async def test(host: Host) -> None:
             nonlocal done
-            disk = new_disk(host, old, cluster_size=512)  # an L1 table of 2048 entries
+            disk = new_disk(host, old, cluster_size=512)  # an L1 table of 8 clusters
             content = bytearray(max(old, new))
             await disk.open()
             for number in range(2):
-                for offset in (0, 30 * MIB, 50 * MIB, 64 * MIB - 4096):
+                for offset in (0, 7 * MIB, 12 * MIB, 16 * MIB - 4096):
                     await disk.write(offset, bytes([number + 1]) * 4096)
                     content[offset : offset + 4096] = bytes([number + 1]) * 4096
                 if what == "delete" and not number:
@@ -245,8 +245,8 @@ def test_a_change_of_the_image_that_fails_changes_nothing(what: str, failing: st
             await host.backend.transaction([("block-filter-remove", {"node-name": "broken"})])
             kept = min(old, new)
             assert await disk.read(0, kept) == content[:kept]
-            await disk.write(20 * MIB, b"\x66" * 4096)
-            content[20 * MIB : 20 * MIB + 4096] = b"\x66" * 4096
+            await disk.write(5 * MIB, b"\x66" * 4096)
+            content[5 * MIB : 5 * MIB + 4096] = b"\x66" * 4096
             if not done:
                 await change(host)
             assert await disk.read(0, new) == content[:new]

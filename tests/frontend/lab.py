@@ -123,6 +123,12 @@ class Lab:
             seen.append(len(os.listdir(f"/proc/{self.daemon.pid}/fd")))
         return seen[-1]
 
+    def until_files_are(self, number: int) -> None:
+        """That many are open, or fewer; whoever hung up last may take longer than usual."""
+        end = time.monotonic() + 20
+        while (now := self.open_files()) > number:
+            assert time.monotonic() < end, f"{now} open files, and not {number}"
+
     def works(self, export: str) -> None:
         """A new front-end is served there, and the bystander still is."""
         with self.device(export) as device:
