@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 FACTOR = float(os.environ.get("VHOSTBLK_TEST_EXAMPLES", "1"))
+_SLOWER = 4 if "VHOSTBLK_SANITIZED" in os.environ else 1
 
 
 def tries(number: int) -> int:
@@ -18,5 +19,5 @@ def tries(number: int) -> int:
 
 
 def seconds(limit: float) -> float:
-    """A limit of time for something that tries."""
-    return limit * max(1.0, FACTOR)
+    """A limit of time for something that tries; a sanitizer makes all of it slower."""
+    return limit * max(1.0, FACTOR) * _SLOWER
