@@ -327,8 +327,14 @@ static void expire(struct quorum_thread *here, uint32_t legs)
 static void run_timer(struct vb_timer *timer)
 {
     struct quorum_thread *here = vb_container_of(timer, struct quorum_thread, timer);
-    uint64_t timeout = here->quorum->options.timeout_ns;
+    uint64_t timeout;
 
+    here->timing = false;
+    if (!here->oldest) {
+        return; /* and the options may be about to become others */
+    }
+    timeout = here->quorum->options.timeout_ns;
+    here->timing = true;
     /* What begins in here, such as another try of a read, does not start the timer: we do. */
     while (here->oldest && timeout && here->oldest->started_ns + timeout <= here->thread->now_ns) {
         uint32_t legs = dispensable(here->quorum, here->oldest->waiting);
