@@ -9,17 +9,17 @@
  * one look can tell; if that was too optimistic it is begun again from the start, which a
  * read or a write may.
  *
- * Allocation in C. The entry is made pending, so that nobody else allocates the same unit; then it gets
- * a place. What comes next depends on what was there before:
- *  - ZERO, of a map whose units are clusters: the new entry is published at once. The cluster reads as zeroes, so whoever looks at the
- *    parts that this request does not write sees what was there before. Whether the data have arrived
- *    when the entry gets to the disk makes no difference either: zeroes were there, and this
- *    request has not been flushed.
- *  - BACKING, and ZERO of a part of a cluster, in whose place anything may be: the entry stays pending until
- *    the data are there, and the record is made then: had the entry got to the disk before, a crash would leave
- *    what was in that place before instead of what the guest had.
- *    A request that does not cover all of the unit has the rest read from the backing file first (or
- *    zeroes put around it), and the whole written in one piece (struct copy).
+ * Allocation in C. The entry is made pending, so that nobody else allocates the same unit; then it
+ * gets a place. What comes next depends on what was there before:
+ *  - ZERO, where units are clusters: the new entry is published at once. The cluster reads as
+ *    zeroes, so whoever looks at the parts that this request does not write sees what was there
+ *    before. Whether the data have arrived when the entry gets to the disk makes no difference
+ *    either: zeroes were there, and this request has not been flushed.
+ *  - BACKING, and ZERO of a part of a cluster, in whose place anything may be: the entry stays pending
+ *    until the data are there, and the record is made then: had the entry got to the disk before, a
+ *    crash would leave what was in that place instead of what the guest had.
+ *    A request that does not cover all of the unit has the rest read from the backing file first
+ *    (or zeroes put around it), and the whole written in one piece (struct copy).
  */
 #include "map_table.h"
 
