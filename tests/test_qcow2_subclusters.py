@@ -19,12 +19,39 @@ from crash import newest_tools
 from in_process import Host, with_host
 
 from vhostblk.engine import OP_WRITE, OP_WRITE_ZEROES
+from vhostblk.engine.map import MAP_OFFSET
+from vhostblk.filter import Filter
 
 KIB = 1 << 10
 MIB = 1 << 20
 CLUSTER = 128 * KIB
 UNIT = CLUSTER // 32
 SIZE = 8 * MIB
+
+
+class Gate(Filter):
+    """Keeps a write of a sector to a watched place until something larger is written there."""
+
+    driver = "gate"
+    watched: int | None = None
+
+    def watch(self, place: int) -> None:
+        self.watched = place
+        self.arrived, self.go_on, self.ended = (asyncio.Event() for _ in range(3))
+
+    async def write(self, request: Any) -> None:
+        end = request.offset + request.length
+        if self.watched is None or not request.offset <= self.watched < end:
+            request.forward()
+        elif request.length == 512:
+            self.arrived.set()
+            await self.go_on.wait()
+            await self.file.forward(request)
+            self.ended.set()
+        else:
+            self.go_on.set()
+            await self.ended.wait()
+            request.forward()
 
 
 class Overlay:
@@ -157,6 +184,36 @@ def test_a_write_that_fails_leaves_what_was_there_and_the_place_serves_the_next(
         assert sum(1 for used in places(overlay.path) if used) == 4
 
     with_host(test)
+
+
+def test_what_is_being_written_to_a_cluster_is_not_copied_for_its_neighbour() -> None:
+    """The words may not say yet that the engine has given a cluster its place."""
+
+    async def test(host: Host) -> None:
+        overlay = Overlay(host)
+        newest_tools().io(overlay.path, f"write -q -c -P 7 {CLUSTER} {CLUSTER}")
+        await host.add("file", "storage", filename=str(overlay.path))
+        gate = await host.add("gate", "gate", file="storage")
+        await overlay.open("gate")
+        writes = {5 * CLUSTER: b"\1" * UNIT, CLUSTER: b"\7" * CLUSTER}
+        await host.write("o", 5 * CLUSTER, writes[5 * CLUSTER])
+        await host.until(lambda: overlay.node.allocator._wanted is None)
+        for unit in (3, 30):
+            writes[unit * UNIT] = bytes([unit]) * UNIT
+            await host.write("o", unit * UNIT, writes[unit * UNIT])
+        assert not overlay.node.l2.get(0).words[0]  # it is in the log only
+        gate.watch((overlay.node.map.get(3) & MAP_OFFSET) + 512)
+        writes |= {3 * UNIT + 512: b"\2" * 512, 30 * UNIT: b"\3" * (3 * UNIT)}
+        first = asyncio.create_task(host.write("o", 3 * UNIT + 512, writes[3 * UNIT + 512]))
+        await gate.arrived.wait()
+        overlay.came_up = 0
+        await host.write("o", 30 * UNIT, writes[30 * UNIT])
+        assert overlay.came_up  # since its second cluster is compressed
+        gate.go_on.set()
+        await first
+        await overlay.close_and_judge(overlay.expected(writes))
+
+    with_host(test, Gate)
 
 
 def places(image: Path) -> list[bool]:

@@ -313,7 +313,13 @@ class DataPath:
             wanted = [u for u in touched if get(base + u) & MAP_TYPE != MAP_DATA]
         else:
             wanted = list(range(geometry.units))
-        return self.claim(cluster, slice, index, wanted)
+        claim = self.claim(cluster, slice, index, wanted)
+        if claim is not None and not own and not claim.moves and geometry.extended:
+            # The engine has given it a place, which the words did not say yet. Some of the units
+            # are data, then, and may be being written to: they must not be copied.
+            self.release(claim)
+            return None
+        return claim
 
     def _takes_many_runs(self, request: Request) -> bool:
         """Tiny clusters have tiny runs: then a large request is better off with Python's."""
