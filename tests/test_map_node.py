@@ -13,9 +13,11 @@ import os
 import random
 from array import array
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from compiled import loaded
 from frontend import Status, Type
 from in_process import MIB, Host, with_host
 
@@ -542,3 +544,12 @@ def test_a_full_log_makes_writes_come_up(monkeypatch: pytest.MonkeyPatch) -> Non
         log.close(remove=True)
 
     with_host(test, Toy)
+
+
+def test_a_table_that_the_control_thread_looks_at_is_not_freed_by_an_io_thread(
+    tmp_path: Path,
+) -> None:
+    engine = Path(__file__).parent.parent / "cffi_build" / "engine"
+    sources = [engine / "nodes" / "map_table.c", Path(__file__).with_name("c") / "map_spread.c"]
+    library = loaded(tmp_path, sources, f"-I{engine}", "-Dfree=noted_free")
+    assert library.map_spread() == 2

@@ -5,8 +5,8 @@
  *
  * Entries are atomic words. I/O threads read them with acquire and change them with
  * compare-and-exchange; Python, the only one that installs and evicts tables, sets them. A
- * table is freed when every I/O thread has gone once round its loop after it was unlinked: no thread
- * keeps a pointer into a table beyond that.
+ * table is freed when every I/O thread has gone once round its loop after Python has evicted it: no
+ * thread keeps a pointer into a table beyond that, and Python looks at none while it evicts one.
  */
 #include "map_table.h"
 
@@ -61,9 +61,20 @@ static size_t table_size(uint64_t entries)
     return sizeof(struct map_table) + entries * sizeof(uint64_t);
 }
 
+static void free_table(void *argument)
+{
+    struct map_table *table = argument;
+
+    if (table) {
+        free(table->before);
+        free(table);
+    }
+}
+
 /*
  * A table with entries of its own in the place of one whose entries are all the same. That one never
- * changes: who still looks at it sees what was there a moment ago.
+ * changes: who still looks at it sees what was there a moment ago. It stays as long as the new one:
+ * the control thread, which may be looking, too, is not one that goes round.
  */
 static void spread(struct map_node *map, uint64_t unit, struct map_table *same)
 {
@@ -72,14 +83,13 @@ static void spread(struct map_node *map, uint64_t unit, struct map_table *same)
     uint64_t entry = atomic_load_explicit(&same->entries[0], memory_order_relaxed);
     struct map_table *expected = same, *table = vb_must_alloc(table_size(count));
 
+    table->before = same;
     atomic_init(&table->used, true);
     table->same = false;
     for (uint64_t i = 0; i < count; i++) {
         atomic_init(&table->entries[i], entry);
     }
-    if (atomic_compare_exchange_strong(place, &expected, table)) {
-        vb_after_all_threads(map->node.engine, free, same);
-    } else {
+    if (!atomic_compare_exchange_strong(place, &expected, table)) {
         free(table); /* another thread has done it, or the table has been evicted */
     }
 }
@@ -117,6 +127,7 @@ int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entrie
     if (!table) {
         return -ENOMEM;
     }
+    table->before = NULL;
     atomic_init(&table->used, true);
     table->same = count == 1;
     for (uint64_t i = 0; i < count; i++) {
@@ -137,7 +148,7 @@ bool vb_map_evict(struct vb_node *node, uint64_t number)
     if (!table) {
         return false;
     }
-    vb_after_all_threads(node->engine, free, table);
+    vb_after_all_threads(node->engine, free_table, table);
     map_wake(map); /* who waits for an entry of it has to ask Python now */
     return true;
 }
@@ -555,7 +566,7 @@ static void map_destroy(struct vb_node *node)
 
     vb_map_reclaim(node, left);
     for (uint64_t i = 0; i < map->tables_count; i++) {
-        free(atomic_load_explicit(&map->tables[i], memory_order_relaxed));
+        free_table(atomic_load_explicit(&map->tables[i], memory_order_relaxed));
     }
     free(map->tables);
     for (struct map_unused *unused = atomic_load(&map->unused), *next; unused; unused = next) {

@@ -12,6 +12,7 @@
  * whose entries are all the same has only the first of them, until one is to be changed.
  */
 struct map_table {
+    struct map_table *before; /* owned; the one with all the same that this has replaced, or NULL */
     _Atomic bool used;
     bool same;
     _Atomic uint64_t entries[];
