@@ -267,11 +267,12 @@ def test_what_is_behind_the_end_of_a_disk_is_zeroes_when_it_grows() -> None:
     with_host(test)
 
 
+def memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def test_tables_that_say_the_same_everywhere_take_no_memory() -> None:
     """An overlay that has nothing yet: 64 KiB for each 32 MiB of disk otherwise."""
-
-    def memory() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     async def test(host: Host) -> None:
         path, size = Path(host.path("empty.qcow2")), 128 << 30
@@ -286,5 +287,19 @@ def test_tables_that_say_the_same_everywhere_take_no_memory() -> None:
         for at in range(0, size, size // 16):
             await host.write("o", at + UNIT, b"\1" * UNIT)
             assert await host.read("o", at, 3 * UNIT) == bytes(UNIT) + b"\1" * UNIT + bytes(UNIT)
+
+    with_host(test)
+
+
+def test_the_end_of_a_large_disk_takes_no_memory_for_what_lies_before() -> None:
+    async def test(host: Host) -> None:
+        path, size = Path(host.path("large.qcow2")), 128 << 40
+        newest_tools().create(path, size, cluster_size=64 * KIB, extended_l2="on")
+        await host.add("qcow2", "o", file={"driver": "file", "filename": str(path)})
+        await host.read("o", 0, 512)
+        before = memory()
+        for at in (size // 2, size - 512):  # the room for the first is too small for the second
+            assert await host.read("o", at, 512) == bytes(512)
+        assert memory() - before < 32 * MIB
 
     with_host(test)

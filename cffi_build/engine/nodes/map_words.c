@@ -42,17 +42,21 @@ void vb_map_words_free(struct vb_map_words *tables)
     free(tables);
 }
 
+/* What nobody has written to takes no memory: a disk may be large, and little of it in use. */
 static int make_room(struct vb_map_words *tables, uint64_t slice)
 {
     uint64_t count = slice + slice / 2 + 16;
-    struct slice *slices = realloc(tables->slices, count * sizeof(*slices));
+    struct slice *slices = calloc(count, sizeof(*slices));
 
     if (!slices) {
         return -ENOMEM;
     }
-    for (uint64_t i = tables->slices_count; i < count; i++) {
-        slices[i] = (struct slice){0};
+    for (uint64_t i = 0; i < tables->slices_count; i++) {
+        if (tables->slices[i].words) {
+            slices[i] = tables->slices[i];
+        }
     }
+    free(tables->slices);
     tables->slices = slices;
     tables->slices_count = count;
     return 0;
