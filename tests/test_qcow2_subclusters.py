@@ -107,6 +107,7 @@ def test_whole_subclusters_are_written_without_a_look_at_what_is_below() -> None
         overlay = Overlay(host)
         await overlay.open()
         await host.write("o", 0, b"\1" * UNIT)  # loads the table, asks for clusters
+        await host.until(lambda: overlay.node.allocator._wanted is None)
         overlay.came_up, before = 0, overlay.below_has_read()
         rnd = random.Random(2)
         units = rnd.sample(range(1, SIZE // UNIT), 300)
