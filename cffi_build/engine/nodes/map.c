@@ -349,11 +349,10 @@ static void publish_at_once(struct map_op *op, const struct group *group)
 /* Units that are seen when the request has ended; with those before them, if they are adjacent. */
 static void add_group(struct map_op *op, const struct group *group)
 {
-    struct group *last = &op->groups[op->groups_count - 1];
+    struct group *last = op->groups_count > 0 ? &op->groups[op->groups_count - 1] : NULL;
     unsigned bits = op->map->options.unit_bits;
 
-    if (op->groups_count > 0 && last->type == group->type &&
-        last->unit + last->count == group->unit &&
+    if (last && last->type == group->type && last->unit + last->count == group->unit &&
         last->host + (last->count << bits) == group->host) {
         last->count += group->count;
     } else {
