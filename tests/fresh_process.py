@@ -26,9 +26,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 COMMAND = [sys.executable, "-m", "vhostblk"]
+DUMPED = Path("/proc/self/coredump_filter")
+"""Which memory is part of a core dump: children are to have what the caller has at that moment."""
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -133,6 +136,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             "environment": dict(os.environ if given["env"] is None else given["env"]),
             "passed": passed,
             "session": bool(given["start_new_session"]),
+            "dumped": DUMPED.read_text(),
         }
         self.pid = _the_zygote().fork(request, [*standard, *passed])
         self._child_created = True
@@ -225,6 +229,7 @@ def _become(fds: list[int]) -> None:
         os.close(fd)
     if request["session"]:
         os.setsid()
+    DUMPED.write_text("0x" + request["dumped"])
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])

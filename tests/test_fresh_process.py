@@ -51,6 +51,7 @@ def started(popen: Any, directory: Path, passed: int) -> tuple[dict[str, Any], i
             "directory": Path(os.readlink(here / "cwd")).relative_to(directory),
             "session": os.getsid(process.pid) == process.pid,
             "limits": (here / "limits").read_text(),
+            "dumped": (here / "coredump_filter").read_text(),
             "threads": status["Threads"],
             "parent": int(status["PPid"]),
             **{name: status[name] for name in ("Uid", "Umask", "SigBlk", "SigIgn", "SigCgt")},
@@ -61,10 +62,15 @@ def started(popen: Any, directory: Path, passed: int) -> tuple[dict[str, Any], i
 
 @pytest.mark.skipif("VHOSTBLK_SANITIZED" in os.environ, reason="nothing is forked there")
 def test_a_fork_is_as_another(tmp_path: Path) -> None:
+    fresh_process.run([*fresh_process.COMMAND, "--help"], capture_output=True)  # it is there
+    before = fresh_process.DUMPED.read_text()
+    fresh_process.DUMPED.write_text("0x21")
     with open(tmp_path / "file", "w") as file:
         ours, status = started(fresh_process.Popen, tmp_path / "fork", file.fileno())
         theirs, other = started(subprocess.Popen, tmp_path / "process", file.fileno())
+    fresh_process.DUMPED.write_text("0x" + before)
     assert ours == theirs
+    assert ours["dumped"] == "00000021\n"
     assert ours["parent"] == os.getpid()
     assert status == other == 0
 
