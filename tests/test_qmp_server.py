@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from backend_process import BackendProcess
 from crash.tools import plain_environment
+from frontend import listens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thoroughness import tries
@@ -119,9 +120,8 @@ def reference() -> Iterator[str]:
     )
     try:
         deadline = time.monotonic() + 10
-        while not os.path.exists(path) and time.monotonic() < deadline:
+        while not listens(path) and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(0.1)
         yield path
     finally:
         process.terminate()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cow_driver import Cow
+from frontend import listens
 from graph_changes import act, transaction
 from guest_agent_peer import GuestAgentPeer
 from in_process import Host, refused, with_host
@@ -233,7 +234,7 @@ def test_with_the_real_agent() -> None:
             **options,
         )
         try:
-            await host.until(lambda: os.path.exists(path))
+            await host.until(lambda: listens(path))
             agent = await GuestAgent.connect(path)
             assert await agent.execute("guest-fsfreeze-status") == "thawed"
             agent.close()

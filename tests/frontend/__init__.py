@@ -14,7 +14,7 @@ memory, `virtqueue` a split ring seen by the driver, `inflight` the shared
 in-flight area, `device` the whole front-end, `daemon` the back-end process.
 """
 
-from .daemon import Daemon, Qmp, qemu_storage_daemon, vhostblk
+from .daemon import Daemon, Qmp, listens, qemu_storage_daemon, vhostblk
 from .device import BlockError, Config, Device, Request
 from .inflight import InflightArea
 from .memory import GuestMemory, Region
@@ -50,6 +50,7 @@ __all__ = [
     "Status",
     "Type",
     "Virtqueue",
+    "listens",
     "qemu_storage_daemon",
     "vhostblk",
 ]

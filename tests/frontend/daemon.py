@@ -20,6 +20,15 @@ from typing import Any, Self
 import fresh_process
 
 
+def listens(path: str) -> bool:
+    """Without a connection, which some accept once only. (A file is there from bind() on.)"""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        _, _, _, flags, _, _, _, *name = line.split(maxsplit=7)
+        if name == [path] and int(flags, 16) & 1 << 16:  # __SO_ACCEPTCON
+            return True
+    return False
+
+
 class Daemon:
     """A process with a directory of its own; what it says on stderr is kept."""
 
@@ -117,7 +126,7 @@ class Daemon:
 
     def wait_socket(self, path: str, timeout: float = 30) -> None:
         end = time.monotonic() + timeout
-        while not os.path.exists(path):
+        while not listens(path):
             if not self.alive or time.monotonic() > end:
                 raise self._failed(f"does not listen on {path}")
             time.sleep(0.01)
