@@ -531,13 +531,7 @@ def start(directory: Path, *options: str) -> Daemon:
     words += ["--blockdev", ",".join((f"quorum,node-name=q,{children},vote-threshold=2", *options))]
     words += ["--export", f"vhost-user-blk,id=e,node-name=q,addr.type=unix,"
               f"addr.path={directory}/e.sock,writable=on"]  # fmt: skip
-    daemon = Daemon([sys.executable, "-m", "vhostblk", "serve", *words], directory)
-    try:
-        daemon.wait_line("vhostblk: ready")
-    except BaseException:
-        daemon.close()
-        raise
-    return daemon
+    return Daemon([sys.executable, "-m", "vhostblk", "serve", *words], directory).when_ready()
 
 
 @pytest.fixture

@@ -371,13 +371,7 @@ def start(directory: Path) -> Daemon:
     words += ["--blockdev", "qcow2,node-name=top,file=q"]
     words += ["--export", f"vhost-user-blk,id=e,node-name=top,addr.type=unix,"
               f"addr.path={directory}/e.sock,writable=on"]  # fmt: skip
-    daemon = Daemon([sys.executable, "-m", "vhostblk", "serve", *words], directory)
-    try:
-        daemon.wait_line("vhostblk: ready")
-    except BaseException:
-        daemon.close()
-        raise
-    return daemon
+    return Daemon([sys.executable, "-m", "vhostblk", "serve", *words], directory).when_ready()
 
 
 @NEEDS_TOOLS

@@ -37,13 +37,7 @@ def start(directory: Path, *options: str, slow: str = "delay", ready: bool = Tru
     words += ["--export", f"vhost-user-blk,id=e,node-name=q,addr.type=unix,"
               f"addr.path={directory}/e.sock,writable=on"]  # fmt: skip
     daemon = Daemon([sys.executable, "-m", "vhostblk", "serve", *words], directory)
-    try:
-        if ready:
-            daemon.wait_line("vhostblk: ready")
-    except BaseException:
-        daemon.close()
-        raise
-    return daemon
+    return daemon.when_ready() if ready else daemon
 
 
 @pytest.fixture

@@ -59,13 +59,7 @@ def start(directory: Path, fault: str | None = None) -> Daemon:
     command = [*VHOSTBLK, "serve", *(word.replace("{dir}", str(directory)) for word in PROCESS)]
     # What images leave for the next process is in the directory, too.
     env = {"VHOSTBLK_FAULT": fault or "", "VHOSTBLK_LOG_DIR": str(directory)}
-    daemon = Daemon(command, directory, env=env)
-    try:
-        daemon.wait_line("vhostblk: ready")
-    except BaseException:
-        daemon.close()
-        raise
-    return daemon
+    return Daemon(command, directory, env=env).when_ready()
 
 
 def document(directory: Path) -> dict[str, Any]:

@@ -120,6 +120,15 @@ class Daemon:
                     raise self._failed(f"never said {text!r}")
                 self._changed.wait(0.1)
 
+    def when_ready(self) -> Self:
+        """Itself, once a backend serves what it was told to; closed if that does not come about."""
+        try:
+            self.wait_line("vhostblk: ready")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
     def _failed(self, what: str) -> AssertionError:
         said = "\n".join(self._lines)
         return AssertionError(f"{' '.join(self.command)}\n{what}; it said:\n{said}")
@@ -202,13 +211,7 @@ def vhostblk(
             file.truncate(size)
     command = [sys.executable, "-m", "vhostblk", "serve"]
     command += [argument.replace("{dir}", str(directory)) for argument in arguments]
-    daemon = Daemon(command, directory, env=env, owns_directory=True)
-    try:
-        daemon.wait_line("vhostblk: ready")
-    except BaseException:
-        daemon.close()
-        raise
-    return daemon
+    return Daemon(command, directory, env=env, owns_directory=True).when_ready()
 
 
 class Qmp:
