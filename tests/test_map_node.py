@@ -20,6 +20,7 @@ import pytest
 from compiled import loaded
 from frontend import Status, Type
 from in_process import MIB, Host, with_host
+from vhostblk._engine import ffi, lib
 
 from vhostblk.engine import OP_FLUSH, OP_READ, OP_WRITE, REQ_FUA
 from vhostblk.engine.map import (
@@ -109,11 +110,12 @@ class Toy(HookedNode):
             self.free += self.run
 
     def apply_log(self) -> None:
-        while changes := self.map.take_log():
-            for guest, entry, units in changes:
-                assert units == 1 and entry & MAP_TYPE == MAP_DATA
-                self.truth[guest >> BITS] = entry
-                self.logged.append((guest, entry & MAP_OFFSET))
+        changes = ffi.new("struct vb_map_change[]", 512)
+        while count := lib.vb_map_take_log(self.map.pointer, changes, len(changes)):
+            for change in changes[0:count]:
+                assert change.units == 1 and change.entry & MAP_TYPE == MAP_DATA
+                self.truth[change.guest >> BITS] = change.entry
+                self.logged.append((change.guest, change.entry & MAP_OFFSET))
 
     def tables_of(self, request: Request) -> range:
         first = request.offset >> BITS + TABLE_BITS

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import struct
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ MAP_PENDING: int = lib.VB_MAP_PENDING
 MAP_TYPE: int = lib.VB_MAP_TYPE
 MAP_WRITABLE: int = lib.VB_MAP_WRITABLE
 MAP_OFFSET = 0xFFFF_FFFF_FFFF_FE00
-MAP_CHANGES = 512
+_SLICES = 512  # told of at once
 _RUN_WANTED: int = lib.VB_MAP_RUN_WANTED
 
 _FEW = 1 << 16
@@ -46,7 +45,6 @@ class MapHandle(NodeHandle):
         super().__init__(engine, pointer)
         self._cookie = cookie
         self.log = log
-        self._changes = ffi.new("struct vb_map_change[]", MAP_CHANGES)
 
     def install(self, table: int, entries: array[int]) -> None:
         """Make the entries (`array("Q")`, as many as a table has) of a table known."""
@@ -98,14 +96,6 @@ class MapHandle(NodeHandle):
         left = ffi.new("uint64_t[4]")
         lib.vb_map_reclaim(self.pointer, left)
         return [(left[i], left[i + 1]) for i in (0, 2) if left[i + 1]]
-
-    def take_log(self) -> list[tuple[int, int, int]]:
-        """What the engine has allocated since the last time, some of it.
-
-        Guest offset, entry and units (struct vb_map_change).
-        """
-        count = lib.vb_map_take_log(self.pointer, self._changes, MAP_CHANGES)
-        return list(struct.iter_unpack("=3Q", ffi.buffer(self._changes, 24 * count)))
 
     def add_to_log(self, guest: int, entry: int, extra: int) -> bool:
         """A record of our own, behind all that happened before; False if the log is full."""
@@ -163,7 +153,7 @@ class MapWords:
         if pointer == ffi.NULL:
             raise MemoryError
         self._pointer = ffi.gc(pointer, lib.vb_map_words_free)
-        self._slices = ffi.new("uint64_t[]", MAP_CHANGES)
+        self._slices = ffi.new("uint64_t[]", _SLICES)
         self._change = ffi.new("struct vb_map_change *")
 
     def add(self, slice: int, words: array[int]) -> None:
@@ -184,9 +174,7 @@ class MapWords:
     def take_log(self, handle: MapHandle) -> Iterator[int]:
         """Enter what the map has allocated since the last time; the slices that have changed."""
         while True:
-            count = lib.vb_map_words_take_log(
-                self._pointer, handle.pointer, self._slices, MAP_CHANGES
-            )
+            count = lib.vb_map_words_take_log(self._pointer, handle.pointer, self._slices, _SLICES)
             if not count:
                 return
             yield from ffi.unpack(self._slices, count)

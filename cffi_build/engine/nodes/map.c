@@ -85,11 +85,6 @@ static uint64_t unit_size(const struct map_node *map)
     return 1ull << map->options.unit_bits;
 }
 
-static uint64_t host_of(uint64_t entry)
-{
-    return entry & ~511ull;
-}
-
 static uint64_t load(struct map_node *map, uint64_t unit)
 {
     _Atomic uint64_t *entry = map_entry(map, unit);
@@ -552,7 +547,7 @@ static bool continues(struct map_op *op, const struct extent *extent, uint64_t o
         return false;
     }
     if (extent->type == VB_MAP_DATA) {
-        return host_of(entry) == extent->host + extent->bytes &&
+        return map_host_of(entry) == extent->host + extent->bytes &&
                (op->request->op == VB_OP_READ || (entry & VB_MAP_WRITABLE));
     }
     return true;
@@ -584,7 +579,7 @@ static bool next_extent(struct map_op *op, uint64_t offset, uint64_t end, struct
         return !op->up && allocate(op, offset, end, type, extent);
     }
     extent->type = type;
-    extent->host = host_of(entry) + (offset & (unit_size(map) - 1));
+    extent->host = map_host_of(entry) + (offset & (unit_size(map) - 1));
     extent->bytes = rest_of_unit(map, offset, end);
     while (offset + extent->bytes < end && continues(op, extent, offset + extent->bytes)) {
         extent->bytes += rest_of_unit(map, offset + extent->bytes, end);

@@ -35,32 +35,22 @@ uint64_t map_rest_of_cluster(const struct map_node *map, uint64_t unit)
     return units_per_cluster(map) - (unit - first_unit(map, unit));
 }
 
-static uint64_t type_of(uint64_t entry)
-{
-    return entry & VB_MAP_TYPE;
-}
-
-static uint64_t host_of(uint64_t entry)
-{
-    return entry & ~511ull;
-}
-
 static bool has_type_of_nothing(uint64_t entry)
 {
-    return type_of(entry) == VB_MAP_ZERO || type_of(entry) == VB_MAP_BACKING;
+    return map_type_of(entry) == VB_MAP_ZERO || map_type_of(entry) == VB_MAP_BACKING;
 }
 
 /* A place that others have, too, or whose contents count for something. */
 static bool is_bound(uint64_t entry)
 {
-    return host_of(entry) && !(entry & VB_MAP_WRITABLE);
+    return map_host_of(entry) && !(entry & VB_MAP_WRITABLE);
 }
 
 bool map_can_write(struct map_node *map, uint64_t unit, uint64_t entry, uint64_t *wait)
 {
     _Atomic uint64_t *first;
 
-    if (type_of(entry) == VB_MAP_DATA) {
+    if (map_type_of(entry) == VB_MAP_DATA) {
         return entry & VB_MAP_WRITABLE;
     }
     if (!has_type_of_nothing(entry) || !map->options.allocate || is_bound(entry)) {
@@ -68,11 +58,11 @@ bool map_can_write(struct map_node *map, uint64_t unit, uint64_t entry, uint64_t
     }
     first = map_entry(map, first_unit(map, unit));
     entry = first ? atomic_load(first) : VB_MAP_MISS;
-    if (type_of(entry) == VB_MAP_PENDING && !host_of(entry)) {
+    if (map_type_of(entry) == VB_MAP_PENDING && !map_host_of(entry)) {
         *wait = first_unit(map, unit);
         return false;
     }
-    return type_of(entry) != VB_MAP_MISS && !is_bound(entry);
+    return map_type_of(entry) != VB_MAP_MISS && !is_bound(entry);
 }
 
 /* ---- claims ---------------------------------------------------------------------------------- */
@@ -85,7 +75,7 @@ uint64_t map_claim(struct map_node *map, uint64_t unit, uint64_t wanted, uint64_
         _Atomic uint64_t *entry = map_own_entry(map, unit + count);
         uint64_t was = entry ? atomic_load(entry) : VB_MAP_MISS;
 
-        if (type_of(was) != type || is_bound(was) ||
+        if (map_type_of(was) != type || is_bound(was) ||
             !atomic_compare_exchange_strong(entry, &was, (was & ~VB_MAP_TYPE) | VB_MAP_PENDING)) {
             break;
         }
@@ -132,11 +122,11 @@ static enum map_placing place_of_cluster(struct map_node *map, uint64_t unit, ui
     _Atomic uint64_t *entry = map_entry(map, first);
     uint64_t was = entry ? atomic_load(entry) : VB_MAP_MISS;
 
-    if (type_of(was) == VB_MAP_MISS) {
+    if (map_type_of(was) == VB_MAP_MISS) {
         return MAP_AGAIN;
     }
-    if (host_of(was)) {
-        *place = host_of(was);
+    if (map_host_of(was)) {
+        *place = map_host_of(was);
         return is_bound(was) ? MAP_PYTHON : MAP_PLACED;
     }
     if (first != unit) {

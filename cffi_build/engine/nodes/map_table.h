@@ -56,6 +56,17 @@ struct map_node {
     _Atomic uint64_t taken;    /* records that Python has seen; only control writes */
 };
 
+/* What an entry is, and where, if it says so. */
+static inline uint64_t map_type_of(uint64_t entry)
+{
+    return entry & VB_MAP_TYPE;
+}
+
+static inline uint64_t map_host_of(uint64_t entry)
+{
+    return entry & ~511ull;
+}
+
 /* ---- map_table.c ------------------------------------------------------------------------ */
 
 /* Any: the entry of a unit, or NULL if its table is not there. Valid until the next message. */

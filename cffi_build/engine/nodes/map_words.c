@@ -84,12 +84,12 @@ void vb_map_words_enter(struct vb_map_words *tables, const struct vb_map_change 
 
     vb_assert(words);
     if (tables->cluster_bits == tables->unit_bits) {
-        words[index] = (change->entry & ~511ull) | COPIED;
+        words[index] = map_host_of(change->entry) | COPIED;
         return;
     }
     words += 2 * index;
-    words[0] = ((change->entry & ~511ull) - in_cluster) | COPIED;
-    if ((change->entry & VB_MAP_TYPE) == VB_MAP_DATA) {
+    words[0] = (map_host_of(change->entry) - in_cluster) | COPIED;
+    if (map_type_of(change->entry) == VB_MAP_DATA) {
         mask = ((1ull << change->units) - 1) << (in_cluster >> tables->unit_bits);
         words[1] = (words[1] & ~(mask << 32)) | mask; /* allocated, and not zeroes any more */
     }
