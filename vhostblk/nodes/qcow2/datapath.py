@@ -269,7 +269,9 @@ class DataPath:
         if run_wanted and not await live.allocator.more_runs():
             # It has clusters, perhaps since a moment ago; or its log is full.
             live.l2.apply_log()
-            if live.waiting_records() * 8 > live.map_records * 7:
+            # The engine may want room for a 16th and one more, or for two: where it finds too
+            # little, there is an eighth left at most, and it would come up for ever.
+            if live.waiting_records() * 8 >= live.map_records * 7:
                 await live.writeback.flush()
         return left
 
