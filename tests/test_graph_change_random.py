@@ -13,7 +13,7 @@ from in_process import Host, with_host
 
 from vhostblk.engine import UpcallHandle
 from vhostblk.graph import Graph
-from vhostblk.nodes.driver import NodeDriver, Perm
+from vhostblk.nodes.driver import Perm
 from vhostblk.schema import Size, VhostblkError
 
 
@@ -148,10 +148,9 @@ def check(host: Host) -> None:
 
 def check_permissions(graph: Graph) -> None:
     """Those that a change has left alone are what they would be if all were worked out anew."""
-    anew: dict[NodeDriver, tuple[Perm, Perm]] = {}
-    for node in graph._top_down():
-        anew[node] = graph._combine(node, anew)
-    assert anew == {node: graph.permissions_of(node) for node in anew}
+    nodes = list(graph.nodes.values())
+    anew = graph._wanted_permissions(nodes)
+    assert anew == {node: graph.permissions_of(node) for node in nodes}
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -529,7 +529,8 @@ class Change:
                 node.children_changed()
                 node.relink()
         self._check_sizes(sizes)
-        with graph.new_permissions(self._concerned()):
+        graph.reconsider(self._disturbed)
+        with graph.new_permissions():
             await self._begin_writing()
             await self._move(moves)
             for backend in graph.backends:
@@ -549,11 +550,6 @@ class Change:
         for node in self.graph.bottom_up() if self._writing else ():
             if node in self._disturbed:
                 node.relink()  # an engine half may be another one
-
-    def _concerned(self) -> set[NodeDriver]:
-        """Whose parents are others, or whose parents may want something else of them."""
-        children = (node for planned in self._plan.values() for node in planned.values())
-        return {*self._disturbed, *self._left, *self._reopenings, *self._added, *children}
 
     def _moves(self, nodes: list[NodeDriver]) -> dict[NodeDriver, dict[str, NodeDriver]]:
         """Formats whose data others will hold, and who does so now, by role; children first."""

@@ -52,6 +52,7 @@ _WRITING = int(Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE)
 MAX_CHAIN = 256  # of images that name their backing file
 ObjectT = TypeVar("ObjectT", bound=BackendObject)
 _NO_CHILDREN: Mapping[str, Child] = MappingProxyType({})
+_Permissions = dict[NodeDriver, tuple[Perm, Perm]]
 
 
 @dataclass(eq=False)
@@ -91,7 +92,8 @@ class Graph:
         self._children: dict[NodeDriver, dict[str, Child]] = {}
         self._parents: dict[NodeDriver, list[Edge]] = {}
         self._backends: list[BlockBackend] = []
-        self._perms: dict[NodeDriver, tuple[Perm, Perm]] = {}
+        self._perms: _Permissions = {}
+        self._reconsidered: dict[NodeDriver, None] = {}
         self._drains: dict[BlockBackend | NodeDriver, int] = {}
         self._releasing: list[_Releasing] = []
         self._late_pauses: dict[asyncio.Future[None], Device] = {}
@@ -244,6 +246,7 @@ class Graph:
 
     def passive_changed(self, node: NodeDriver) -> None:
         """The engine half of `node` has appeared or gone."""
+        self.reconsider([node])
         self.relink()
 
     def use_object(self, node: NodeDriver, id: str, kind: type[ObjectT]) -> ObjectT:
@@ -397,6 +400,7 @@ class Graph:
         self._given[node] = {key: options[key] for key in options if key not in inherited}
         self._parents[node] = []
         self._children[node] = {}
+        self.reconsider([node])
         made.append(node)
         for role, child_node in children.items():
             self.tie(node, role, child_node)
@@ -447,6 +451,7 @@ class Graph:
         child = parent.child_class(self, role, node)
         self._children[parent][role] = child
         self._parents[node].append(Edge(parent, child))
+        self.reconsider([node, parent])
         child.refresh()
         return child
 
@@ -473,6 +478,7 @@ class Graph:
         child = self._children[parent].pop(role)
         edges = self._parents[child.node]
         self._parents[child.node] = [edge for edge in edges if edge.child is not child]
+        self.reconsider([child.node, parent])
         return child
 
     def retie(self, child: Child, node: NodeDriver) -> None:
@@ -481,6 +487,7 @@ class Graph:
         [edge] = [edge for edge in edges if edge.child is child]
         self._parents[child.node] = [other for other in edges if other is not edge]
         self._parents[node] = [*self._parents[node], edge]
+        self.reconsider([child.node, node])
         child.node = node
 
     def sort_children(self, parent: NodeDriver) -> None:
@@ -507,6 +514,7 @@ class Graph:
             self._given, self._owned = given, owned
             for child, node in nodes:
                 child.node = node
+            self.reconsider(self._nodes.values())
 
         return restore
 
@@ -523,6 +531,7 @@ class Graph:
             await node.activate()
             self._active.add(node)
             node.relink()
+            self.reconsider([node])  # opening may have needed more than it will from now on
 
     async def _child_node(
         self,
@@ -566,12 +575,14 @@ class Graph:
         finally:
             del self._parents[node]
             self._perms.pop(node, None)
+            self._reconsidered.pop(node, None)
         left: list[NodeDriver] = []
         for child in children.values():
             edges = self._parents.get(child.node)
             if edges is None:
                 continue
             self._parents[child.node] = edges = [e for e in edges if e.child is not child]
+            self.reconsider([child.node])
             if not edges and child.node not in self._owned:
                 left.append(child.node)
         return left
@@ -603,6 +614,7 @@ class Graph:
         edge = Edge(backend, backend.root_child)
         self._parents[backend.root].append(edge)
         self._backends.append(backend)
+        self.reconsider([backend.root])
         backend.relink()
         try:
             self.update_permissions()
@@ -616,6 +628,7 @@ class Graph:
         self._backends.remove(backend)
         edges = self._parents[backend.root]
         self._parents[backend.root] = [e for e in edges if e.child is not backend.root_child]
+        self.reconsider([backend.root])
         backend.device = None
         self.update_permissions()
 
@@ -644,73 +657,86 @@ class Graph:
 
     # ---- permissions
 
-    def update_permissions(self) -> None:
-        """Work out all permissions anew and put them in force; undone if there is a conflict."""
+    def reconsider(self, nodes: Iterable[NodeDriver]) -> None:
+        """The next update of permissions looks at these nodes and at their children.
+
+        Any other node is looked at only if the permissions of a parent change, so that the work
+        follows what is changed and not how large the tree is.
+        """
+        self._reconsidered.update(dict.fromkeys(nodes))
+
+    def update_permissions(self, *changed: NodeDriver) -> None:
+        """Work out permissions anew and put them in force; undone if there is a conflict.
+
+        `changed` may want other things of their children than they did.
+        """
+        self.reconsider(changed)
         with self.new_permissions():
             pass
 
     @contextlib.contextmanager
-    def new_permissions(self, concerned: Collection[NodeDriver] | None = None) -> Iterator[None]:
-        """The same; what is done inside happens when they can be had, before they are in force.
-
-        Nodes that are neither `concerned` nor below such ones, and have the permissions that they
-        had, are left alone. (With long chains of backing files most are.)
-        """
-        wanted: dict[NodeDriver, tuple[Perm, Perm]] = {}
+    def new_permissions(self) -> Iterator[None]:
+        """The same; what is done inside happens when they can be had, before they are in force."""
+        concerned, self._reconsidered = self._reconsidered, {}
         prepared: list[NodeDriver] = []
-        touched = set(self._nodes.values() if concerned is None else concerned)
         try:
-            for node in self._top_down():
-                known = self._perms.get(node)
-                above = {edge.parent for edge in self._parents[node]}
-                if known is not None and node not in touched and touched.isdisjoint(above):
-                    wanted[node] = known
+            wanted = self._wanted_permissions(concerned)
+            for node in wanted:
+                self._check_uses(node, wanted)
+            for node, permissions in wanted.items():
+                if permissions == self._perms.get(node) and node not in concerned:
                     continue
-                wanted[node] = self._combine(node, wanted)
-                if wanted[node] == known and node not in touched:
-                    continue
-                touched.add(node)
-                try:
-                    node.prepare_permissions(*wanted[node])
-                except Exception:
-                    text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
-                    with sentence(text, "permissions-failed", node):
-                        raise
+                text = f"Node '{node.name}' ({node.driver}) cannot be used like that"
+                with sentence(text, "permissions-failed", node):
+                    node.prepare_permissions(*permissions)
                 prepared.append(node)
             yield
         except BaseException:
             for node in prepared:
                 node.abort_permissions()
+            self._reconsidered = {**concerned, **self._reconsidered}
             raise
         for node in prepared:
             node.commit_permissions(*wanted[node])
-        self._perms = wanted
+        self._perms.update(wanted)
 
-    def _combine(
-        self, node: NodeDriver, above: Mapping[NodeDriver, tuple[Perm, Perm]]
-    ) -> tuple[Perm, Perm]:
-        # The newest first: it is the one that gets told that it cannot have what it wants.
-        edges = reversed(self._parents[node])
-        uses = [(edge, *self._edge_permissions(edge, above)) for edge in edges]
-        pairs = itertools.permutations(uses, 2) if len(uses) > 1 else ()
-        for (one, perm, _), (other, _, shared) in pairs:
-            conflict = perm & ~shared & ~_between(one, other)
-            if conflict:
-                raise VhostblkError(
-                    f"Permission conflict on node '{node.name}': permissions "
-                    f"'{perm_names(conflict)}' are both required by {one.describe()} (uses node "
-                    f"'{node.name}' as '{one.role}' child) and unshared by {other.describe()} "
-                    f"(uses node '{node.name}' as '{other.role}' child).",
-                    data={"code": "permission-conflict", "node": node.name},
-                )
-        if len(uses) == 1:
-            _, perm, shared = uses[0]  # by far the most frequent
-        else:
-            perm, shared = Perm.NONE, Perm.ALL
-            for _, used, allowed in uses:
-                perm |= used
-                shared &= allowed
-        if int(perm) & _WRITING and node.read_only:
+    def _wanted_permissions(self, concerned: Iterable[NodeDriver]) -> _Permissions:
+        """Those of the nodes concerned, and of all below whose permissions change with them."""
+        # Parents are made after their children: so most nodes come up once, after their parents.
+        waiting = {node: None for node in reversed([*concerned]) if node in self._parents}
+        passing_on = set(waiting)
+        wanted: _Permissions = {}
+        while waiting:
+            node = next(iter(waiting))
+            del waiting[node]
+            before = wanted.get(node, self._perms.get(node))
+            wanted[node] = _together(self._uses(node, wanted))
+            if wanted[node] != before or node in passing_on:
+                passing_on.discard(node)
+                for child in self.children_of(node).values():
+                    waiting[child.node] = None
+        return wanted
+
+    def _uses(self, node: NodeDriver, wanted: _Permissions) -> list[tuple[Edge, tuple[Perm, Perm]]]:
+        """What each parent does to a node, and lets others do."""
+        return [(edge, self._edge_permissions(edge, wanted)) for edge in self._parents[node]]
+
+    def _check_uses(self, node: NodeDriver, wanted: _Permissions) -> None:
+        """Raise if parents of a node do what others of them, or the node itself, do not allow."""
+        if len(self._parents[node]) > 1:
+            # The newest first: it is the one that gets told that it cannot have what it wants.
+            uses = self._uses(node, wanted)[::-1]
+            for (one, (perm, _)), (other, (_, shared)) in itertools.permutations(uses, 2):
+                conflict = perm & ~shared & ~_between(one, other)
+                if conflict:
+                    raise VhostblkError(
+                        f"Permission conflict on node '{node.name}': permissions "
+                        f"'{perm_names(conflict)}' are both required by {one.describe()} (uses "
+                        f"node '{node.name}' as '{one.role}' child) and unshared by "
+                        f"{other.describe()} (uses node '{node.name}' as '{other.role}' child).",
+                        data={"code": "permission-conflict", "node": node.name},
+                    )
+        if int(wanted[node][0]) & _WRITING and node.read_only:
             raise VhostblkError(
                 f"Block node '{node.name}' is read-only",
                 data={
@@ -719,21 +745,17 @@ class Graph:
                     "users": [edge.parent.name for edge in self._parents[node]],
                 },
             )
-        return perm, shared
 
     def permissions_of_edge(self, edge: Edge) -> tuple[Perm, Perm]:
         """What one parent does to a node, and lets others do."""
-        if isinstance(edge.parent, BlockBackend):
-            return edge.parent.perm, edge.parent.shared
-        return self._edge_permissions(edge, {edge.parent: self.permissions_of(edge.parent)})
+        return self._edge_permissions(edge, {})
 
-    def _edge_permissions(
-        self, edge: Edge, above: Mapping[NodeDriver, tuple[Perm, Perm]]
-    ) -> tuple[Perm, Perm]:
-        if isinstance(edge.parent, BlockBackend):
-            return edge.parent.perm, edge.parent.shared
-        role = edge.parent.child_roles[edge.role.split(".")[0]]
-        return edge.parent.child_permissions(role, *above[edge.parent])
+    def _edge_permissions(self, edge: Edge, wanted: _Permissions) -> tuple[Perm, Perm]:
+        parent = edge.parent
+        if isinstance(parent, BlockBackend):
+            return parent.perm, parent.shared
+        above = wanted.get(parent) or self.permissions_of(parent)
+        return parent.child_permissions(parent.child_roles[edge.role.split(".")[0]], *above)
 
     def _top_down(self) -> Iterator[NodeDriver]:
         """All nodes, parents before children."""
@@ -891,7 +913,7 @@ class Graph:
             )
         growing, parents = size > node.size, self._parents[node]
         for edge in parents:
-            _, shared = self._edge_permissions(edge, self._perms)
+            _, shared = self.permissions_of_edge(edge)
             if not shared & Perm.RESIZE and not (growing and edge.takes_growth):
                 raise VhostblkError(
                     f"Node '{node.name}' cannot be resized: {edge.describe()} does not allow it",
@@ -921,6 +943,15 @@ class Graph:
                 child.refresh()
         for backend in self._backends:
             backend.refresh_size()
+
+
+def _together(uses: Iterable[tuple[Edge, tuple[Perm, Perm]]]) -> tuple[Perm, Perm]:
+    """What all parents of a node do to it, and what none of them forbids to others."""
+    perm, shared = Perm.NONE, Perm.ALL
+    for _, (used, allowed) in uses:
+        perm |= used
+        shared &= allowed
+    return perm, shared
 
 
 def _between(one: Edge, other: Edge) -> Perm:

@@ -162,8 +162,8 @@ class NodeHost(Protocol):
     def release_object(self, node: NodeDriver, object: BackendObject) -> None:
         """The node does not need the object any more."""
 
-    def update_permissions(self) -> None:
-        """What `child_permissions()` says has changed. Raises if it cannot be had."""
+    def update_permissions(self, *changed: NodeDriver) -> None:
+        """`child_permissions()` of these nodes says other things now. Raises if they conflict."""
 
     def side_file(self, node: NodeDriver, what: str) -> str | None:
         """A file for what a node must know after a restart; None: nothing outlives the process."""

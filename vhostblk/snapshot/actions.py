@@ -410,7 +410,7 @@ async def _make_read_only(backend: Backend, leg: NodeDriver) -> None:
     try:
         if await leg.become_read_only():
             graph.set_given_options(leg, {**graph.given_options(leg), "read-only": True})
-            graph.update_permissions()
+            graph.update_permissions(leg)
     except (VhostblkError, OSError) as error:
         logger.warning("snapshot '%s' stays open for writing: %s", leg.name, error)
 

@@ -366,7 +366,7 @@ class Quorum(NodeDriver):
             return
         if self.handle is None:
             self._equalizing = True
-            self.host.update_permissions()
+            self.host.update_permissions(self)
         try:
             await self._truncate(short, size)
         finally:
@@ -401,7 +401,7 @@ class Quorum(NodeDriver):
             self._leave_late(late)
         else:
             self._delivering = True
-            self.host.update_permissions()
+            self.host.update_permissions(self)
             try:
                 await self.repair.deliver(late)
             finally:
