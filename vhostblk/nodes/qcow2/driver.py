@@ -720,18 +720,17 @@ class Qcow2(MappedImage):
         """Raise if metadata are where the reference counts say that clusters are free."""
         if self.options.overlap_check == "none":
             return
-        size = self.geometry.cluster_size
-        for cluster in range(host, host + length, size):
-            if cluster in self.metadata:
-                # A refcount table that has grown leaves its place to others.
-                self.metadata = await self._where_metadata_are(self.header, self.l1, self.refcounts)
-            if cluster in self.metadata:
-                raise self.corrupt(
-                    f"a cluster that is counted as free holds metadata (at {cluster:#x})",
-                    offset=cluster,
-                    size=size,
-                    fatal=True,
-                )
+        if self.metadata.first(host, length) is not None:
+            # A refcount table that has grown leaves its place to others.
+            self.metadata = await self._where_metadata_are(self.header, self.l1, self.refcounts)
+        wrong = self.metadata.first(host, length)
+        if wrong is not None:
+            raise self.corrupt(
+                f"a cluster that is counted as free holds metadata (at {wrong:#x})",
+                offset=wrong,
+                size=self.geometry.cluster_size,
+                fatal=True,
+            )
 
     async def _mark_corrupt(self) -> None:
         if self.header.version < 3:

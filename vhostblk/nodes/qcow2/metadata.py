@@ -37,10 +37,16 @@ class Metadata:
         self._ranges.pop(start, None)
 
     def __contains__(self, host: int) -> bool:
+        return self.first(host, 1) is not None
+
+    def first(self, host: int, length: int) -> int | None:
+        """The first cluster with metadata that begins in a range, or has the start of it."""
+        places = [max(start, host) for start, end in self._ranges.items()
+                  if start < host + length and end > host]  # fmt: skip
         at = bisect_left(self._clusters, host)
-        if at < len(self._clusters) and self._clusters[at] == host:
-            return True
-        return any(start <= host < end for start, end in self._ranges.items())
+        if at < len(self._clusters) and self._clusters[at] < host + length:
+            places.append(self._clusters[at])
+        return min(places, default=None)
 
     def among(self, hosts: Collection[int]) -> set[int]:
         """Those of `hosts` that are here."""

@@ -22,7 +22,7 @@ import errno
 import struct
 import sys
 from array import array
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from vhostblk.nodes.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
@@ -80,7 +80,6 @@ class Refcounts:
         self.table_offset = header.refcount_table_offset
         self.table_clusters = header.refcount_table_clusters
         self.per_block = self._cluster_size * 8 // self._bits
-        self._max = (1 << self._bits) - 1
         self.table = array("Q")
         """Host offset of each block; 0: there is none, its clusters are free."""
         self._blocks: dict[int, array[int]] = {}
@@ -118,9 +117,7 @@ class Refcounts:
     async def get(self, cluster: int) -> int:
         """The count of a cluster."""
         number, index = divmod(cluster, self.per_block)
-        if number >= len(self.table) or not (self.table[number] or number in self._blocks):
-            return 0
-        return (await self._block(number))[index]
+        return (await self._counts(number, index, 1))[0]
 
     # ---- taking
 
@@ -273,8 +270,7 @@ class Refcounts:
         await self._write_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
         self.table, self.table_offset, self.table_clusters = table, offset, clusters
         self._blocks.update(fresh)
-        for cluster in range(old_clusters):
-            await self._change((old_offset >> self.cluster_bits) + cluster, -1)
+        await self._free(old_offset >> self.cluster_bits, old_clusters)
 
     async def end(self, known: Collection[int]) -> int:
         """Where the last cluster in use ends, but for those at `known` offsets and our own."""
@@ -297,30 +293,34 @@ class Refcounts:
         (await self._block(number))[index] = value
         self._dirty.add(number)
 
-    async def _change(self, cluster: int, by: int) -> int:
-        before = await self.get(cluster)
-        if before + by < 0:
-            raise _corrupt(f"cluster {cluster} is given back and was not in use")
-        if before + by > self._max:
-            raise OSError(errno.EINVAL, f"a reference count of more than {self._max}")
-        await self._put(cluster, before + by)
-        if before + by == 0:
-            self._free_from = min(self._free_from, cluster)
-        return before + by
+    async def _counts(self, number: int, index: int, count: int) -> Sequence[int]:
+        """Those of some clusters that share a block; no block: nobody uses any of them."""
+        if number >= len(self.table) or not (self.table[number] or number in self._blocks):
+            return bytes(count)
+        return (await self._block(number))[index : index + count]
 
-    async def add(self, host: int, count: int) -> None:
-        """One more user for `count` clusters."""
-        async with self._lock:
-            first = host >> self.cluster_bits
-            for cluster in range(first, first + count):
-                await self._change(cluster, 1)
+    async def _free(self, first: int, count: int) -> bool:
+        end, left = first + count, False
+        while first < end:
+            number, index = divmod(first, self.per_block)
+            here = min(self.per_block - index, end - first)
+            counts = await self._counts(number, index, here)
+            if not min(counts):
+                cluster = first + counts.index(0)
+                raise _corrupt(f"cluster {cluster} is given back and was not in use")
+            block = self._blocks[number]
+            block[index : index + here] = array(block.typecode, [users - 1 for users in counts])
+            self._dirty.add(number)
+            if 1 in counts:
+                self._free_from = min(self._free_from, first + counts.index(1))
+            left = left or max(counts) > 1
+            first += here
+        return not left
 
     async def free(self, host: int, count: int) -> bool:
         """One user less for `count` clusters; whether nobody uses any of them any more."""
         async with self._lock:
-            first = host >> self.cluster_bits
-            left = [await self._change(cluster, -1) for cluster in range(first, first + count)]
-            return not any(left)
+            return await self._free(host >> self.cluster_bits, count)
 
     # ---- to disk
 
