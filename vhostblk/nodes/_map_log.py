@@ -85,14 +85,6 @@ class LogFile:
         head = _HEADER.unpack_from(self._memory, 0)[6]
         struct.pack_into("=Q", self._memory, _HEADER.size - 8, head)
 
-    def _identify(self, identity: tuple[int, ...]) -> bool:
-        """Make it the log of this image; whether it has been that already."""
-        if _HEADER.unpack_from(self._memory, 0)[:6] == identity:
-            return True
-        self._memory[:] = bytes(len(self._memory))
-        struct.pack_into("=6Q", self._memory, 0, *identity)
-        return False
-
     def belongs_to(self, token: bytes) -> None:
         """The image has another token now. Nothing is in the log."""
         struct.pack_into("=2Q", self._memory, _TOKEN_AT, *_digest(token))
@@ -124,7 +116,9 @@ def open_log(image: str, token: bytes, *, fresh: bool) -> LogFile | None:
             status, owner = os.fstat(file), _stale_logs.owner_of(file, image)
         finally:
             os.close(file)
-        identity = (_MAGIC, status.st_dev, status.st_ino, RECORDS, *_digest(token))
+        identity = struct.pack(
+            "=6Q", _MAGIC, status.st_dev, status.st_ino, RECORDS, *_digest(token)
+        )
         name = f"{os.major(status.st_dev)}.{os.minor(status.st_dev)}.{status.st_ino}.log"
         directory = _directory()
         path = directory / name
@@ -134,16 +128,21 @@ def open_log(image: str, token: bytes, *, fresh: bool) -> LogFile | None:
         return None
     try:
         size = _HEADER.size + RECORDS * _RECORD.size
+        known = os.pread(fd, len(identity), 0) == identity
+        if not known:
+            os.ftruncate(fd, 0)  # of another image, or new: zeroes, without touching the pages
         # All of it now: a full tmpfs must not be SIGBUS in the middle of a guest's write.
         os.posix_fallocate(fd, 0, size + _stale_logs.SIZE)
         os.pwrite(fd, owner, size)
+        if not known:
+            os.pwrite(fd, identity, 0)
         memory = mmap.mmap(fd, size)
     except OSError as error:
         os.close(fd)
         logger.warning("no log for an image: %s; unflushed writes do not survive kill -9", error)
         return None
     log = LogFile(path, fd, memory)
-    if not log._identify(identity) or fresh:
+    if fresh:
         log.clear()
     _stale_logs.remove_stale(directory, _DEVICE_AT, status.st_dev, image)
     return log
