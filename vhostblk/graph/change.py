@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -488,6 +488,7 @@ class Change:
         drives = [parent for parent in self._plan if isinstance(parent, BlockBackend)]
         nodes = [parent for parent in self._plan if isinstance(parent, NodeDriver)]
         nodes += [node for node in self._reopenings if node not in nodes]
+        self._restore = graph.save_relations()
         async with graph.drained(nodes, drives, self):
             try:
                 for do, undo in self._inside:
@@ -501,14 +502,15 @@ class Change:
 
     async def _switch(self, nodes: list[NodeDriver]) -> None:
         graph = self.graph
-        graph.refresh_sizes()  # what has grown in use is not of this change's making
+        self._disturbed.update(graph.above(nodes)[0])
+        places = dict.fromkeys([*nodes, *self._children_now_and_then()])
+        # What has grown in use is not of this change's making.
+        graph.refresh_sizes(graph.bottom_up(graph.above(places)[0]))
         sizes = {backend: backend.root.size for backend in graph.backends}
         moves = self._moves(nodes)
         for node in reversed(moves):
             with sentence(f"Could not move the data of node '{node.name}'", "move-failed", node):
                 await node.before_move()
-        self._disturbed.update(graph.above(nodes)[0])
-        self._restore = graph.save_relations()
         for parent, children in self._plan.items():
             self._retie(parent, children)
         self._disturbed.update(graph.above(nodes)[0])
@@ -516,8 +518,7 @@ class Change:
             graph.set_given_options(node, reopening.given)
         for node in self._deleted:
             graph.disown(node)
-        for node in graph.bottom_up():
-            # What has grown below a node that nobody used yet is not known there.
+        for node in graph.bottom_up(graph.above(places)[0]):
             for child in graph.children_of(node).values():
                 child.refresh()
             if node not in self._disturbed:
@@ -535,21 +536,25 @@ class Change:
             await self._move(moves)
             for backend in graph.backends:
                 backend.relink()
-        graph.release_newcomers()
+        graph.release_newcomers(places)
         if graph.on_switched is not None:
             # What guests write from now on must be found again after a crash.
             await graph.on_switched()
         for backend in graph.backends:
             backend.refresh_size()
 
+    def _children_now_and_then(self) -> Iterator[NodeDriver]:
+        for parent, children in self._plan.items():
+            yield from present(parent).values()
+            yield from children.values()
+
     async def _begin_writing(self) -> None:
         for node in self._reopenings:
             with sentence(f"Could not reopen node '{node.name}'", "reopen-failed", node):
                 await node.begin_writing()
             self._writing.append(node)
-        for node in self.graph.bottom_up() if self._writing else ():
-            if node in self._disturbed:
-                node.relink()  # an engine half may be another one
+        for node in self.graph.bottom_up(self._disturbed) if self._writing else ():
+            node.relink()  # an engine half may be another one
 
     def _moves(self, nodes: list[NodeDriver]) -> dict[NodeDriver, dict[str, NodeDriver]]:
         """Formats whose data others will hold, and who does so now, by role; children first."""

@@ -59,8 +59,6 @@ _Permissions = dict[NodeDriver, tuple[Perm, Perm]]
 class _Releasing:
     """A section in which drives, nodes, and all under them hold no requests back."""
 
-    backends: list[BlockBackend]
-    nodes: list[NodeDriver]
     reached: dict[BlockBackend | NodeDriver, None]
 
 
@@ -219,15 +217,16 @@ class Graph:
     def above(self, nodes: Iterable[NodeDriver]) -> tuple[list[NodeDriver], list[BlockBackend]]:
         """The nodes and everything that reaches them: nodes, drives."""
         found = list(nodes)
-        backends: list[BlockBackend] = []
+        seen = set(found)
+        backends: dict[BlockBackend, None] = {}
         for current in found:  # grows while it is walked
             for edge in self._parents[current]:
                 if isinstance(edge.parent, BlockBackend):
-                    if edge.parent not in backends:
-                        backends.append(edge.parent)
-                elif edge.parent not in found:
+                    backends[edge.parent] = None
+                elif edge.parent not in seen:
+                    seen.add(edge.parent)
                     found.append(edge.parent)
-        return found, backends
+        return found, list(backends)
 
     def check_snapshot(self, covered: Collection[NodeDriver]) -> None:
         """Whether the nodes above can do with this moment of nodes below. In a drained section."""
@@ -483,6 +482,7 @@ class Graph:
 
     def retie(self, child: Child, node: NodeDriver) -> None:
         """Make `child` stand for another node."""
+        self._refresh_below(node)
         edges = self._parents[child.node]
         [edge] = [edge for edge in edges if edge.child is child]
         self._parents[child.node] = [other for other in edges if other is not edge]
@@ -592,7 +592,7 @@ class Graph:
         try:
             if node in self._active:
                 self._active.discard(node)
-                await self._settle([node])
+                await self.engine.settle(_handles([node]))
                 await node.deactivate()
         except (Exception, SystemExit) as error:
             _log_failure(f"closing node '{node.name}' ({node.driver})", error)
@@ -601,10 +601,6 @@ class Graph:
                 child.detach()
             del self._children[node]
             self.objects.release(_user(node))
-
-    async def _settle(self, nodes: Iterable[NodeDriver]) -> None:
-        """Wait for Python's own requests on these nodes (guests' are paused or gone)."""
-        await self.engine.settle({n.handle.address for n in nodes if n.handle is not None})
 
     # ---- drives
 
@@ -757,20 +753,6 @@ class Graph:
         above = wanted.get(parent) or self.permissions_of(parent)
         return parent.child_permissions(parent.child_roles[edge.role.split(".")[0]], *above)
 
-    def _top_down(self) -> Iterator[NodeDriver]:
-        """All nodes, parents before children."""
-        waiting = {
-            node: sum(not isinstance(edge.parent, BlockBackend) for edge in self._parents[node])
-            for node in self._nodes.values()
-        }
-        ready = [node for node, parents in waiting.items() if parents == 0]
-        for node in ready:  # grows while it is walked
-            yield node
-            for child in self._children[node].values():
-                waiting[child.node] -= 1
-                if waiting[child.node] == 0:
-                    ready.append(child.node)
-
     # ---- changes under a running guest
 
     @contextlib.asynccontextmanager
@@ -808,11 +790,13 @@ class Graph:
         # Background work on these nodes is let go of, too, where no drive is above.
         with self._steps.held(concerned), self.releasing(drives, above):
             await self._steps.ended(concerned, PAUSE_PATIENCE)
+            handles = _handles(concerned)
             with no_collection():
                 begun = time.perf_counter_ns()
                 devices = await self._pause(drives)
                 try:
-                    await self._settle(concerned)
+                    # Python's own requests, too, have ended.
+                    await self.engine.settle(handles)
                     yield
                 finally:
                     for device in devices:
@@ -863,10 +847,10 @@ class Graph:
         self, backends: Iterable[BlockBackend], nodes: Iterable[NodeDriver] = ()
     ) -> Iterator[None]:
         """Inside, none of these drives and nodes, and none below them, holds requests back."""
-        section = _Releasing(list(backends), list(nodes), {})
+        section = _Releasing({})
         self._releasing.append(section)
         try:
-            self._release(section)
+            self._release(section, [*backends, *nodes])
             yield
         finally:
             self._releasing.remove(section)
@@ -876,26 +860,39 @@ class Graph:
                     del self._drains[place]
                     _call(place.drain_end, f"drain_end() of '{place.name}'")
 
-    def _release(self, section: _Releasing) -> None:
-        reached: list[BlockBackend | NodeDriver] = [*section.backends]
-        for root in [*(backend.root for backend in section.backends), *section.nodes]:
-            reached += self.below(root)
-        for place in reached:
+    def _release(self, section: _Releasing, places: Iterable[BlockBackend | NodeDriver]) -> None:
+        """These, and all below them, belong to the section from now on."""
+        waiting = list(places)
+        for place in waiting:  # grows while it is walked
             if place in section.reached:
                 continue
             section.reached[place] = None
             self._drains[place] = self._drains.get(place, 0) + 1
             if self._drains[place] == 1:
                 _call(place.drain_begin, f"drain_begin() of '{place.name}'")
+            waiting += [child.node for child in place.children.values()]
 
-    def release_newcomers(self) -> None:
-        """Nodes have come under drives: those that hold nothing back now may have more nodes."""
+    def release_newcomers(self, nodes: Iterable[NodeDriver]) -> None:
+        """These have other parents now: some may have come under drives that hold nothing back."""
         for section in self._releasing:
-            self._release(section)
+            for node in nodes:
+                if any(edge.parent in section.reached for edge in self._parents[node]):
+                    self._release(section, [node])
 
-    def bottom_up(self) -> list[NodeDriver]:
-        """All nodes, children before parents."""
-        return list(self._top_down())[::-1]
+    def bottom_up(self, nodes: Iterable[NodeDriver] | None = None) -> list[NodeDriver]:
+        """All nodes, or some and all that is above them: children before parents."""
+        among = dict.fromkeys(self._nodes.values() if nodes is None else nodes)
+        waiting = {
+            node: sum(edge.parent in among for edge in self._parents[node]) for node in among
+        }
+        top_down = [node for node, parents in waiting.items() if parents == 0]
+        for node in top_down:  # grows while it is walked
+            for child in self._children[node].values():
+                if child.node in waiting:
+                    waiting[child.node] -= 1
+                    if waiting[child.node] == 0:
+                        top_down.append(child.node)
+        return top_down[::-1]
 
     def relink(self) -> None:
         """Make the engine's picture that of the graph. What has changed is drained."""
@@ -927,18 +924,17 @@ class Graph:
             return
         affected = self.below(node)
         async with self.drained(affected):
+            above = self.bottom_up(self.above(affected)[0])
             try:
                 await node.truncate(size)
             finally:
-                self.refresh_sizes()
-                above = self.above(affected)[0]
-                for other in self.bottom_up():
-                    if other in above:
-                        _call(other.resized, f"resized() of node '{other.name}'")
+                self.refresh_sizes(above)
+                for other in above:
+                    _call(other.resized, f"resized() of node '{other.name}'")
 
-    def refresh_sizes(self) -> None:
-        """Sizes may have changed; the drives concerned are paused."""
-        for node in self.bottom_up():
+    def refresh_sizes(self, nodes: Iterable[NodeDriver]) -> None:
+        """Children of these nodes (in this order) may have other sizes; their drives are paused."""
+        for node in nodes:
             for child in self._children[node].values():
                 child.refresh()
         for backend in self._backends:
@@ -959,6 +955,11 @@ def _between(one: Edge, other: Edge) -> Perm:
     if isinstance(one.parent, BlockBackend) or isinstance(other.parent, BlockBackend):
         return Perm.NONE
     return other.parent.shared_with(one.parent)
+
+
+def _handles(nodes: Iterable[NodeDriver]) -> set[int]:
+    """The engine halves."""
+    return {node.handle.address for node in nodes if node.handle is not None}
 
 
 def _log_failure(what: str, error: BaseException) -> None:
