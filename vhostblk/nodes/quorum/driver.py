@@ -79,6 +79,8 @@ _REPORT_TYPES = ("read", "write", "flush", "write", "write")
 
 WantedLeg = tuple[NodeDriver, int, float, tuple[bytes, int] | None]
 """A leg to be made: node, state word, since when, and its map with region bits if it is known."""
+_Identified = tuple[NodeDriver, list[str]]
+"""A node, and its identity(); with long chains below, that is worked out once for each change."""
 
 
 class QuorumOptions(NodeOptions):
@@ -437,7 +439,8 @@ class Quorum(NodeDriver):
         late: Sequence[LateWrite] = (),
     ) -> None:
         """Legs and new metadata."""
-        metadata = self._new_metadata([node for node, *_ in wanted], size, generation, flags)
+        known = [(node, identity(node)) for node, *_ in wanted]
+        metadata = self._new_metadata(known, size, generation, flags)
         try:
             for index, (_, word, since, dirty) in enumerate(wanted):
                 metadata.describe_leg(index, word, generation, since)
@@ -462,9 +465,9 @@ class Quorum(NodeDriver):
                 leg.mark(there, max(0, size - there))
 
     def _new_metadata(
-        self, nodes: list[NodeDriver], size: int, generation: int, flags: int
+        self, nodes: list[_Identified], size: int, generation: int, flags: int
     ) -> Metadata:
-        legs = [(node.name, identity(node)) for node in nodes]
+        legs = [(node.name, files) for node, files in nodes]
         path, spare = self._metadata_path(), self._spare
         if spare is not None and spare.path == path and spare.is_for(size, legs):
             self._spare = None
@@ -503,7 +506,7 @@ class Quorum(NodeDriver):
 
     def _adopt(self) -> None:
         """The children are others, or have another size: each keeps the state that it has."""
-        nodes = self._leg_nodes()
+        nodes = [(node, identity(node)) for node in self._leg_nodes()]
         assert self.metadata is not None
         changes = self._changes()
         known = [*self.legs, *(leg for leg in self._former if leg.apart_at == changes)]
@@ -516,8 +519,8 @@ class Quorum(NodeDriver):
             ]
         )
         fits = regions_of(self.size, self._region_bits) <= self.metadata.layout.bits
-        if [leg.node for leg in self.legs] == nodes and all(
-            fits and leg.size == self.size and leg.files == identity(leg.node) for leg in self.legs
+        if [(leg.node, leg.files) for leg in self.legs] == nodes and all(
+            fits and leg.size == self.size for leg in self.legs
         ):
             return
         for leg in self.legs:
@@ -545,7 +548,7 @@ class Quorum(NodeDriver):
         self._take_over(metadata, nodes, found)
 
     def _take_over(
-        self, metadata: Metadata, nodes: list[NodeDriver], found: list[Leg | None]
+        self, metadata: Metadata, nodes: list[_Identified], found: list[Leg | None]
     ) -> None:
         old = self.metadata
         assert old is not None
@@ -557,13 +560,15 @@ class Quorum(NodeDriver):
         self._former = [leg for leg in self._former if leg not in found]
         size = self.size
         self.legs = []
-        for index, (role, node, known) in enumerate(zip(self.children, nodes, found, strict=True)):
+        for index, (role, (node, files), known) in enumerate(
+            zip(self.children, nodes, found, strict=True)
+        ):
             if known is None:
                 leg = Leg(node, role, metadata, index, size, self._region_bits)
                 leg.reason = "it is new"
             else:
                 leg = known
-                leg.node, leg.role, leg.files = node, role, identity(node)
+                leg.node, leg.role, leg.files = node, role, files
                 leg.set_forgets(forgets(node))
                 leg.moved(metadata, index, size)
             self.legs.append(leg)
@@ -1174,14 +1179,14 @@ def _sectors(offset: int, length: int) -> dict[str, int]:
     }
 
 
-def _match(nodes: list[NodeDriver], known: list[Leg]) -> list[Leg | None]:
+def _match(nodes: list[_Identified], known: list[Leg]) -> list[Leg | None]:
     """Which leg each node is: itself first, then what an overlay or a filter was put on."""
     found: list[Leg | None] = [None] * len(nodes)
     left = list(known)
-    for same in (lambda leg, node: leg.node is node, is_same_leg):
-        for index, node in enumerate(nodes):
+    for same in (lambda leg, node, _: leg.node is node, is_same_leg):
+        for index, (node, files) in enumerate(nodes):
             for leg in left if found[index] is None else ():
-                if same(leg, node):
+                if same(leg, node, files):
                     found[index] = leg
                     left.remove(leg)
                     break

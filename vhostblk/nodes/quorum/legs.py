@@ -346,9 +346,10 @@ def _file_of(node: NodeDriver) -> str:
     return f"{path}#{status.st_ino}#{_birth(path)}" if stat.S_ISREG(status.st_mode) else path
 
 
-def is_same_leg(leg: Leg, node: NodeDriver) -> bool:
+def is_same_leg(leg: Leg, node: NodeDriver, files: list[str]) -> bool:
     """Whether a node that takes a leg's place has the same data: an overlay or a filter has been
     put on top of it, or a filter taken off. What is below an overlay is older, and not the same.
+    `files`: the node's identity().
     """
     waiting, seen = [node], {node}
     while waiting:
@@ -363,7 +364,7 @@ def is_same_leg(leg: Leg, node: NodeDriver) -> bool:
         below_leg = next(iter(below_leg.children.values())).node
         if below_leg is node:
             return True
-    return leg.files[:1] == identity(node)[:1]
+    return leg.files[:1] == files[:1]
 
 
 def recognise(nodes: list[NodeDriver], records: list[LegRecord]) -> list[LegRecord | None]:
