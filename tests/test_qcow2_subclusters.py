@@ -19,7 +19,7 @@ import pytest
 from crash import newest_tools
 from in_process import Host, with_host
 
-from vhostblk.engine import OP_WRITE, OP_WRITE_ZEROES
+from vhostblk.engine import OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES
 from vhostblk.engine.map import MAP_OFFSET
 from vhostblk.filter import Filter
 
@@ -265,6 +265,71 @@ def test_what_is_behind_the_end_of_a_disk_is_zeroes_when_it_grows() -> None:
         newest_tools().img("resize", "-q", "-f", "qcow2", path, str(SIZE))
         content = newest_tools().content(path)
         assert content[UNIT : 2 * UNIT] == b"\x22" * 512 + bytes(UNIT - 512)
+
+    with_host(test)
+
+
+def test_the_end_of_a_disk_is_discarded_while_somebody_writes_there() -> None:
+    """The last cluster has subclusters behind the end: nobody can be waited for there."""
+
+    async def test(host: Host) -> None:
+        path, size = Path(host.path("disk.qcow2")), SIZE + 2 * UNIT
+        newest_tools().create(path, size, cluster_size=CLUSTER, extended_l2="on")
+        file = {"driver": "file", "filename": str(path)}
+        node = await host.add("qcow2", "o", file=file, discard="unmap")
+        await host.write("o", SIZE, b"\x11" * 2 * UNIT)
+        last = SIZE // CLUSTER
+        pinned = await node.path.pin(range(last, last + 1))
+        [slice] = pinned.values()
+        claim = node.path.claim(last, slice, last, [1])  # as who writes there does
+
+        async def discard() -> None:
+            await host.backend.engine.submit(node.effective, OP_DISCARD, SIZE, length=2 * UNIT)
+
+        discarded = asyncio.create_task(discard())
+        await host.until(lambda: slice.pins > 1)
+        await asyncio.sleep(0)
+        node.path.release(claim)
+        node.path.unpin(pinned)
+        await discarded
+        assert await host.read("o", SIZE, 2 * UNIT) == bytes(2 * UNIT)
+
+    with_host(test)
+
+
+def test_a_file_that_qemu_ended_inside_a_cluster(tmp_path: Path) -> None:
+    """It writes one subcluster; the engine writes others of that cluster, behind the end."""
+
+    async def test(host: Host) -> None:
+        path = tmp_path / "disk.qcow2"
+        newest_tools().create(path, SIZE, cluster_size=CLUSTER, extended_l2="on")
+        newest_tools().io(path, f"write -q -c -P 7 0 {CLUSTER}", f"write -q -P 8 {CLUSTER} {UNIT}")
+        assert path.stat().st_size % CLUSTER
+        await host.add("file", "storage", filename=str(path))
+        await host.add("qcow2", "o", file="storage")
+        await host.write("o", CLUSTER + 8 * UNIT, b"\x09" * UNIT)
+        content = b"\7" * CLUSTER + b"\x08" * UNIT + bytes(7 * UNIT) + b"\x09" * UNIT
+        # With a compressed cluster in it Python reads all of it, from a file whose end it knows.
+        assert await host.read("o", 0, len(content)) == content
+
+    with_host(test)
+
+
+def test_a_copy_of_a_file_that_qemu_ended_inside_a_cluster(tmp_path: Path) -> None:
+    async def test(host: Host) -> None:
+        path = tmp_path / "disk.qcow2"
+        newest_tools().create(path, SIZE, cluster_size=CLUSTER, extended_l2="on")
+        newest_tools().io(path, f"write -q -P 8 {CLUSTER} {UNIT}")
+        assert path.stat().st_size % CLUSTER
+        await host.add("file", "storage", filename=str(path))
+        await host.add("qcow2", "o", file="storage")
+        copy = tmp_path / "copy.qcow2"
+        copy.write_bytes(path.read_bytes())
+        await host.add("file", "copy", filename=str(copy))
+        await host.command(
+            "blockdev-replace", parent_type="driver", node_name="o", child="file", new_child="copy"
+        )
+        assert await host.read("o", CLUSTER, UNIT) == b"\x08" * UNIT
 
     with_host(test)
 

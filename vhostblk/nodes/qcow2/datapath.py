@@ -461,7 +461,9 @@ class DataPath:
         live = self._live
         offset = (cluster << live.geometry.cluster_bits) + (unit << live.geometry.unit_bits)
         length = min(512, live.size - offset)
-        await live.engine.submit(live.map, OP_READ, offset, bytearray(length))
+        # Who claims a part of the last cluster that lies behind the end claims those before, too.
+        if length > 0:
+            await live.engine.submit(live.map, OP_READ, offset, bytearray(length))
 
 
 def fill(request: Request, position: int, data: bytes | memoryview) -> None:

@@ -592,32 +592,49 @@ class Qcow2(MappedImage):
             raise self.corrupt(f"L1 entry {table} points beyond the end of the file", fatal=True)
         with self.reading():
             words = words_from(await self.file.read(host + part * size, size))
-        self._check_slice(words, host + part * size, index)
+        if self._check_slice(words, host + part * size, index) and not self.read_only:
+            await self.complete_last_cluster()
         return words
 
-    def _check_slice(self, words: array[int], where: int, index: int) -> None:
-        """Refuse entries that lead to where no guest data can be."""
+    async def complete_last_cluster(self) -> None:
+        """QEMU may end the file inside a cluster, since it writes subclusters one by one.
+
+        The engine, writing there, would make it longer, and nobody here would know of that.
+        """
+        size = self.geometry.cluster_size
+        try:
+            await self.file.ensure(-(-self.file.size // size) * size)
+        except OSError as error:
+            # Where a device ends nothing can be written either.
+            logger.debug("the last cluster of '%s' is cut short: %s", self.filename(), error)
+
+    def _check_slice(self, words: array[int], where: int, index: int) -> bool:
+        """Refuse entries that lead to where no guest data can be.
+
+        Whether one of them leads to a cluster that the end of the file cuts short.
+        """
         try:
             translate(self.geometry, words, self.nothing, True)
         except BrokenEntry as error:
             self._broken_slice(str(error), where, index, error.index)
         if self.geometry.external:
-            return
-        step = self.geometry.words
-        end = -(-self.file.size // self.geometry.cluster_size) * self.geometry.cluster_size
+            return False
+        step, file_size = self.geometry.words, self.file.size
+        end = -(-file_size // self.geometry.cluster_size) * self.geometry.cluster_size
         hosts = {word & OFFSET_MASK for word in words[::step] if not word & COMPRESSED}
         wrong = self.metadata.among(hosts - {0})
         wrong.update(host for host in hosts if host >= end)
         for entry, word in enumerate(words[::step]):
             if word & COMPRESSED:
                 offset, _ = self._compressed_range(word)
-                if offset >= self.file.size:
+                if offset >= file_size:
                     text = f"compressed cluster at {offset:#x} lies beyond the end of the file"
                     self._broken_slice(text, where, index, entry)
             elif wrong and word & OFFSET_MASK in wrong:
                 host = word & OFFSET_MASK
                 what = "beyond the end of the file" if host >= end else "where metadata are"
                 self._broken_slice(f"L2 entry {word:#x} points {what}", where, index, entry)
+        return end > file_size and end - self.geometry.cluster_size in hosts
 
     def _broken_slice(self, text: str, where: int, index: int, entry: int) -> NoReturn:
         guest = (index * self.geometry.slice_entries + entry) << self.geometry.cluster_bits

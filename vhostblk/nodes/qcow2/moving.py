@@ -53,7 +53,8 @@ async def check(live: Qcow2) -> None:
     if header != live.header:
         raise live.not_a_copy("its header is another one")
     end = await live.refcounts.end(set(live.writeback.known_tables()))
-    if live.file.size < end:
+    size = live.geometry.cluster_size
+    if -(-live.file.size // size) * size < end:
         raise live.not_a_copy(f"it has {live.file.size} bytes, and {end} are in use")
 
 
@@ -63,6 +64,7 @@ async def move(live: Qcow2, before: Mapping[str, NodeDriver]) -> None:
         live.header, live.log, live.token, storage_of(live, live.child("file").node)
     )
     old = storage_of(live, before["file"])
+    await live.complete_last_cluster()
     await live.writeback.write_again(old)
     await live.file.flush()
     live.allocator.adopt(live.refcounts)  # what lies behind may be anything
