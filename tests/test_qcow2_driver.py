@@ -18,6 +18,7 @@ from crash import Tools, newest_tools
 from in_process import Host, refused, with_host
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, REQ_MAY_UNMAP
+from vhostblk.schema import VhostblkError
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -186,6 +187,24 @@ def test_resizing_with_bitmaps() -> None:
         data = disk.tools.info(disk.path)["format-specific"]["data"]
         flags = {entry["name"]: entry["flags"] for entry in data["bitmaps"]}
         assert "in-use" in flags["b0"] and "in-use" in flags["b1"]
+
+    with_host(test)
+
+
+def test_growing_when_the_data_file_can_not_grow() -> None:
+    async def test(host: Host) -> None:
+        disk = new_disk(host, data_file="data")
+        await host.add("file", "storage", filename=host.path("data"))
+        await host.add("raw", "part", file="storage", size=8 * MIB)
+        await disk.open(data_file="part")
+        for _ in range(2):
+            with pytest.raises((OSError, VhostblkError)):
+                await host.backend.block_resize("disk", 16 * MIB)
+            assert disk.node.size == 8 * MIB
+        await disk.write(8 * MIB - 512, b"\x11" * 512)
+        await host.backend.block_resize("disk", 4 * MIB)
+        await disk.close()
+        disk.judge(bytes(4 * MIB))
 
     with_host(test)
 

@@ -360,9 +360,10 @@ class Qcow2(MappedImage):
 
     async def outdate_bitmaps(self, *, every: bool = False) -> None:
         """Bitmaps that would have to know of our writes (`every` one) are out of date now."""
-        self.header = await bitmaps.mark_in_use(
-            self.file, self.header, every=every, known=journal.HAS_LOG
-        )
+        async with self._header_lock:
+            self.header = await bitmaps.mark_in_use(
+                self.file, self.header, every=every, known=journal.HAS_LOG
+            )
 
     async def _repair(self) -> None:
         """The image was not closed: find out what is used."""
@@ -529,14 +530,15 @@ class Qcow2(MappedImage):
         await self.writeback.flush()
         await self.file.flush()
         start = await self.file.read(0, 24)
-        self._forgotten = (start, self.header)
+        self._forgotten = (start, self.header.backing_file)
         # Offset and length of the name; one sector, so all of it or nothing.
         await self.file.write(0, start[:8] + bytes(12) + start[20:])
         await self.file.flush()
         self.header = self.header.replace(backing_file=None)
 
     async def remember_backing(self) -> None:
-        start, self.header = self._forgotten
+        start, name = self._forgotten
+        self.header = self.header.replace(backing_file=name)
         await self.file.write(0, start)
         await self.file.flush()
 

@@ -4,22 +4,24 @@
 Growing: a larger L1 table, if one is needed, comes first, and one write to the
 header makes it valid. What appears reads as zeroes, whatever the backing file or
 an earlier, larger disk has there; that is on disk before the header has the new
-size.
+size. A data file of its own is made longer before anything else.
 Shrinking: what is beyond the new end is freed first, and the header follows; a
 crash in between has lost data that were to be lost.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from array import array
 from typing import TYPE_CHECKING
 
-from vhostblk.nodes.qcow2 import bitmaps, journal
 from vhostblk.schema import VhostblkError
 
 if TYPE_CHECKING:
     from vhostblk.nodes.qcow2.driver import Qcow2
+
+logger = logging.getLogger(__name__)
 
 SECTOR = 512
 MAX_L1_BYTES = 32 << 20
@@ -31,11 +33,10 @@ async def resize(live: Qcow2, size: int) -> None:
     old = live.size
     if size == old:
         return
+    if size > old and live.geometry.external:
+        await live.data.ensure(size)  # if there is no room nothing has changed
     await live.settle_header()
-    # Bitmaps are as long as the disk was.
-    live.header = await bitmaps.mark_in_use(
-        live.file, live.header, every=True, known=journal.HAS_LOG
-    )
+    await live.outdate_bitmaps(every=True)  # they are as long as the disk was
     if size < old:
         await _cut(live, size, old)
     await live.writeback.flush()
@@ -48,8 +49,8 @@ async def resize(live: Qcow2, size: int) -> None:
         live.set_size(old)  # or the next attempt would find nothing left to do
         raise
     live.set_size(size)
-    if live.geometry.external:
-        await live.data.truncate(size)
+    if size < old and live.geometry.external:
+        await _shorten_data(live, size)
 
 
 def _check(live: Qcow2, size: int) -> None:
@@ -70,6 +71,14 @@ async def _cut(live: Qcow2, size: int, old: int) -> None:
     first, last = geometry.clusters(size), geometry.clusters(old)
     if first < last:
         await live.discarder.free(range(first, last))
+
+
+async def _shorten_data(live: Qcow2, size: int) -> None:
+    """The disk ends there already; what its data file has behind that is of no use."""
+    try:
+        await live.data.truncate(size)
+    except OSError as error:
+        logger.debug("the data file of '%s' stays as long as it is: %s", live.filename(), error)
 
 
 async def _make_room(live: Qcow2, old: int, size: int) -> None:
