@@ -11,6 +11,7 @@ import json
 import os
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from in_process import Host, refused, with_host
 from vhostblk.cli import main
 from vhostblk.engine import OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES, REQ_MAY_UNMAP
 from vhostblk.nodes.qed import driver
+from vhostblk.nodes.qed.header import Header
 
 MIB = 1 << 20
 CLUSTER = 4096
@@ -363,6 +365,26 @@ def test_cluster_named_twice_is_not_written_to(tmp_path: Path, tools: Tools) -> 
 
     with_host(run)
     assert image.read_bytes() == before
+
+
+def test_a_long_file_with_nothing_in_it_takes_no_memory(tmp_path: Path, tools: Tools) -> None:
+    """Its header says that it has 2^22 clusters, and that it has to be checked."""
+    image, clusters = tmp_path / "d.qed", 1 << 22
+    header = Header(CLUSTER, 1, clusters, NEED_CHECK, 0, 0, clusters * CLUSTER, MIB)
+    image.write_bytes(header.pack())
+    os.truncate(image, (clusters + 1) * CLUSTER)
+
+    async def run(host: Host) -> None:
+        tracemalloc.start()
+        try:
+            await host.add("qed", "d", file=file_of(image))
+            assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+        finally:
+            tracemalloc.stop()
+        await host.write("d", 0, b"\1" * CLUSTER)
+        assert await host.read("d", 0, 2 * CLUSTER) == b"\1" * CLUSTER + bytes(CLUSTER)
+
+    with_host(run)
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,24 @@ entry that names what never got into the file: repaired by making it unallocated
 what it was before. Clusters that nobody names are leaked: cut off at the end of the file,
 harmless elsewhere.
 A cluster named twice is no crash's work, and nothing says who is right.
+
+Hostile images: a file may be as long as its file system allows, and contain nothing. Memory is a
+bit for each cluster, where there are clusters in use, and the L1 table's entries.
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vhostblk.image.check import ImageCheck, Repair
-from vhostblk.nodes.qed.header import NEED_CHECK, Header, Writer, write_header
+from vhostblk.nodes.qed.header import NEED_CHECK, BadImage, Header, Writer, write_header
 from vhostblk.nodes.qed.tables import entries_from
 
 _CHUNK = 1 << 20
+_MOST_CLUSTERS = 1 << 33
 
 
 @dataclass(kw_only=True)
@@ -27,8 +32,8 @@ class QedCheck(ImageCheck):
 
     header: Header
     """As it is now, after a repair."""
-    used: set[int] = field(default_factory=set)
-    """Clusters that are named."""
+    end: int = 0
+    """Where the last cluster that is named ends."""
 
 
 async def check(storage: Writer, header: Header, repair: Repair = "none") -> QedCheck:
@@ -36,14 +41,12 @@ async def check(storage: Writer, header: Header, repair: Repair = "none") -> Qed
     found = _Check(storage, header, repair == "all")
     await found.run()
     result = found.result
-    if repair != "none" and not result.corruptions:
-        end = (max(result.used) + 1) * header.cluster_size
-        if end < storage.size:
-            leaked = -(-(storage.size - end) // header.cluster_size)
-            await storage.truncate(end)
-            result.leaks_fixed = min(leaked, result.leaks)
-            result.leaks -= result.leaks_fixed
-            result.image_end_offset = end
+    if repair != "none" and not result.corruptions and result.end < storage.size:
+        leaked = -(-(storage.size - result.end) // header.cluster_size)
+        await storage.truncate(result.end)
+        result.leaks_fixed = min(leaked, result.leaks)
+        result.leaks -= result.leaks_fixed
+        result.image_end_offset = result.end
     if repair == "all" and not result.corruptions:
         await storage.flush()  # the repairs, before the image claims to be sound
         if header.need_check:
@@ -64,12 +67,16 @@ class _Check:
         self.result.total_clusters = -(-header.size // size)
         self.result.image_end_offset = self._end
         self._last = 0
+        if self._end // size > _MOST_CLUSTERS:
+            raise BadImage(f"the file is too large to be checked ({self._end} bytes)")
+        # Those of the header cannot be named; pages of zeroes take no memory.
+        self._bits = bytearray(self._end // size // 8 + 1)
+        self._used = header.header_size
 
     async def run(self) -> None:
         header, result = self._header, self.result
-        result.used.update(range(header.header_size))
         self._use(header.l1_table_offset, header.table_size)
-        tables = []
+        numbers, tables = array("Q"), array("Q")
         async for at, number, entry in self._entries(header.l1_table_offset):
             if not self._valid(entry, header.table_bytes):
                 await self._bad(at, f"L1 entry {number} ({entry:#x}) names no table in the file")
@@ -77,8 +84,9 @@ class _Check:
                 self.result.say(f"L1 entry {number} ({entry:#x}) names clusters that are in use")
                 result.corruptions += 1
             else:
-                tables.append((number, entry))
-        for number, table in tables:
+                numbers.append(number)
+                tables.append(entry)
+        for number, table in zip(numbers, tables, strict=True):
             async for at, index, entry in self._entries(table):
                 if entry == 1:
                     continue
@@ -93,7 +101,7 @@ class _Check:
                     if self._last and entry != self._last + header.cluster_size:
                         result.fragmented_clusters += 1
                     self._last = entry
-        result.leaks = max(0, self._end // header.cluster_size - len(result.used))
+        result.leaks = max(0, self._end // header.cluster_size - self._used)
 
     async def _entries(self, table: int) -> AsyncIterator[tuple[int, int, int]]:
         for start in range(0, self._header.table_bytes, _CHUNK):
@@ -114,10 +122,17 @@ class _Check:
         )
 
     def _use(self, offset: int, count: int) -> bool:
-        first = offset // self._header.cluster_size
-        clusters = range(first, first + count)
-        free = self.result.used.isdisjoint(clusters)
-        self.result.used.update(clusters)
+        """Whether nobody has named them before."""
+        first, free = offset // self._header.cluster_size, True
+        for cluster in range(first, first + count):
+            at, bit = cluster >> 3, 1 << (cluster & 7)
+            if self._bits[at] & bit:
+                free = False
+            else:
+                self._bits[at] |= bit
+                self._used += 1
+        end = (first + count) * self._header.cluster_size
+        self.result.end = max(self.result.end, end)
         return free
 
     async def _bad(self, at: int, text: str) -> None:

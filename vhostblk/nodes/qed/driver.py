@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 from vhostblk.engine import OP_WRITE, REQ_LITERAL
 from vhostblk.engine.map import MAP_BACKING, MAP_DATA, MAP_OFFSET, MAP_TYPE, MAP_ZERO, new_map
 from vhostblk.image import Extent
+from vhostblk.image.check import Repair
 from vhostblk.nodes._mapped import MappedImage
 from vhostblk.nodes.driver import (
     DETECT_ZEROES,
@@ -55,7 +56,7 @@ from vhostblk.nodes.qcow2.extents import extents
 from vhostblk.nodes.qcow2.geometry import ZERO, translate
 from vhostblk.nodes.qcow2.l2cache import L2Cache, Slice
 from vhostblk.nodes.qcow2.storage import ChildStorage
-from vhostblk.nodes.qed.check import check
+from vhostblk.nodes.qed.check import QedCheck, check
 from vhostblk.nodes.qed.create import QedCreateOptions, create, plan
 from vhostblk.nodes.qed.header import (
     BACKING,
@@ -276,7 +277,7 @@ class Qed(MappedImage):
         header = self.header
         if header.need_check:
             logger.warning("image '%s' was not closed properly; it is checked", self.filename())
-            result = await check(self.file, header, "all")
+            result = await self._check("all")
             if result.corruptions:
                 raise self._error(
                     f"Image '{self.filename()}' is corrupt: {result.messages[0]}; open it with "
@@ -330,7 +331,13 @@ class Qed(MappedImage):
         if not self.read_only:
             await self._write_everything()  # what the file has grown ahead is not leaked
         async with asyncio.timeout(patience):
-            return (await check(self.file, self.header)).describe()
+            return (await self._check("none")).describe()
+
+    async def _check(self, repair: Repair) -> QedCheck:
+        try:
+            return await check(self.file, self.header, repair)
+        except BadImage as error:
+            raise self._error(f"Image '{self.filename()}': {error.desc}") from None
 
     def relink(self) -> None:
         for child in self.children.values():
