@@ -237,7 +237,7 @@ def test_names_from_templates() -> None:
             {"device": "e", "create_options": {"backing-file": "/x"}},
             ["'create-options.backing-file'"],
         ),
-        ({"device": "e", "create_options": {"nonesuch": 1}}, ["nonesuch"]),
+        ({"device": "e", "create_options": {"nonesuch": 1}}, ["'create-options.nonesuch'"]),
         (
             {"device": "e", "snapshot_file_template": "/nonexistent/{node}"},
             ["Could not create '/nonexistent/leg0'", "No such file"],

@@ -157,17 +157,27 @@ async def _create(backend: Backend, change: Change, wanted: Wanted) -> None:
     change.on_failure(lambda: asyncio.to_thread(clean_up))
     fault_point("snapshot-file")
     creator = Creator(backend.graph, backend.driver_registry, "snapshot", locked=True)
-    file = {"driver": "file", "filename": wanted.filename}
-    await creator.create(
-        {
-            **wanted.create_options,
-            "driver": wanted.format,
-            "file": file,
-            "size": wanted.below.size,
-            "backing-file": name,
-            "backing-fmt": format,
-        }
-    )
+    options = {
+        **wanted.create_options,
+        "driver": wanted.format,
+        "file": {"driver": "file", "filename": wanted.filename},
+        "size": wanted.below.size,
+        "backing-file": name,
+        "backing-fmt": format,
+    }
+    try:
+        await creator.create(options)
+    except VhostblkError as error:
+        raise _as_named_here(error) from None
+
+
+def _as_named_here(error: VhostblkError) -> VhostblkError:
+    """What blockdev-create calls `options` is `create-options` in a snapshot."""
+    data = error.data
+    if data is not None and str(data.get("parameter", "")).startswith("options."):
+        data = {**data, "parameter": f"create-{data['parameter']}"}
+    desc = error.desc.replace("'options.", "'create-options.")
+    return VhostblkError(desc, error_class=error.error_class, data=data)
 
 
 def _make_file(path: str) -> Callable[[], None]:
