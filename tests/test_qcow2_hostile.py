@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 import struct
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from crash import newest_tools
+from file_storage import FileStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qcow2_memory import MemoryDisk
@@ -22,6 +24,7 @@ from qcow2_variants import VARIANTS, make
 from thoroughness import tries
 
 from vhostblk.nodes.qcow2 import bitmaps, snapshots
+from vhostblk.nodes.qcow2 import check as check_module
 from vhostblk.nodes.qcow2.check import check
 from vhostblk.nodes.qcow2.compression import compress, decompress
 from vhostblk.nodes.qcow2.geometry import OFFSET_MASK, BrokenEntry, Geometry, translate, units_of
@@ -275,6 +278,41 @@ def test_tables_far_behind_the_end_take_no_memory() -> None:
         tracemalloc.stop()
     assert result.corruptions and any("beyond the end" in text for text in result.messages)
     assert peak < 32 * MIB
+
+
+@pytest.mark.parametrize("limit", ["MAX_TABLES", "MAX_ALL_L1_BYTES"])
+def test_a_sparse_file_has_no_room_for_any_number_of_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Nothing is written where the L1 tables of its 40 snapshots are."""
+    monkeypatch.setattr(check_module, limit, 1 << 16)
+    path, length, snaps = tmp_path / "image", MIB, 40
+    header = Header(
+        version=3,
+        cluster_bits=9,
+        size=MIB,
+        l1_size=32,
+        l1_table_offset=512,
+        refcount_table_offset=1024,
+        refcount_table_clusters=1,
+        nb_snapshots=snaps,
+        snapshots_offset=2048,
+    )
+    table = b""
+    for number in range(snaps):
+        l1 = (number + 1) * length
+        fixed = struct.pack(">QIHHIIQII", l1, length // 8, 1, 1, 0, 0, 0, 0, 16)
+        table += fixed + bytes(16) + b"ab" + bytes(6)
+    path.write_bytes(header.pack().ljust(2048, b"\0") + table)
+    os.truncate(path, (snaps + 1) * length)
+
+    async def go() -> None:
+        with FileStorage(path) as storage:
+            await check(storage, await read_header(storage))
+
+    text = "clusters of tables" if limit == "MAX_TABLES" else "bytes together"
+    with pytest.raises(BadImage, match=text):
+        asyncio.run(go())
 
 
 @pytest.mark.parametrize("bomb", ["zlib", "zstd"])

@@ -10,7 +10,8 @@ repaired (entries that point nowhere) is left alone, and then nothing is freed e
 entry was to point to may be among what looks leaked.
 
 Hostile images: an L2 table is read once, however many entries name it; tables outside the
-file are not read; memory is 4 bytes for each cluster of the file, and bounded (counts.py).
+file are not read; memory is 4 bytes for each cluster of the file, and bounded (counts.py); a sparse
+file may have room for any number of tables, and there is a limit to those, too.
 """
 
 from __future__ import annotations
@@ -55,6 +56,18 @@ from vhostblk.nodes.qcow2.layout import (
 from vhostblk.nodes.qcow2.refcounts import unpack_counts
 
 ALL_BITS = (1 << 64) - 1
+MAX_TABLES = 1 << 22
+"""Clusters of tables. With clusters of 4 KiB, L2 tables of 8 TiB of disks, snapshots included."""
+MAX_ALL_L1_BYTES = 1 << 30
+"""The same of 64 PiB with clusters of 64 KiB."""
+_KINDS = (
+    "header",
+    "L1 table",
+    "snapshot table",
+    "L2 table",
+    "refcount table",
+    "refcount block",
+)
 _TURN = 4096  # entries after which others get a turn of the event loop
 
 
@@ -110,9 +123,12 @@ class _Findings:
         """Those that cannot be read."""
         self.faulty_blocks: set[int] = set()
         """Those whose contents are not to be kept."""
-        self.tables: dict[int, tuple[str, int]] = {}
-        """What must not share its cluster with anything: kind, and how often it is counted."""
-        self._active: list[int] = []  # offsets of L2 tables
+        self.tables: dict[int, int] = {}
+        """What must not share its cluster with anything: how often it is counted, times 8, + kind.
+
+        The kind is an index of _KINDS.
+        """
+        self._active: dict[int, None] = {}  # offsets of L2 tables
         result.total_clusters = -(-header.size // header.cluster_size)
 
     def corrupt(self, text: str, times: int = 1) -> None:
@@ -140,9 +156,12 @@ class _Findings:
         """The same for metadata, which share clusters with nothing."""
         if not self.use(kind, offset, length, times):
             return False
+        index = _KINDS.index(kind)
         for cluster in clusters_of(self.header, offset, length):
-            other, before = self.tables.get(cluster, (kind, 0))
-            self.tables[cluster] = (other, before + (times if other == kind else 0))
+            before = self.tables.get(cluster, index)
+            self.tables[cluster] = before + (8 * times if before & 7 == index else 0)
+        if len(self.tables) > MAX_TABLES:
+            raise BadImage(f"The image has more than {MAX_TABLES} clusters of tables")
         return True
 
     # ---- counting
@@ -164,16 +183,21 @@ class _Findings:
             total += 8 * count
             if total > self.file_size + MAX_L1_BYTES:
                 raise BadImage("The L1 tables of the snapshots overlap each other")
+            if total > MAX_ALL_L1_BYTES:
+                raise BadImage(f"The L1 tables have more than {MAX_ALL_L1_BYTES} bytes together")
             entries = words_of(await self.storage.read(offset, 8 * count))
             await self._count_l1(entries, what, times, number)
             if what is where[0][2]:
                 inside = (word & OFFSET_MASK for word in entries)
-                self._active = list(
-                    dict.fromkeys(table for table in inside if 0 < table < self.file_size)
+                self._active = dict.fromkeys(
+                    table for table in inside if 0 < table < self.file_size
                 )
-        active = set(self._active)
-        for offset in [*self._active, *(table for table in times if table not in active)]:
-            await self._count_l2(offset, times[offset], offset in active)
+        active = self._active
+        for offset in active:
+            await self._count_l2(offset, times[offset], active=True)
+        for offset, number in times.items():
+            if offset not in active:
+                await self._count_l2(offset, number, active=False)
         await self._bitmaps()
         encryption = header.extension(EXT_ENCRYPTION)
         if encryption is not None and len(encryption) >= 16:
@@ -220,7 +244,7 @@ class _Findings:
             elif self.use_table("L2 table", offset, size, named) and offset:
                 times[offset] += named
 
-    async def _count_l2(self, table: int, times: int, active: bool) -> None:
+    async def _count_l2(self, table: int, times: int, *, active: bool) -> None:
         header, result = self.header, self.result
         size, bits = header.cluster_size, header.cluster_bits
         words = words_of(await self.storage.read(table, size))
@@ -419,7 +443,8 @@ class _Findings:
             for offset, length in self.structure
             for cluster in clusters_of(self.header, offset, length)
         )
-        for cluster, (kind, times) in self.tables.items():
+        for cluster, value in self.tables.items():
+            times, kind = value >> 3, _KINDS[value & 7]
             moves = kind.startswith("refcount")
             if found[cluster] - own[cluster] <= (0 if moves else times):
                 continue
