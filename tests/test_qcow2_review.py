@@ -54,6 +54,34 @@ def test_tables_that_are_installed_again_know_what_the_engine_did() -> None:
     with_host(test)
 
 
+def test_tables_are_exchanged_while_some_are_loaded_and_others_dropped() -> None:
+    """cache-clean-interval may end in the middle of an internal snapshot."""
+
+    async def test(host: Host) -> None:
+        disk = new_disk(host, size=128 * MIB)
+        await disk.open()
+        await disk.write(0, b"\x10" * CLUSTER)
+        await disk.flush()
+        l2 = disk.node.l2
+        await l2.settle()
+        l2.get(0).fresh = False
+        await l2.drop_unused()  # it has been used since it was looked at last
+        dropped = asyncio.create_task(l2.drop_unused())
+        while l2.get(0) is not None:
+            await asyncio.sleep(0)
+        loaded = asyncio.create_task(l2.pin(1))
+        while not l2._loading:
+            await asyncio.sleep(0)
+        l2.clear()
+        assert not len(l2)
+        await dropped
+        l2.unpin(await loaded)
+        assert await disk.read(0, CLUSTER) == b"\x10" * CLUSTER
+        await disk.close()
+
+    with_host(test)
+
+
 def test_a_flush_that_can_not_be_done_is_not_acknowledged() -> None:
     """The image turned out to be corrupt: nothing on disk names what was written last."""
 

@@ -100,6 +100,7 @@ class L2Cache:
         self._hand = 0
         self._evicting: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None
+        self._cleared = 0
         self.dirty: dict[int, Slice] = {}
 
     def __len__(self) -> int:
@@ -141,8 +142,11 @@ class L2Cache:
     async def _load(self, index: int) -> None:
         done = asyncio.get_running_loop().create_future()
         self._loading[index] = done
+        cleared = self._cleared
         try:
             words = await self._source.load_slice(index)
+            if cleared != self._cleared:
+                return  # it may have been a part of a table that is none any more
             slice = Slice(index, words)
             self.words.add(index, words)
             self._slices[index] = slice
@@ -227,6 +231,8 @@ class L2Cache:
         finally:
             for slice in victims:
                 slice.leaving = False
+                if self._slices.get(slice.index) is not slice:
+                    continue  # all have been forgotten meanwhile
                 if slice.index in self.dirty or slice.pins:
                     self.install(slice)  # somebody allocated in it at the last moment
                 else:
@@ -274,6 +280,7 @@ class L2Cache:
             self._forget(index)
         self._clock.clear()
         self.dirty.clear()
+        self._cleared += 1
 
     def install_again(self) -> None:
         """What unallocated means has changed; no request is in flight."""
