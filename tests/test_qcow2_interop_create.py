@@ -123,6 +123,28 @@ def test_with_a_data_file(tmp_path: Path) -> None:
     with_host(test)
 
 
+def test_a_raw_data_file_is_the_disk_whatever_is_in_it(tmp_path: Path) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.data"
+    content = random.Random(3).randbytes(MIB) + bytes(3 * MIB)
+    data.write_bytes(content[:MIB])
+
+    async def test(host: Host) -> None:
+        await host.add("file", "data", filename=str(data))
+        await create(host, path, 4 * MIB, **{"data-file": "data", "data-file-raw": True})
+        await host.backend.blockdev_del("data")
+        found = newest_tools().check(path)
+        assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
+        assert newest_tools().content(path) == content
+        await host.add("qcow2", "disk", file={"driver": "file", "filename": str(path)})
+        await host.write("disk", 512, b"\x33" * 512)
+        after = content[:512] + b"\x33" * 512 + content[1024:]
+        assert await host.read("disk", 0, 4 * MIB) == after
+        await host.backend.blockdev_del("disk")
+        assert data.read_bytes() == newest_tools().content(path) == after
+
+    with_host(test)
+
+
 @pytest.mark.parametrize("size", [0, 512, 1 << 40])
 def test_sizes(tmp_path: Path, size: int) -> None:
     async def test(host: Host) -> None:

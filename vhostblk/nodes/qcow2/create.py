@@ -93,7 +93,10 @@ class Qcow2CreateOptions(Model):
     compression_type: Literal["zlib", "zstd"] = "zlib"
     """How compressed clusters are compressed."""
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
-    """What is allocated now: tables, space for the data, or written zeroes."""
+    """What is allocated now: tables, space for the data, or written zeroes.
+
+    With data-file-raw the tables are in any case.
+    """
     encrypt: Qcow2EncryptOptions | None = None
     """Encrypt the data (QEMU reads version luks1 only)."""
 
@@ -140,6 +143,13 @@ def check(options: Qcow2CreateOptions) -> None:
                      "extended-l2 is enabled", "preallocation")  # fmt: skip
 
 
+def _preallocation(options: Qcow2CreateOptions) -> str:
+    """As QEMU does: a raw data file is the disk, also where somebody else has written to it."""
+    if options.data_file_raw and options.encrypt is None and options.preallocation == "off":
+        return "metadata"
+    return options.preallocation
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where everything goes: first cluster and count of each part."""
@@ -166,7 +176,7 @@ def plan(options: Qcow2CreateOptions, encryption_size: int = 0) -> Layout:
     l1 = -(-l1_bytes // cluster)
     l2 = data = 0
     encryption = -(-encryption_size // cluster)
-    if options.preallocation != "off":
+    if _preallocation(options) != "off":
         l2 = l1_bytes // 8
         data = guest if options.data_file is None else 0
     per_block = cluster * 8 // options.refcount_bits
@@ -210,7 +220,7 @@ async def create(
     await _write_tables(options, layout, file)
     if encryption:
         await file.write(layout.encryption.start * cluster, encryption)
-    if options.preallocation != "off":
+    if _preallocation(options) != "off":
         await _preallocate(options, layout, file, data_file)
     if data_file is not None:
         await data_file.truncate(_rounded(options))
