@@ -552,6 +552,7 @@ def test_a_table_that_the_control_thread_looks_at_is_not_freed_by_an_io_thread(
     tmp_path: Path,
 ) -> None:
     engine = Path(__file__).parent.parent / "cffi_build" / "engine"
-    sources = [engine / "nodes" / "map_table.c", Path(__file__).with_name("c") / "map_spread.c"]
+    sources = [engine / "nodes" / name for name in ("map_table.c", "map_runs.c")]
+    sources.append(Path(__file__).with_name("c") / "map_spread.c")
     library = loaded(tmp_path, sources, f"-I{engine}", "-Dfree=noted_free")
     assert library.map_spread() == 2

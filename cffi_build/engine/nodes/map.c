@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * nodes/map.c: requests to a disk whose data lie wherever a map of units says. The map is
- * in map_table.c, how units get a place in map_place.c, its waiting in map_thread.c; map.api.h explains
- * the entries. Drivers in Python (qcow2, qed) fill the map and do what it has no answer for.
+ * in map_table.c, how units get a place in map_place.c and from which runs in map_runs.c, its waiting in
+ * map_thread.c; map.api.h explains the entries. Drivers in Python (qcow2, qed) fill the map and do what it has no answer for.
  *
  * A request is cut into extents: as many units in a row as one request to a child can do.
  * If any of its units needs Python, all of it goes up before anything has been started, as far as
@@ -707,7 +707,7 @@ void map_submit(struct vb_node *node, struct vb_request *request);
 
 void map_submit(struct vb_node *node, struct vb_request *request)
 {
-    struct map_node *map = vb_container_of(node, struct map_node, node);
+    struct map_node *map = map_node_of(node);
     enum verdict verdict;
     uint64_t unit;
     bool in_place;

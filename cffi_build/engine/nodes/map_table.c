@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * nodes/map_table.c: what a map knows: its tables of entries, the log of what C has allocated,
- * and the runs it allocates from. The calls of Python's half are here, too.
+ * nodes/map_table.c: what a map knows: its tables of entries, and the log of what C has allocated.
+ * The calls of Python's half about them are here, too.
  *
  * Entries are atomic words. I/O threads read them with acquire and change them with
  * compare-and-exchange; Python, the only one that installs and evicts tables, sets them. A
@@ -16,11 +16,6 @@
 #include <string.h>
 
 #define OWN_LOG_RECORDS 16384u
-
-static struct map_node *map_of(struct vb_node *node)
-{
-    return vb_container_of(node, struct map_node, node);
-}
 
 /* ---- entries --------------------------------------------------------------------------- */
 
@@ -112,7 +107,7 @@ static bool are_same(const uint64_t *entries, uint64_t count)
 
 int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entries)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     struct map_table *table;
     uint64_t count;
 
@@ -139,7 +134,7 @@ int vb_map_install(struct vb_node *node, uint64_t number, const uint64_t *entrie
 
 bool vb_map_evict(struct vb_node *node, uint64_t number)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     struct map_table *table = NULL;
 
     if (number < map->tables_count) {
@@ -155,7 +150,7 @@ bool vb_map_evict(struct vb_node *node, uint64_t number)
 
 bool vb_map_used(struct vb_node *node, uint64_t number)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     struct map_table *table = NULL;
 
     if (number < map->tables_count) {
@@ -166,7 +161,7 @@ bool vb_map_used(struct vb_node *node, uint64_t number)
 
 uint64_t vb_map_get(struct vb_node *node, uint64_t unit)
 {
-    _Atomic uint64_t *entry = map_entry(map_of(node), unit);
+    _Atomic uint64_t *entry = map_entry(map_node_of(node), unit);
 
     return entry ? atomic_load(entry) : VB_MAP_MISS;
 }
@@ -176,20 +171,20 @@ void vb_map_set(struct vb_node *node, uint64_t unit, uint64_t count, uint64_t va
     bool waited_for = false;
 
     for (uint64_t i = 0; i < count; i++, value += step) {
-        _Atomic uint64_t *entry = map_own_entry(map_of(node), unit + i);
+        _Atomic uint64_t *entry = map_own_entry(map_node_of(node), unit + i);
 
         if (entry) {
             waited_for |= (atomic_exchange(entry, value) & VB_MAP_TYPE) == VB_MAP_PENDING;
         }
     }
     if (waited_for) {
-        map_wake(map_of(node));
+        map_wake(map_node_of(node));
     }
 }
 
 bool vb_map_claim(struct vb_node *node, uint64_t unit, uint64_t expected)
 {
-    _Atomic uint64_t *entry = map_own_entry(map_of(node), unit);
+    _Atomic uint64_t *entry = map_own_entry(map_node_of(node), unit);
 
     return entry && atomic_compare_exchange_strong(entry, &expected, VB_MAP_PENDING);
 }
@@ -215,8 +210,7 @@ static void fill_told(struct vb_message *message, void *context)
     free(told);
 }
 
-/* Once, until `already` is made false. */
-static void tell(struct map_node *map, uint16_t what, _Atomic bool *already)
+void map_tell(struct map_node *map, uint16_t what, _Atomic bool *already)
 {
     struct told *told;
 
@@ -258,7 +252,7 @@ bool map_log(struct map_node *map, uint64_t guest, uint64_t entry, uint64_t extr
     record->extra = extra;
     __atomic_store_n(&record->number, number + 1, __ATOMIC_RELEASE);
     if (number + 1 - tail > map->options.log_records / 2) {
-        tell(map, VB_MAP_LOG_HALF, &map->half_told);
+        map_tell(map, VB_MAP_LOG_HALF, &map->half_told);
     }
     return true;
 }
@@ -283,7 +277,7 @@ bool map_is_dirty(struct map_node *map)
 
 int vb_map_take_log(struct vb_node *node, struct vb_map_change *changes, int max)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     uint64_t taken = atomic_load_explicit(&map->taken, memory_order_relaxed);
     int count = 0;
 
@@ -311,23 +305,23 @@ int vb_map_take_log(struct vb_node *node, struct vb_map_change *changes, int max
 
 int vb_map_log(struct vb_node *node, uint64_t guest, uint64_t entry, uint64_t extra)
 {
-    return map_log(map_of(node), guest | VB_MAP_RECORD_PYTHON, entry, extra) ? 0 : -ENOSPC;
+    return map_log(map_node_of(node), guest | VB_MAP_RECORD_PYTHON, entry, extra) ? 0 : -ENOSPC;
 }
 
 uint64_t vb_map_log_taken(struct vb_node *node)
 {
-    return atomic_load(&map_of(node)->taken);
+    return atomic_load(&map_node_of(node)->taken);
 }
 
 void vb_map_log_done(struct vb_node *node, uint64_t taken)
 {
-    __atomic_store_n(&map_of(node)->log->tail, taken, __ATOMIC_RELEASE);
-    atomic_store(&map_of(node)->half_told, false);
+    __atomic_store_n(&map_node_of(node)->log->tail, taken, __ATOMIC_RELEASE);
+    atomic_store(&map_node_of(node)->half_told, false);
 }
 
 int vb_map_set_log(struct vb_node *node, uint64_t log, uint32_t records)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     struct vb_map_log *own = NULL;
 
     if (!log) {
@@ -348,160 +342,7 @@ int vb_map_set_log(struct vb_node *node, uint64_t log, uint32_t records)
 
 void vb_map_set_dirty(struct vb_node *node, bool dirty)
 {
-    atomic_store(&map_of(node)->dirty, dirty);
-}
-
-/* ---- runs ------------------------------------------------------------------------------------ */
-
-/* The spare run takes the place of an empty one. One thread at a time: the others ask Python. */
-static bool use_spare(struct map_node *map, struct map_run *empty)
-{
-    struct map_run *spare;
-
-    if (atomic_exchange(&map->switching, true)) {
-        return false;
-    }
-    spare = atomic_load(&map->run) == empty ? atomic_exchange(&map->spare, NULL) : NULL;
-    if (spare) {
-        atomic_store(&map->run, spare);
-        if (empty) { /* others may still be looking at it */
-            vb_after_all_threads(map->node.engine, free, empty);
-        }
-    }
-    atomic_store(&map->switching, false);
-    return spare != NULL;
-}
-
-static uint64_t take_from(const struct map_node *map, struct map_run *run, uint64_t wanted,
-                          uint64_t *host)
-{
-    uint64_t next = atomic_load_explicit(&run->next, memory_order_relaxed);
-    uint64_t count;
-
-    do {
-        count = (run->end - next) >> map->options.cluster_bits;
-        count = count < wanted ? count : wanted;
-    } while (count > 0 &&
-             !atomic_compare_exchange_weak(&run->next, &next,
-                                           next + (count << map->options.cluster_bits)));
-    *host = next;
-    return count;
-}
-
-uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host)
-{
-    for (;;) {
-        struct map_run *run = atomic_load(&map->run);
-        uint64_t count = run ? take_from(map, run, wanted, host) : 0;
-
-        if (count > 0) {
-            if (!atomic_load_explicit(&map->spare, memory_order_relaxed)) {
-                tell(map, VB_MAP_RUN_WANTED, &map->low_told);
-            }
-            return count;
-        }
-        if (!use_spare(map, run)) {
-            if (atomic_load(&map->run) != run) {
-                continue; /* another thread has just put the spare in its place */
-            }
-            tell(map, VB_MAP_RUN_WANTED, &map->low_told);
-            return 0;
-        }
-    }
-}
-
-int vb_map_give(struct vb_node *node, uint64_t host, uint64_t bytes)
-{
-    struct map_node *map = map_of(node);
-    struct map_run *run, *none = NULL;
-
-    if (!atomic_load(&map->run)) {
-        use_spare(map, NULL); /* nobody has taken anything yet */
-    }
-    if (atomic_load(&map->spare)) {
-        return -EBUSY;
-    }
-    run = malloc(sizeof(*run));
-    if (!run) {
-        return -ENOMEM;
-    }
-    atomic_init(&run->next, host);
-    run->end = host + bytes;
-    atomic_compare_exchange_strong(&map->spare, &none, run); /* control alone fills it */
-    atomic_store(&map->low_told, false);
-    return 0;
-}
-
-/* The I/O threads go on. While `switching` is ours no run goes away that we look at. */
-uint64_t vb_map_take(struct vb_node *node, uint64_t wanted, uint64_t *host)
-{
-    struct map_node *map = map_of(node);
-    _Atomic(struct map_run *) *runs[2] = {&map->run, &map->spare};
-    uint64_t count = 0;
-
-    while (atomic_exchange(&map->switching, true)) {
-        sched_yield(); /* a thread is a few instructions away from giving it back */
-    }
-    for (unsigned i = 0; i < 2 && count == 0; i++) {
-        struct map_run *run = atomic_load(runs[i]);
-
-        count = run ? take_from(map, run, wanted, host) : 0;
-    }
-    atomic_store(&map->switching, false);
-    return count;
-}
-
-static void put_unused(struct map_node *map, struct map_unused *unused)
-{
-    unused->next = atomic_load_explicit(&map->unused, memory_order_relaxed);
-    while (!atomic_compare_exchange_weak_explicit(&map->unused, &unused->next, unused,
-                                                  memory_order_release, memory_order_relaxed)) {
-    }
-}
-
-void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters)
-{
-    struct map_unused *unused = malloc(sizeof(*unused));
-
-    if (unused) {
-        unused->host = host;
-        unused->clusters = clusters;
-        put_unused(map, unused);
-    }
-}
-
-/* One at a time would race with those who put some in: all are taken, and the rest put back. */
-bool vb_map_unused(struct vb_node *node, uint64_t *host, uint64_t *clusters)
-{
-    struct map_node *map = map_of(node);
-    struct map_unused *unused = atomic_exchange_explicit(&map->unused, NULL, memory_order_acquire);
-
-    if (!unused) {
-        return false;
-    }
-    for (struct map_unused *rest = unused->next, *next; rest; rest = next) {
-        next = rest->next;
-        put_unused(map, rest);
-    }
-    *host = unused->host;
-    *clusters = unused->clusters;
-    free(unused);
-    return true;
-}
-
-void vb_map_reclaim(struct vb_node *node, uint64_t left[4])
-{
-    struct map_node *map = map_of(node);
-    struct map_run *runs[2] = {atomic_exchange(&map->run, NULL), atomic_exchange(&map->spare, NULL)};
-
-    for (unsigned i = 0; i < 2; i++) {
-        left[2 * i] = runs[i] ? atomic_load(&runs[i]->next) : 0;
-        left[2 * i + 1] = runs[i] ? runs[i]->end - left[2 * i] : 0;
-        if (runs[i]) {
-            vb_after_all_threads(node->engine, free, runs[i]);
-        }
-    }
-    atomic_store(&map->low_told, false);
+    atomic_store(&map_node_of(node)->dirty, dirty);
 }
 
 /* ---- life --------------------------------------------------------------------------------------- */
@@ -533,12 +374,12 @@ uint64_t vb_map_sort(uint64_t *numbers, uint64_t count, uint64_t mask)
 
 void vb_map_set_detect_zeroes(struct vb_node *node, uint8_t detect_zeroes)
 {
-    map_of(node)->options.detect_zeroes = detect_zeroes;
+    map_node_of(node)->options.detect_zeroes = detect_zeroes;
 }
 
 void vb_map_set_size(struct vb_node *node, uint64_t size, uint64_t backing_size)
 {
-    struct map_node *map = map_of(node);
+    struct map_node *map = map_node_of(node);
     uint64_t before = map->tables_count;
     _Atomic(struct map_table *) *tables;
 
@@ -561,18 +402,13 @@ void vb_map_set_size(struct vb_node *node, uint64_t size, uint64_t backing_size)
 
 static void map_destroy(struct vb_node *node)
 {
-    struct map_node *map = map_of(node);
-    uint64_t left[4];
+    struct map_node *map = map_node_of(node);
 
-    vb_map_reclaim(node, left);
+    map_runs_free(map);
     for (uint64_t i = 0; i < map->tables_count; i++) {
         free_table(atomic_load_explicit(&map->tables[i], memory_order_relaxed));
     }
     free(map->tables);
-    for (struct map_unused *unused = atomic_load(&map->unused), *next; unused; unused = next) {
-        next = unused->next;
-        free(unused);
-    }
     free(map->own_log);
     map_threads_free(map);
 }

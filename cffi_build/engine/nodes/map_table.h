@@ -56,6 +56,11 @@ struct map_node {
     _Atomic uint64_t taken;    /* records that Python has seen; only control writes */
 };
 
+static inline struct map_node *map_node_of(struct vb_node *node)
+{
+    return vb_container_of(node, struct map_node, node);
+}
+
 /* What an entry is, and where, if it says so. */
 static inline uint64_t map_type_of(uint64_t entry)
 {
@@ -80,10 +85,16 @@ bool map_log_has_room(struct map_node *map, uint64_t records);
 /* Flushes have to go up. */
 bool map_is_dirty(struct map_node *map);
 
+/* Any: tell Python (VB_MAP_RUN_WANTED, VB_MAP_LOG_HALF), once until `already` is made false. */
+void map_tell(struct map_node *map, uint16_t what, _Atomic bool *already);
+
+/* ---- map_runs.c ------------------------------------------------------------------------- */
+
 /* I/O thread: up to `wanted` adjacent clusters; how many, 0 if there is none. */
 uint64_t map_take_clusters(struct map_node *map, uint64_t wanted, uint64_t *host);
 /* I/O thread: they are not needed after all. Without memory they are lost until the image is checked. */
 void map_give_back(struct map_node *map, uint64_t host, uint64_t clusters);
+void map_runs_free(struct map_node *map); /* control */
 
 /* ---- map_place.c ------------------------------------------------------------------------ */
 

@@ -78,7 +78,7 @@ void map_wait(struct map_node *map, struct vb_request *request, uint64_t unit)
 
 static struct vb_epochs *epochs_of(struct vb_node *node, struct vb_iothread *thread)
 {
-    return &map_thread(vb_container_of(node, struct map_node, node), thread)->epochs;
+    return &map_thread(map_node_of(node), thread)->epochs;
 }
 
 void vb_map_grace(struct vb_node *node, uint64_t cookie)
