@@ -29,6 +29,8 @@ from vhostblk.nodes.qcow2.check import check
 from vhostblk.nodes.qcow2.compression import compress, decompress
 from vhostblk.nodes.qcow2.geometry import OFFSET_MASK, BrokenEntry, Geometry, translate, units_of
 from vhostblk.nodes.qcow2.header import (
+    BITMAPS,
+    EXT_BITMAPS,
     EXT_FEATURE_NAMES,
     BadImage,
     Header,
@@ -40,6 +42,7 @@ from vhostblk.schema import VhostblkError
 KINDS = ("v2-4k", "cluster-512", "snapshots", "extended-snapshots", "bitmaps", "zstd", "refcount-1")
 # What an operator is told; anything else would be a traceback.
 CLEAR = (VhostblkError, OSError)
+KIB = 1 << 10
 MIB = 1 << 20
 
 
@@ -278,6 +281,68 @@ def test_tables_far_behind_the_end_take_no_memory() -> None:
         tracemalloc.stop()
     assert result.corruptions and any("beyond the end" in text for text in result.messages)
     assert peak < 32 * MIB
+
+
+def bitmaps_image(tables: list[int], entries: int) -> MemoryDisk:
+    """An image with bitmaps that have their tables there, all entries naming one cluster."""
+    size, end = 4096, 64 * KIB + max(tables) + 8 * entries
+    disk = MemoryDisk(bytearray(end))
+    directory = b""
+    for number, table in enumerate(tables):
+        entry = struct.pack(">QIIBBHI", 64 * KIB + table, entries, 0, 1, 16, 4, 0)
+        directory += entry + struct.pack(">I", number) + bytes(4)
+    header = Header(
+        version=3,
+        cluster_bits=12,
+        size=MIB,
+        l1_size=1,
+        l1_table_offset=size,
+        refcount_table_offset=2 * size,
+        refcount_table_clusters=1,
+        autoclear=BITMAPS,
+        extensions=((EXT_BITMAPS, struct.pack(">IIQQ", len(tables), 0, len(directory), 4 * size)),),
+    )
+    for at, data in (
+        (0, header.pack()),
+        (4 * size, directory),
+        (64 * KIB, struct.pack(">Q", 3 * size) * ((end - 64 * KIB) // 8)),
+    ):
+        asyncio.run(disk.write(at, data))
+    return disk
+
+
+def test_a_table_of_many_bitmaps_is_read_once() -> None:
+    disk = bitmaps_image([0] * 1000, 16384)
+
+    async def go() -> Any:
+        header = await read_header(disk)
+        disk.bytes_read = 0
+        return await check(disk, header)
+
+    result = asyncio.run(go())
+    assert any("reference=16384000" in text for text in result.messages)
+    assert disk.bytes_read < MIB
+
+
+def test_tables_of_bitmaps_that_overlap_are_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "MAX_ALL_BITMAP_TABLE_BYTES", 2 * MIB)
+    disk = bitmaps_image([4096 * number for number in range(1000)], 1024)
+
+    async def go() -> None:
+        await check(disk, await read_header(disk))
+
+    with pytest.raises(BadImage, match="tables of the bitmaps"):
+        asyncio.run(go())
+
+
+def test_a_bitmap_is_not_longer_than_qemu_has_them() -> None:
+    disk = bitmaps_image([0], 131073)
+
+    async def go() -> None:
+        await bitmaps.read_directory(disk, await read_header(disk))
+
+    with pytest.raises(BadImage, match="not valid"):
+        asyncio.run(go())
 
 
 @pytest.mark.parametrize("limit", ["MAX_TABLES", "MAX_ALL_L1_BYTES"])

@@ -23,6 +23,8 @@ from vhostblk.nodes.qcow2.layout import Storage, patch_header, words_of
 MAX_BITMAPS = 65535
 MAX_DIRECTORY = 64 << 20
 MAX_NAME = 1023
+MAX_BITMAP_BYTES = 512 << 20
+MAX_GRANULARITY = 31
 _CHUNK = 1 << 20
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
@@ -108,7 +110,8 @@ def _parse(raw: bytes, base: int, count: int, header: Header) -> list[Bitmap]:
         name = raw[start : start + length]
         if start + length > len(raw) or not 1 <= length <= MAX_NAME or name in names:
             raise BadImage("A bitmap directory entry is not valid: its name")
-        if offset % header.cluster_size or granularity > 63:
+        too_large = entries * header.cluster_size > MAX_BITMAP_BYTES
+        if offset % header.cluster_size or granularity > MAX_GRANULARITY or too_large:
             raise BadImage(f"Bitmap '{name.decode(errors='replace')}' is not valid")
         names.add(name)
         found.append(
@@ -127,12 +130,15 @@ def _parse(raw: bytes, base: int, count: int, header: Header) -> list[Bitmap]:
     return found
 
 
-async def table_entries(storage: Storage, bitmap: Bitmap) -> AsyncIterator[int]:
-    """The table of a bitmap, as far as the file goes, in pieces."""
+async def table_entries(storage: Storage, bitmap: Bitmap) -> AsyncIterator[tuple[int, int]]:
+    """Number and contents of what is not 0 in the table of a bitmap, as far as the file goes."""
     end = min(bitmap.table_offset + 8 * bitmap.table_entries, storage.size // 8 * 8)
     for at in range(bitmap.table_offset, end, _CHUNK):
-        for entry in words_of(await storage.read(at, min(_CHUNK, end - at))):
-            yield entry
+        raw = await storage.read(at, min(_CHUNK, end - at))
+        if raw.count(0) < len(raw):
+            for number, entry in enumerate(words_of(raw), (at - bitmap.table_offset) // 8):
+                if entry:
+                    yield number, entry
 
 
 async def mark_in_use(

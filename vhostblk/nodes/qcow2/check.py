@@ -60,6 +60,7 @@ MAX_TABLES = 1 << 22
 """Clusters of tables. With clusters of 4 KiB, L2 tables of 8 TiB of disks, snapshots included."""
 MAX_ALL_L1_BYTES = 1 << 30
 """The same of 64 PiB with clusters of 64 KiB."""
+MAX_ALL_BITMAP_TABLE_BYTES = 256 << 20
 _KINDS = (
     "header",
     "L1 table",
@@ -334,19 +335,23 @@ class _Findings:
         if directory is None:
             return
         self.use("bitmap directory", directory.offset, directory.size)
-        for bitmap in directory.bitmaps:
-            if not self.use(
-                f"table of bitmap '{bitmap.name}'", bitmap.table_offset, 8 * bitmap.table_entries
-            ):
+        # The same table several times over is wrong, and must not take several times as long.
+        tables = {(one.table_offset, one.table_entries): one for one in directory.bitmaps}
+        times = Counter((one.table_offset, one.table_entries) for one in directory.bitmaps)
+        if sum(8 * count for _, count in tables) > MAX_ALL_BITMAP_TABLE_BYTES:
+            raise BadImage(
+                f"The tables of the bitmaps have more than {MAX_ALL_BITMAP_TABLE_BYTES} bytes"
+            )
+        for (offset, count), bitmap in tables.items():
+            what, by = f"bitmap '{bitmap.name}'", times[offset, count]
+            if not self.use(f"table of {what}", offset, 8 * count, by):
                 continue
-            number = 0
-            async for entry in bitmaps.table_entries(self.storage, bitmap):
+            async for number, entry in bitmaps.table_entries(self.storage, bitmap):
                 host = entry & OFFSET_MASK
                 if entry & ~OFFSET_MASK & ~ZERO or host % size or (host and entry & ZERO):
-                    self.corrupt(f"bitmap '{bitmap.name}': table entry {number} ({entry:#x})")
+                    self.corrupt(f"{what}: table entry {number} ({entry:#x})", by)
                 elif host:
-                    self.use(f"bitmap '{bitmap.name}'", host, size)
-                number += 1
+                    self.use(what, host, size, by)
 
     async def count_refcounts(self) -> None:
         """The reference counts' own clusters."""
