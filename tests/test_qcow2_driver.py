@@ -209,6 +209,27 @@ def test_growing_when_the_data_file_can_not_grow() -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize("extended", ["off", "on"])
+def test_a_data_file_that_is_as_long_as_the_disk(extended: str) -> None:
+    """A device, say, that ends inside the last cluster."""
+
+    async def test(host: Host) -> None:
+        size = 8 * MIB + 1536
+        disk = new_disk(host, size, data_file="data", extended_l2=extended)
+        await host.add("file", "storage", filename=host.path("data"))
+        await host.add("raw", "part", file="storage", size=size)
+        await disk.open(data_file="part")
+        await disk.write(size - 1024, b"\x11" * 512)
+        await disk.write(size - CLUSTER - 512, b"\x22" * 1024)
+        await disk.close()
+        content = bytearray(size)
+        content[size - 1024 : size - 512] = b"\x11" * 512
+        content[size - CLUSTER - 512 : size - CLUSTER + 512] = b"\x22" * 1024
+        disk.judge(bytes(content))
+
+    with_host(test)
+
+
 def test_growing_over_a_larger_backing_file() -> None:
     """What the backing file has beyond the old end must not appear."""
 

@@ -307,6 +307,8 @@ async def _preallocate(
         await file.write(at * cluster, packed)
     storage = file if data_file is None else data_file
     start, length = first * cluster, guest * cluster
+    if data_file is not None:
+        length = _rounded(options)
     if options.preallocation == "falloc":
         await storage.allocate(start, length)
     elif options.preallocation == "full":

@@ -42,6 +42,7 @@ from vhostblk.nodes.qcow2.geometry import (
     units_of,
 )
 from vhostblk.nodes.qcow2.l2cache import Slice
+from vhostblk.nodes.qcow2.storage import SECTOR
 
 if TYPE_CHECKING:
     from vhostblk.nodes._mapped import MappedImage
@@ -395,7 +396,7 @@ class DataPath:
         else:
             pieces = await live.allocator.reserve_pieces(len(claims))
         try:
-            view, at, writes = memoryview(buffer), 0, []
+            view, at, writes = self._on_disk(start, buffer), 0, []
             for host, count in pieces:
                 writes.append(live.data.write(host, view[at : at + count * size]))
                 at += count * size
@@ -431,13 +432,20 @@ class DataPath:
         for units in _runs(sorted(claim.units)):
             begin = start + units[0] * unit_size
             buffer = await self._merged(request, begin, len(units) * unit_size, pinned)
-            await live.data.write(host + units[0] * unit_size, buffer)
+            await live.data.write(host + units[0] * unit_size, self._on_disk(begin, buffer))
         if geometry.extended:
             allocated = sum(1 << unit for unit in claim.units)
             words[at + 1] = (words[at + 1] & ~(allocated << 32)) | allocated
         else:
             words[at] = host | COPIED
         live.l2.mark_dirty(claim.slice)
+
+    def _on_disk(self, start: int, buffer: bytearray) -> memoryview:
+        """What is to be written of clusters: a data file need not be longer than the disk."""
+        view = memoryview(buffer)
+        if self._live.geometry.external:
+            view = view[: -(-(self._live.size - start) // SECTOR) * SECTOR]
+        return view
 
     async def _merged(
         self, request: Request, start: int, length: int, pinned: dict[int, Slice]
