@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,26 @@ def test_a_write_that_fails_takes_no_space(backing: bool, length: int) -> None:
         assert await disk.read(0, 8 * MIB) == content
         await disk.close()
         disk.judge(bytes(content))
+
+    with_host(test)
+
+
+def test_runs_are_short_where_space_is_limited() -> None:
+    """What is in a run is lost in a crash, and zeroes are written to a device."""
+
+    async def test(host: Host) -> None:
+        path = Path(host.path("disk.qcow2"))
+        newest_tools().create(path, 1 << 30)
+        os.truncate(path, 256 * MIB)
+        await host.add("file", "storage", filename=str(path))
+        part = {"driver": "raw", "file": "storage", "size": 256 * MIB}
+        for file, most in (("storage", 64 * MIB), (part, 16 * MIB)):
+            node = await host.add("qcow2", "disk", file=file)
+            for _ in range(12):  # faster than a run lasts
+                node.allocator._given_at = time.monotonic()
+                node.allocator._learn_from_pace()
+            assert node.allocator._run == most
+            await host.backend.blockdev_del("disk")
 
     with_host(test)
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RUN_LASTS = 0.1
 MIN_RUN = 1 << 20
 MAX_RUN = 64 << 20
-MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there
+MAX_RUN_OF_DEVICE = 16 << 20  # space is limited there, and zeroes have to be written
 MAX_RUN_OF_DISK = 8  # no more than the disk divided by this: a small one is not to get a long file
 # With subclusters a write takes place in a run for more than itself, and leaves a hole in the file.
 SPARSE = 4
@@ -88,7 +88,6 @@ class Allocator:
         self._tables: list[int] = []  # reserved, for L2 tables
         # Everything from here on reads as zeroes, unless somebody has written to it since.
         self._virgin = file.size
-        self.grows = True
         self._wanted: asyncio.Task[bool] | None = None
         self._freeing: set[asyncio.Task[None]] = set()
         self.freed: list[tuple[int, int, bool]] = []
@@ -176,7 +175,7 @@ class Allocator:
             await self.refcounts.free(host, count)
 
     async def _zero(self, start: int, end: int) -> None:
-        known = min(max(start, self._virgin), end) if self.grows else end
+        known = min(max(start, self._virgin), end)
         if known > start:
             await self._file.write_zeroes(start, known - start)
 
@@ -214,7 +213,7 @@ class Allocator:
 
     def _set_run(self, wanted: int) -> None:
         """As long as that, within bounds."""
-        most = self._scale * MAX_RUN if self.grows else MAX_RUN_OF_DEVICE
+        most = self._scale * MAX_RUN if self._file.grows else MAX_RUN_OF_DEVICE
         most = min(most, self._scale * self._owner.size // MAX_RUN_OF_DISK)
         self._run = max(min(wanted, most), self._scale * MIN_RUN)
 

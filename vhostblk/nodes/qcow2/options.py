@@ -52,7 +52,7 @@ class Qcow2Options(NodeOptions):
     pass_discard_request: OnOff | None = None
     """Give what the guest discards back to the storage; by default if `discard` is unmap."""
     pass_discard_snapshot: OnOff = True
-    """Give what deleted snapshots used back to the storage."""
+    """Accepted for QEMU's sake: what a deleted snapshot used is free in the image, and stays."""
     pass_discard_other: OnOff = False
     """Give clusters that became free in another way back to the storage."""
     discard_no_unref: OnOff = False

@@ -32,6 +32,14 @@ class ChildStorage:
         """Bytes."""
         return self.child.size
 
+    @property
+    def grows(self) -> bool:
+        """Whether what is written behind its end makes it longer: not a device, nor a part."""
+        node = self.child.node
+        while getattr(node.options, "size", None) is None and "file" in node.children:
+            node = node.children["file"].node
+        return node.driver == "file"
+
     async def read(self, offset: int, length: int) -> bytes:
         """`length` bytes."""
         there = max(0, min(length, self.child.size - offset))
