@@ -42,6 +42,10 @@ SECTOR = 512
 class Storage(Protocol):
     """The file that becomes an image, or its data file."""
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
     async def write(self, offset: int, data: bytes) -> None:
         """Write, enlarging the file if need be."""
 
@@ -215,7 +219,8 @@ async def create(
     check(options)
     layout = plan(options, len(encryption))
     cluster = options.cluster_size
-    await file.truncate(0)
+    if file.size:
+        await file.truncate(0)
     await file.truncate(layout.end * cluster)
     await _write_tables(options, layout, file)
     if encryption:

@@ -93,13 +93,19 @@ async def read_header(storage: Storage) -> Header:
 async def patch_header(storage: Storage, header: Header, **changes: int) -> Header:
     """Change numbers in the header with a single write, which is atomic; sets no barrier."""
     end = 104 if header.version >= 3 else 72
-    raw = bytearray(await storage.read(0, end))
-    for name, value in changes.items():
-        at, form = _FIELDS[name]
-        if at >= end:
+    for name in changes:
+        if _FIELDS[name][0] >= end:
             raise BadImage(f"version {header.version} of the format has no field {name}")
-        struct.pack_into(form, raw, at, value)
-    await storage.write(24, bytes(raw[24:]))
+    if len(changes) == 1:
+        [(name, value)] = changes.items()
+        at, form = _FIELDS[name]
+        await storage.write(at, struct.pack(form, value))
+    else:
+        raw = bytearray(await storage.read(0, end))
+        for name, value in changes.items():
+            at, form = _FIELDS[name]
+            struct.pack_into(form, raw, at, value)
+        await storage.write(24, bytes(raw[24:]))
     given: dict[str, Any] = dict(changes)
     return header.replace(**given)
 
