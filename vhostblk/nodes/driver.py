@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
@@ -164,6 +164,9 @@ class NodeHost(Protocol):
 
     def update_permissions(self, *changed: NodeDriver) -> None:
         """`child_permissions()` of these nodes says other things now. Raises if they conflict."""
+
+    def reconsider(self, nodes: Iterable[NodeDriver]) -> None:
+        """These nodes want less of their children than before: noted when that is convenient."""
 
     def side_file(self, node: NodeDriver, what: str) -> str | None:
         """A file for what a node must know after a restart; None: nothing outlives the process."""

@@ -271,6 +271,7 @@ class Quorum(NodeDriver):
         """All legs have been compared from end to end."""
         if self.metadata is not None and self.unclean:
             self.metadata.flags &= ~(UNCLEAN | POWER_CUT)
+            self.host.reconsider([self])
             logger.info("quorum '%s': the legs are equal again after an unclean end", self.name)
 
     def _tell_unclean(self) -> None:
