@@ -25,11 +25,11 @@ from vhostblk.state import document
 pytestmark = NEEDS_TOOLS
 
 
-async def start(host: Host, device: str, **options: Any) -> Any:
+async def start(host: Host, device: str, *, id: str = "job", **options: Any) -> Any:
     from vhostblk.jobs.stream import start_stream
 
     async with host.backend.changing():
-        return await start_stream(host.backend, device, "job", **options)
+        return await start_stream(host.backend, device, id, **options)
 
 
 async def ended(host: Host, error: str | None = None) -> None:
@@ -521,3 +521,43 @@ def test_it_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert daemon.terminate() == 0
     daemon.close()
     independent(chain)
+
+
+def test_one_job_at_a_time_fills_an_overlay() -> None:
+    """The second would fail at its end, when the first has changed the overlay."""
+
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        await chain.open()
+        await host.export("top", "e")
+        job = await start(host, "e", auto_finalize=False)
+        with refused("Node 'top' is being streamed by job 'job'"):
+            await start(host, "e", id="second")
+        with refused("Node 'top' is being streamed by job 'job'"):
+            await start(host, "top", id="second")
+        assert [node.driver for node in host.backend.graph.nodes.values()].count(
+            "copy-on-read"
+        ) == 1
+        with refused("Node 'job-copy-on-read' is in use: by job 'job'"):
+            await host.backend.transaction(
+                [("block-filter-remove", {"node-name": "job-copy-on-read"})]
+            )
+        await host.until(lambda: job.status.value == "pending")
+        job.finalize()
+        await ended(host)
+
+    with_host(test)
+
+
+def test_a_job_may_have_a_longer_name_than_nodes() -> None:
+    async def test(host: Host) -> None:
+        chain = make_chain(host, "qcow2")
+        await chain.open()
+        await host.null("copy-on-read-1")
+        job = await start(host, "top", id="j" * 100, auto_finalize=False)
+        assert "copy-on-read-2" in host.backend.graph.nodes
+        await host.until(lambda: job.status.value == "pending")
+        job.finalize()
+        await ended(host)
+
+    with_host(test)

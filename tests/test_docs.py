@@ -29,6 +29,12 @@ def test_every_subcommand_is_described() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_are_sent(page: Path) -> None:
+    for words in re.findall(r"vhostblk qmp ((?:--\S+ )*[^\s`]+)", page.read_text()):
+        assert words.split()[-1] in registry.commands, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files(page: Path) -> None:
     text = page.read_text()
     for name, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):

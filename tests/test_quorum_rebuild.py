@@ -580,3 +580,71 @@ def test_a_write_on_its_way_is_no_corruption() -> None:
         assert host.named("QUORUM_REPORT_BAD") == host.named("QUORUM_FAILURE") == []
 
     run(test)
+
+
+async def paused_scrub(host: Host, node: Any, id: str) -> Any:
+    async with host.backend.changing():
+        job = start_scrub(host.backend, node, id, repair=True)
+        job.pause()
+    await host.until(lambda: job.status.value == "paused")
+    return job
+
+
+def users(host: Host, name: str) -> list[str]:
+    graph = host.backend.graph
+    return [edge.parent.name for edge in graph.parents_of(graph.node(name))]
+
+
+def test_a_job_keeps_its_quorum_whatever_changes_above() -> None:
+    """It works in the engine half of the node that it has begun with."""
+
+    async def test(host: Host) -> None:
+        backend = host.backend
+        node = await quorum(host)
+        await host.export("q", "e")
+        await host.null("n", size=node.size)
+        job = await paused_scrub(host, node, "j")
+
+        async def change(action: str, **options: Any) -> None:
+            data = {key.replace("_", "-"): value for key, value in options.items()}
+            await backend.transaction([(action, data)])
+
+        with refused("Node 'q' is in use: by job 'j' as 'root'"):
+            await change("block-filter-remove", node_name="q", child="children.0")
+        with refused("has no child 'd'; its children: children.0, children.1, children.2"):
+            async with backend.graph.change() as undone:
+                undone.set_child(node, "d", None)
+        with refused("Export 'j' is not found"):
+            await change("blockdev-replace", parent_type="export", export_id="j", new_child="n")
+        # It is the job's alone in the end.
+        await change("block-filter-insert", above="q", filter={"driver": "delay", "node-name": "d"})
+        assert users(host, "q") == ["j", "d"]
+        delay = {"driver": "delay", "node-name": "d", "file": "n"}
+        await change("blockdev-reopen", options=[delay])
+        assert users(host, "q") == ["j"]
+        with refused("Node 'q' is in use: by job 'j' as 'root'"):
+            await backend.blockdev_del("q")
+        job.resume()
+        await host.until(lambda: not list(backend.jobs))
+        [end] = host.named("BLOCK_JOB_COMPLETED")
+        assert "error" not in end
+        await backend.blockdev_del("q")
+
+    run(test)
+
+
+def test_a_node_that_only_a_job_uses_goes_with_it() -> None:
+    async def test(host: Host) -> None:
+        await quorum(host)
+        await host.backend.blockdev_del("q")
+        inside = {"driver": "quorum", "node-name": "q", "vote-threshold": 2}
+        inside |= {"children": ["a", "b", "c"], "metadata-file": host.path("states")}
+        await host.add("raw", "r", file=inside)
+        job = await paused_scrub(host, host.backend.graph.node("q"), "j")
+        await host.backend.blockdev_del("r")
+        assert users(host, "q") == ["j"]
+        job.resume()
+        await host.until(lambda: not list(host.backend.jobs))
+        assert "q" not in host.backend.graph.nodes
+
+    run(test)

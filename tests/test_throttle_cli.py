@@ -221,3 +221,18 @@ def test_what_is_refused(backend: Daemon, words: list[str], said: str) -> None:
     assert "Traceback" not in process.stderr
     assert limits(backend, "g") == {"bps-write": 1}
     assert set(groups(backend)) == {"g"}
+
+
+def test_names_that_are_long_or_taken(backend: Daemon) -> None:
+    """Exports may have longer names than nodes, and an earlier filter may have left its group."""
+    with Qmp(f"{backend.directory}/control") as qmp:
+        throttle(backend, "set", "vdb", "iops=100")
+        qmp.command("block-filter-remove", **{"node-name": "throttle-vdb"})
+        assert "throttle-1" in throttle(backend, "set", "vdb", "iops=100")
+        qmp.command("blockdev-add", **{"driver": "null-co", "node-name": "o", "size": 1 << 20})
+        long = "vm-0001-of-the-database-disk-0001"
+        address = {"type": "unix", "path": f"{backend.directory}/o.sock"}
+        export = {"type": "vhost-user-blk", "id": long, "node-name": "o", "addr": address}
+        qmp.command("block-export-add", **export)
+        assert "throttle-2" in throttle(backend, "set", long, "iops=100")
+        assert "throttle-2" in throttle(backend, "set", long, "iops=200")

@@ -18,6 +18,7 @@ from vhostblk.cli.table import table
 from vhostblk.control.client import ControlClient
 from vhostblk.objects.throttle_group import ThrottleLimits
 from vhostblk.schema import VhostblkError, parse_size, validate
+from vhostblk.schema.model import NODE_NAME_MAX
 
 DESCRIPTION = """\
 Show or change how many operations and bytes a second a disk may do. A change holds at once, also
@@ -180,7 +181,7 @@ def _change(client: ControlClient, target: str, limits: dict[str, int]) -> str:
             "qom-set", {"path": f"/objects/{group}", "property": "limits", "value": limits}
         )
         return group
-    group = f"throttle-{target}"
+    group = _free_name(client, target)
     try:
         validate(ThrottleLimits, limits)  # nothing is made if it is refused
     except VhostblkError as error:
@@ -193,6 +194,17 @@ def _change(client: ControlClient, target: str, limits: dict[str, int]) -> str:
         client.execute("object-del", {"id": group})
         raise
     return group
+
+
+def _free_name(client: ControlClient, target: str) -> str:
+    """For a new group and its filter. One of an earlier filter may still be there."""
+    taken = {entry["name"] for entry in client.execute("qom-list", {"path": "/objects"})}
+    taken |= {entry["node-name"] for entry in client.execute("query-named-block-nodes")}
+    name, number = f"throttle-{target}", 0
+    while len(name) > NODE_NAME_MAX or name in taken:
+        number += 1
+        name = f"throttle-{number}"
+    return name
 
 
 def _find(client: ControlClient, target: str, *, may_insert: bool = False) -> str | None:

@@ -49,9 +49,12 @@ class BlockBackend:
         perm: Perm,
         shared: Perm,
         what: str = "block device",
+        pinned: bool = False,
     ) -> None:
         self.name = name
         self.what = what  # for messages: "export", "block device", …
+        self.pinned = pinned
+        """It is about this very node (a job's): no change gives it another one."""
         self.perm = perm
         self.shared = shared
         self.root_child = Child(host, "root", root)

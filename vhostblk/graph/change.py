@@ -173,7 +173,7 @@ class Change:
         kind = parent.child_roles.get(name)
         children = self.children_of(parent)
         if kind is None or kind.many != (_INDEX.fullmatch(index) is not None):
-            raise _no_child(parent, role, parent.child_roles)
+            raise _no_child(parent, role, children if new is None else parent.child_roles)
         if new is not None:
             self._planned(parent)[role] = self.node(new.name)
             return
@@ -198,9 +198,9 @@ class Change:
         """Put `new` in the place of `old` with all parents, or with `only` some.
 
         Parents in `keep` keep `old`, and so does whatever is below `new`: else it
-        would become its own child.
+        would become its own child. A job that is about `old` stays there.
         """
-        stay = [*keep, *self.below(new)]
+        stay = [*keep, *self.below(new), *(edge.parent for edge in self._pinned(old))]
         for parent, role in self.parents_of(old):
             if parent not in stay and (only is None or parent in list(only)):
                 self.replace_child(parent, role, new)
@@ -221,6 +221,8 @@ class Change:
 
     def remove_filter(self, filter: NodeDriver, inner: str | None = None) -> NodeDriver:
         """Give a filter's parents its child (in role `inner`) instead; the child."""
+        if pinned := self._pinned(filter):
+            self.graph.check_deletable(filter, pinned)
         children = {
             role: node
             for role, node in self.children_of(filter).items()
@@ -238,6 +240,14 @@ class Change:
             raise _no_child(filter, inner, children)
         self.replace_node(filter, children[inner])
         return children[inner]
+
+    def _pinned(self, node: NodeDriver) -> list[Edge]:
+        """The jobs and commands that hold on to a node."""
+        return [
+            edge
+            for edge in self.graph.parents_of(node)
+            if isinstance(edge.parent, BlockBackend) and edge.parent.pinned
+        ]
 
     def reopen(self, node: NodeDriver, options: dict[str, Any], *, keep: bool = False) -> None:
         """Give a node other options, as `blockdev-reopen` does.

@@ -153,13 +153,14 @@ class Graph:
         return node in self._owned
 
     def backend(self, name: str) -> BlockBackend:
-        """The drive of the export (or job) called `name`."""
-        for backend in self._backends:
+        """The drive of the export called `name`; a job may have the same name."""
+        drives = [backend for backend in self._backends if not backend.pinned]
+        for backend in drives:
             if backend.name == name:
                 return backend
         text = f"Export '{name}' is not found"
         data: dict[str, Any] = {"code": "no-such-export", "export": name}
-        near = did_you_mean(name, [backend.name for backend in self._backends])
+        near = did_you_mean(name, [backend.name for backend in drives])
         if near is not None:
             data["hint"] = f"did you mean '{near}'?"
             text = f"{text}; {data['hint']}"
@@ -637,7 +638,7 @@ class Graph:
         For a job or a command, which holds on to its node as an export does.
         """
         perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if writes else Perm.NONE
-        drive = BlockBackend(self, id, node, perm=perm, shared=Perm.ALL, what=what)
+        drive = BlockBackend(self, id, node, perm=perm, shared=Perm.ALL, what=what, pinned=True)
         async with self.lock:
             if self._nodes.get(node.name) is not node:
                 raise VhostblkError(
@@ -650,6 +651,7 @@ class Graph:
         finally:
             async with self.lock:
                 self.detach(drive)
+                await self.drop([node])
 
     # ---- permissions
 

@@ -27,6 +27,7 @@ from vhostblk.jobs.restart import restartable
 from vhostblk.nodes._chain import Leg, backing_of, backing_role, data_children
 from vhostblk.nodes.copy_on_read import PORTION, CopyFailed, CopyOnRead
 from vhostblk.schema import VhostblkError
+from vhostblk.schema.model import NODE_NAME_MAX
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
@@ -58,6 +59,12 @@ class StreamJob(BlockJob):
         if not there or not (graph.is_owned(filter) or graph.parents_of(filter)):
             return None  # the filter goes in the very change that is being recorded
         return {"filter-node-name": self._filter.name, **self.block_options()}
+
+    @property
+    def overlays(self) -> set[NodeDriver]:
+        """What it fills; nothing, when it has ended."""
+        there = self._backend.graph.nodes.get(self._filter.name) is self._filter
+        return {leg.node for leg in self._filter.targets} if there else set()
 
     def describe_block(self) -> dict[str, Any]:
         waits = {} if self._waits_for is None else {"waits-for": self._waits_for}
@@ -252,6 +259,26 @@ def _place(backend: Backend, device: str) -> NodeDriver:
     return node
 
 
+def _filter_name(backend: Backend, id: str) -> str:
+    """For who looks at the graph it is named after the job, if that is short enough."""
+    name, number = f"{id}-copy-on-read", 0
+    while len(name) > NODE_NAME_MAX or (number and name in backend.graph.nodes):
+        number += 1
+        name = f"copy-on-read-{number}"
+    return name
+
+
+def _check_not_streamed(backend: Backend, filter: CopyOnRead) -> None:
+    """The second of two jobs would find at its end that the first has changed the overlays."""
+    overlays = {leg.node for leg in filter.targets}
+    for job in backend.jobs:
+        if isinstance(job, StreamJob) and not overlays.isdisjoint(job.overlays):
+            raise VhostblkError(
+                f"Node '{filter.targets[0].node.name}' is being streamed by job '{job.id}'",
+                data={"code": "job-exists", "job": job.id},
+            )
+
+
 async def start_stream(
     backend: Backend,
     device: str,
@@ -263,13 +290,14 @@ async def start_stream(
     place = _place(backend, device)
     id = id or device
     backend.jobs.check_id(id)
-    name = filter_node_name or f"{id}-copy-on-read"
+    name = filter_node_name or _filter_name(backend, id)
     async with backend.graph.change() as change:
         filter = await change.add({"driver": "copy-on-read", "node-name": name, "file": place.name})
         change.insert_filter_above(filter, place)
     assert isinstance(filter, CopyOnRead)
     job = StreamJob(id, backend, filter, **options)
     try:
+        _check_not_streamed(backend, filter)
         if not any(backing_of(leg.node) is not None for leg in filter.targets):
             raise VhostblkError(
                 f"Node '{place.name}' has no backing file, and nothing below it has one",
