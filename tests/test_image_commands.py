@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -311,7 +312,7 @@ def test_create_makes_what_qemu_reads(tmp_path: Path, capsys: pytest.CaptureFixt
         (["-f", "qcow2", "-o", "data_file=there", "new", "1M"], "'there' exists and is not empty"),
         (["-f", "qcow2", "-o", "data_file=./new", "new", "1M"], "must be two files"),
         (["-f", "qcow2", "-o", "data_file=no/dir", "new", "1M"], "No such file or directory"),
-        (["-f", "null-co", "new", "1M"], "does not support blockdev-create"),
+        (["-f", "null-co", "new", "1M"], "is not one of raw, qcow2, qed, luks"),
         # What --force may replace stays when it cannot be replaced.
         (["--force", "-f", "qcow2", "-o", "cluster_size=3", "there", "1M"], "Cluster size"),
         (["--force", "-f", "qcow2", "-o", "cluster_size=512", "there", "9P"], "L1 table"),
@@ -374,3 +375,52 @@ def test_map_of_a_quorum() -> None:
         assert await map() == [(64, 96, "b"), (512, 64, "b")]
 
     with_host(test)
+
+
+def filled(directory: Path) -> Path:
+    with contextlib.suppress(OSError), (directory / "full").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    return directory
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-f", "qcow2"],
+        ["-f", "qed"],
+        ["-f", "raw", "-o", "preallocation=falloc"],
+        ["-f", "luks", "-o", "iter-time=10", "--key-file", "{key}"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_create_on_a_full_disk(
+    small_disk: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named, and not left behind in the way of the next attempt."""
+    (tmp_path / "key").write_text("x")
+    image = filled(small_disk) / "image"
+    given = [word.replace("{key}", str(tmp_path / "key")) for word in words]
+    assert main(["create", *given, str(image), "64M"]) == 1
+    expected = f"vhostblk: Could not create '{image}': No space left on device; make room"
+    assert capsys.readouterr().err.startswith(expected)
+    assert not image.exists()
+
+
+def test_a_snapshot_on_a_full_disk(small_disk: Path) -> None:
+    async def test(host: Host) -> None:
+        await host.add("file", "f", filename=host.file("disk"))
+        overlay = filled(small_disk) / "overlay"
+        with refused(f"Could not create '{overlay}': No space left on device; make room"):
+            await host.backend.transaction(
+                [("blockdev-snapshot-sync", {"node-name": "f", "snapshot-file": str(overlay)})]
+            )
+        assert not overlay.exists()
+
+    with_host(test)
+
+
+def test_create_knows_its_formats(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["create", "-f", "qcow", str(tmp_path / "image"), "1M"]) == 2
+    text = "'qcow' is not one of raw, qcow2, qed, luks; did you mean 'qcow2'?"
+    assert text in capsys.readouterr().err

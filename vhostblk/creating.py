@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
+
+from vhostblk.schema import VhostblkError
 
 
 def why_not(error: OSError, path: str) -> str:
@@ -20,3 +24,15 @@ def why_not(error: OSError, path: str) -> str:
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "; make room there, or choose another path"
     return f"{error.strerror}{hint}"
+
+
+@contextlib.contextmanager
+def creating(path: str) -> Iterator[None]:
+    """What the storage of a new image at `path` says inside is told with that name."""
+    try:
+        yield
+    except OSError as error:
+        raise VhostblkError(
+            f"Could not create '{path}': {why_not(error, path)}",
+            data={"code": "create-failed", "filename": path},
+        ) from None

@@ -12,6 +12,7 @@ from typing import Any
 from vhostblk.cli import luks_create, passphrase
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser, did_you_mean
+from vhostblk.creating import creating
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
 from vhostblk.nodes.qcow2.backing import CONTAINERS, STORAGE
 from vhostblk.schema.model import parse_size
@@ -35,6 +36,7 @@ Options are those of blockdev-create, and the names that 'qemu-img create -o' ha
 (cluster_size, compat=0.10 or 1.1, backing_fmt, …); nocow and extent_size_hint are the file's.
 """
 
+FORMATS = ("raw", "qcow2", "qed", "luks")
 SECTOR = 512
 _PASSPHRASE = "passphrase"  # the id of the secret object
 _OF_FILE = ("nocow", "extent-size-hint")
@@ -43,7 +45,7 @@ _COMPAT = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
 
 def configure(parser: Parser) -> None:
     """Declare the options."""
-    parser.add_argument("-f", "--format", required=True, help="raw, qcow2, qed or luks")
+    parser.add_argument("-f", "--format", required=True, choices=FORMATS, help="of the image")
     parser.add_argument(
         "-o",
         "--options",
@@ -186,7 +188,8 @@ async def _create(args: argparse.Namespace, size: int, options: dict[str, Any]) 
                 create_file(one)
                 if not existed:
                     made.append(one.filename)
-            await creator.create(wanted)
+            with creating(path):
+                await creator.create(wanted)
         except BaseException:
             for file in made:
                 os.unlink(file)

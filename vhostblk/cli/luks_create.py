@@ -12,6 +12,7 @@ from vhostblk import luks
 from vhostblk.cli import passphrase
 from vhostblk.cli.errors import USAGE, CliError
 from vhostblk.cli.parser import Parser
+from vhostblk.creating import creating
 from vhostblk.luks.file import open_storage
 from vhostblk.luks.options import CreateOptions
 from vhostblk.nodes._create_file import FileCreateOptions, create_file
@@ -53,7 +54,8 @@ def create(args: argparse.Namespace, size: int, given: dict[str, Any]) -> str:
         for name in {path, header}:
             create_file(FileCreateOptions(driver="file", filename=name, size=0))
         try:
-            return asyncio.run(work())
+            with creating(header):
+                return asyncio.run(work())
         except BaseException:
             for name in {path, header} - set(existed):
                 os.unlink(name)

@@ -11,6 +11,7 @@ import os
 import stat
 from typing import Literal
 
+from vhostblk.creating import why_not
 from vhostblk.nodes.driver import Perm
 from vhostblk.nodes.locks import ImageLocks, LockConflict, ofd_locks_work
 from vhostblk.schema import Model, OnOff, Size, VhostblkError
@@ -41,14 +42,13 @@ class FileCreateOptions(Model):
 def create_file(options: FileCreateOptions, *, exclusive: bool = False) -> None:
     """Create it, on disk when done; may wait. With `exclusive` it must not exist."""
     path = options.filename
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags | (os.O_EXCL if exclusive else 0), 0o644)
+        fd, is_new = _open(path, exclusive=exclusive)
         try:
             _fill(fd, options)
             os.fsync(fd)
         except OSError:
-            if exclusive:
+            if is_new:
                 os.unlink(path)
             raise
         finally:
@@ -60,7 +60,18 @@ def create_file(options: FileCreateOptions, *, exclusive: bool = False) -> None:
         ) from None
     except OSError as error:
         code = "file-exists" if error.errno == errno.EEXIST else "create-failed"
-        raise _error(path, error.strerror or str(error), code) from None
+        raise _error(path, why_not(error, path), code) from None
+
+
+def _open(path: str, *, exclusive: bool) -> tuple[int, bool]:
+    """The file, and whether it has been made just now."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_EXCL, 0o644), True
+    except FileExistsError:
+        if exclusive:
+            raise
+    return os.open(path, flags, 0o644), False
 
 
 def _fill(fd: int, options: FileCreateOptions) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.creating import creating
 from vhostblk.fault import fault_point
 from vhostblk.graph import Change
 from vhostblk.jobs.create import Creator
@@ -51,6 +52,11 @@ class Wanted:
 
 async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
     """The overlay's node: without a backing node yet, and used by nobody."""
+    with creating(wanted.filename):
+        return await _make(backend, change, wanted)
+
+
+async def _make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
     _check_format(backend, wanted)
     if wanted.existing:
         await asyncio.to_thread(_check_exists, wanted.filename)
