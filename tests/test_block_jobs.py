@@ -8,9 +8,11 @@ import errno
 import time
 from typing import Any
 
+import pytest
 from in_process import Host, refused, with_host
 
 from vhostblk.jobs.block_job import BlockJob
+from vhostblk.schema import DeviceNotActive
 
 
 class Mover(BlockJob):
@@ -103,6 +105,52 @@ def test_a_pause() -> None:
     with_host(test)
 
 
+def test_the_end_of_a_job_that_is_paused() -> None:
+    """Somebody has given it up, or the backend ends: neither waits for job-resume."""
+
+    async def test(host: Host) -> None:
+        for end in (Mover.cancel, Mover.stop):
+            job = Mover(1 << 40)
+            host.backend.jobs.start(job)
+            job.pause()
+            await host.until(lambda: states(host)[-1:] == ["paused"])
+            if (ending := end(job)) is not None:
+                await ending
+            await host.until(lambda: states(host)[-1:] == ["null"])
+        assert len(host.named("BLOCK_JOB_CANCELLED")) == 2
+
+    with_host(test)
+
+
+def test_a_job_is_busy_while_it_works() -> None:
+    async def test(host: Host) -> None:
+        job = Mover(4, auto_finalize=False, auto_dismiss=False)
+        host.backend.jobs.start(job)
+        for status in ("pending", "concluded"):
+            await host.until(lambda status=status: states(host)[-1:] == [status])
+            [entry] = host.backend.query_block_jobs()
+            assert (entry["status"], entry["busy"]) == (status, False)
+            if status == "pending":
+                job.finalize()
+
+    with_host(test)
+
+
+def test_a_job_that_is_not_there() -> None:
+    """The class of the error is QEMU's: management programs look at it."""
+
+    async def test(host: Host) -> None:
+        path = host.path("a")
+        await host.backend.blockdev_create("c", {"driver": "file", "filename": path, "size": 512})
+        for id in ("nope", "c"):
+            with pytest.raises(DeviceNotActive, match=f"Block job '{id}' not found"):
+                host.backend.block_job(id)
+        with refused("Job 'nope' not found"):
+            host.backend.jobs.get("nope")
+
+    with_host(test)
+
+
 def test_jobs_that_cannot_be_paused() -> None:
     async def test(host: Host) -> None:
         path = host.path("a")
@@ -110,7 +158,7 @@ def test_jobs_that_cannot_be_paused() -> None:
         job = host.backend.jobs.get("c")
         with refused("Job 'c' of type 'create' cannot accept command verb 'pause'"):
             job.pause()
-        with refused("moves no data"):
+        with refused("Block job 'c' not found"):
             host.backend.block_job("c")
         await host.until(lambda: states(host)[-1] == "concluded")
 

@@ -29,7 +29,7 @@ from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver, RoleKind
 from vhostblk.objects import ObjectStore, object_types
 from vhostblk.objects.iothread import IOThreadObject, IOThreadOptions
-from vhostblk.schema import Model, VhostblkError, did_you_mean, validate
+from vhostblk.schema import DeviceNotActive, Model, VhostblkError, did_you_mean, validate
 from vhostblk.snapshot import actions as snapshot_actions  # known to transactions once loaded
 from vhostblk.snapshot.freeze import FrozenGuests
 from vhostblk.state import Document, StateFile, describe, restore, unfinished, with_frozen_guests
@@ -443,13 +443,16 @@ class Backend:
         """The job called `id`, if it is one that moves data."""
         from vhostblk.jobs.block_job import BlockJob
 
-        job = self.jobs.get(id)
-        if not isinstance(job, BlockJob):
-            raise VhostblkError(
-                f"Job '{id}' of type '{job.job_type}' moves no data",
-                data={"code": "no-block-job", "job": id},
-            )
-        return job
+        for job in self.jobs:
+            if job.id == id and isinstance(job, BlockJob):
+                return job
+        text = f"Block job '{id}' not found"
+        data = {"code": "no-such-job", "job": id}
+        near = did_you_mean(id, [job.id for job in self.jobs if isinstance(job, BlockJob)])
+        if near is not None:
+            data["hint"] = f"did you mean '{near}'?"
+            text = f"{text}; {data['hint']}"
+        raise DeviceNotActive(text, data=data)
 
     async def job_changed(self) -> None:
         """A job's options are others now: that is recorded."""

@@ -92,7 +92,7 @@ class BlockJob(Job):
             "device": self.id,
             "len": self.total_progress,
             "offset": self.current_progress,
-            "busy": self.busy,
+            "busy": self.busy and self.status is JobStatus.RUNNING,
             "paused": self.paused,
             "speed": self.speed,
             "io-status": self.io_status,
@@ -184,7 +184,7 @@ class BlockJob(Job):
     async def _stand_still(self) -> None:
         self._enter(JobStatus.PAUSED)
         try:
-            while self.paused:
+            while self.paused and not self.cancelled:
                 await self._wait(None)
         finally:
             if not self.cancelled:
