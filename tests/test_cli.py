@@ -211,6 +211,11 @@ def test_completion(shell: str, tmp_path: Path) -> None:
             ["/nonexistent/x", "No such file or directory"],
         ),
         (["serve", "/nonexistent/disk.img"], 1, ["/nonexistent/disk.img", "No such file"]),
+        (
+            ["serve", "/no.img"],
+            1,
+            ["No such file", "is its file system mounted? 'vhostblk create'"],
+        ),
         (["serve", "--object", "iothread"], 1, ["--object iothread:", "'id' is missing"]),
         (
             ["serve", "--export", "vhost-user-blk,id=e,node-name=zz,addr.type=unix,addr.path=x"],

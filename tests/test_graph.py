@@ -202,7 +202,10 @@ def test_block_backend_knows_its_filters_and_what_is_below() -> None:
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        ({"filename": "{dir}/none"}, ["Could not open", "No such file", "qemu-img create"]),
+        (
+            {"filename": "{dir}/none"},
+            ["Could not open", "No such file", "file system mounted?"],
+        ),
         ({"filename": "{dir}/no/ne"}, ["Could not open", "no' does not exist"]),
         ({"filename": "{dir}"}, ["Is a directory"]),
         ({"filename": "/dev/null"}, ["requires '/dev/null' to be a regular file", "special file"]),

@@ -712,6 +712,16 @@ def test_schema_is_complete(path: str) -> None:
     assert {"null-co", "raw", "file"} <= {variant["case"] for variant in add["variants"]}
 
 
+def test_schema_says_which_commands_have_results(path: str) -> None:
+    with ControlClient(path) as client:
+        by_name = {entry["name"]: entry for entry in client.execute("query-qmp-schema")}
+        assert client.execute("query-throttle-groups") == []
+    result = {name: by_name[e["ret-type"]] for name, e in by_name.items() if "ret-type" in e}
+    assert [m["name"] for m in result["block-stream"]["members"]] == ["job-id"]
+    assert result["query-throttle-groups"]["name"] == "any"
+    assert result["blockdev-add"]["members"] == []
+
+
 def test_schema_has_the_form_of_qemus(path: str, reference: str) -> None:
     """For each kind of entry the same members, so that tools which read one read the other."""
     with ControlClient(path) as ours, ControlClient(reference) as theirs:

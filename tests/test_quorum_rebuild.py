@@ -19,6 +19,7 @@ from quorum_legs import BLOCK, Faulty, content, quorum, restart, run, states, un
 from vhostblk.engine import MAX_CHILDREN
 from vhostblk.jobs import quorum as quorum_jobs
 from vhostblk.jobs.quorum import start_rebuild, start_scrub
+from vhostblk.nodes.driver import Perm
 
 
 async def rebuild(host: Host, node: Any, leg: str, **options: Any) -> Any:
@@ -645,6 +646,8 @@ def test_a_node_that_only_a_job_uses_goes_with_it() -> None:
         assert users(host, "q") == ["j"]
         job.resume()
         await host.until(lambda: not list(host.backend.jobs))
-        assert "q" not in host.backend.graph.nodes
+        graph = host.backend.graph
+        assert "q" not in graph.nodes
+        assert graph.permissions_of(graph.node("file-a"))[0] == Perm.NONE
 
     run(test)

@@ -221,7 +221,7 @@ def schema(
                 "arg-type": builder.union(arguments)
                 if isinstance(arguments, Union)
                 else builder.model(arguments),
-                "ret-type": builder.type_name(RESULTS.get(command.name)),
+                "ret-type": builder.type_name(RESULTS.get(command.name, command.gives)),
                 "allow-oob": command.allow_oob,
             },
         )

@@ -68,6 +68,12 @@ class Command:
     allow_oob: bool
 
     @property
+    def gives(self) -> Any:
+        """Any, or None for a command without a result."""
+        given = typing.get_type_hints(self.handler)["return"]
+        return None if given is type(None) else given
+
+    @property
     def description(self) -> str:
         """The first paragraph of the handler's docstring."""
         return " ".join((self.handler.__doc__ or "").split("\n\n")[0].split())

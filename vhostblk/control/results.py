@@ -431,7 +431,7 @@ class StartedJob(Model):
     job_id: str
 
 
-# Commands that are not here give an empty object.
+# Of commands that are not here nothing is said but whether they have a result.
 RESULTS: dict[str, Any] = {
     "query-version": VersionInfo,
     "query-commands": list[CommandInfo],
@@ -456,6 +456,9 @@ RESULTS: dict[str, Any] = {
     "query-quorum": list[QuorumInfo],
     "quorum-rebuild": StartedJob,
     "quorum-scrub": StartedJob,
+    "block-stream": StartedJob,
+    "luks-reencrypt": StartedJob,
+    "dedup-defragment": StartedJob,
     "x-blockdev-change": ChangeInfo,
     "qom-list": list[ObjectPropertyInfo],
     "qom-get": Any,

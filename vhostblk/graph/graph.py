@@ -652,6 +652,7 @@ class Graph:
             async with self.lock:
                 self.detach(drive)
                 await self.drop([node])
+                self.update_permissions()
 
     # ---- permissions
 

@@ -384,7 +384,7 @@ class File(NodeDriver):
             if not os.path.isdir(directory):
                 hint = f"the directory '{directory}' does not exist"
             else:
-                hint = f"create it with: qemu-img create -f raw '{path}' SIZE"
+                hint = "is its file system mounted? 'vhostblk create' makes a new image"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "check its mode and owner, or use read-only=on or auto-read-only=on"
             if options.read_only:
