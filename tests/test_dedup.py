@@ -105,6 +105,36 @@ def test_partial_zero_writes_and_discards() -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize("compress", ["off", "zstd"])
+def test_parts_of_a_last_block_that_the_disk_cuts_off(compress: str) -> None:
+    """What a write does not cover stays, in a block of which the disk has the beginning, too."""
+
+    async def test(host: Host) -> None:
+        size = MIB + BLOCK // 2
+        await create(host, size=size)
+        await open_disk(host, compress=compress)
+        rnd = random.Random(4)
+        content = bytearray(rnd.randbytes(size))
+        await host.write("disk", 0, bytes(content))
+        for step in range(30):
+            length = 512 * rnd.randint(1, 4)
+            offset = size - 512 * rnd.randint(length // 512, 6)
+            if step % 3:
+                data = rnd.randbytes(length)
+                await host.write("disk", offset, data)
+            else:
+                data = bytes(length)
+                await submit(host, "disk", OP_WRITE_ZEROES, offset, length)
+            content[offset : offset + length] = data
+            assert await host.read("disk", 0, size) == content
+        await host.backend.block_resize("disk", size - 512)
+        await host.backend.block_resize("disk", size + BLOCK)
+        assert await host.read("disk", 0, size + BLOCK) == content[:-512] + bytes(512 + BLOCK)
+        await sound(host)
+
+    with_host(test)
+
+
 def test_two_disks_share_blocks() -> None:
     async def test(host: Host) -> None:
         await create(host)

@@ -19,7 +19,7 @@ from thoroughness import tries
 
 from vhostblk.engine import OP_DISCARD, OP_FLUSH, OP_WRITE_ZEROES
 
-SIZE = MIB // 2 + 512  # the last block is not a whole one
+SIZE = MIB // 2 + 1536  # of the last block there are three sectors
 DISKS = ("disk", "other")
 SECTORS = SIZE // 512
 CONTENT = [random.Random(number).randbytes(BLOCK) for number in range(12)]

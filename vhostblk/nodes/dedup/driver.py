@@ -522,7 +522,7 @@ class Dedup(HookedNode):
         if before:
             old = await self.store.read_block(self.data, self.number, first)
             parts[0] = old[:before]
-        if after and end << self._bits > self._size:
+        if after and (end << self._bits) - after >= self._size:
             parts[2] = bytes(after)  # beyond the end there is nothing
         elif after:
             if not before or end > first + 1:
