@@ -202,6 +202,89 @@ def test_metadata_device_full(small_file_system: Path, action: str) -> None:
     with_host(test)
 
 
+@pytest.mark.parametrize("action", ["report", "hold"])
+def test_a_journal_that_fills_its_file_system_begins_anew(
+    small_file_system: Path, action: str
+) -> None:
+    """With a checkpoint, which needs less space than it gives back; writes and flushes go on."""
+
+    async def test(host: Host) -> None:
+        meta = str(small_file_system / "meta")
+        await create(host, size=64 * MIB, data=64 * MIB, metadata=meta, segment_size=MIB)
+        await open_disk(host, metadata=meta, on_enospc=action)
+        store, handle = store_of(host), host.backend.graph.node("disk").effective
+        two = [random.Random(seed).randbytes(BLOCK) for seed in range(2)]
+        await host.write("disk", 0, two[0] + two[1])
+        for at in range(6):  # the database has pages that it can use again
+            await host.write("disk", 0, two[(at + 1) % 2])
+            await store.checkpoint()
+        ballast = small_file_system / "ballast"
+        fill_up(ballast)
+        os.truncate(ballast, ballast.stat().st_size - (128 << 10))
+        before, at = store.counters.checkpoints, 0
+        while store.counters.checkpoints < before + 2:
+            await host.write("disk", 0, two[at % 2])
+            at += 1
+        # The same where it is a flush that finds no room for its mark, the shortest of all records.
+        while 4096 - store.journal.size % 4096 > 40:
+            await host.write("disk", 0, two[at % 2])
+            at += 1
+        fill_up(small_file_system / "more")
+        before = store.counters.checkpoints
+        await host.backend.engine.submit(handle, OP_FLUSH)
+        assert store.counters.checkpoints == before + 1 and not store.dirty
+        assert not host.named("DEDUP_FULL")
+        assert await host.read("disk", 0, BLOCK) == two[(at - 1) % 2]
+        await sound(host)
+
+    with_host(test)
+
+
+def test_what_was_never_written_costs_a_discard_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large disk the pages are looked at that show something, in the database or not yet."""
+
+    async def test(host: Host) -> None:
+        await create(host, size=1 << 40, data=8 * MIB)
+        await open_disk(host)
+        await open_disk(host, "other", disk="other", size=1 << 40)
+        store = store_of(host)
+        data = random.Random(5).randbytes(4 * BLOCK)
+        page = PAGE * BLOCK
+        inside = [at * page - 2 * BLOCK for at in (300, 301, 5000, 70000, 1 << 20)]
+        outside = [200 * page, (1 << 20) * page + 2 * BLOCK]
+        for at in (*inside[::2], *outside):
+            await host.write("disk", at, data)
+            await host.write("other", at, data)
+        await store.checkpoint()
+        for at in inside[1::2]:
+            await host.write("disk", at, data)
+        looked: list[int] = []
+        look = store.tables.page
+
+        def spied(disk: int, number: int) -> Any:
+            looked.append(number)
+            return look(disk, number)
+
+        handle = host.backend.graph.node("disk").effective
+        monkeypatch.setattr(store.tables, "page", spied)
+        begin, end = inside[0] + BLOCK, (1 << 20) * page + BLOCK
+        await host.backend.engine.submit(handle, OP_DISCARD, begin, None, end - begin)
+        monkeypatch.undo()
+        assert len(looked) <= 4 * len(inside)
+        kept = data[:BLOCK] + bytes(3 * BLOCK), bytes(3 * BLOCK) + data[3 * BLOCK :]
+        assert await host.read("disk", inside[0], len(data)) == kept[0]
+        assert await host.read("disk", inside[-1], len(data)) == kept[1]
+        for at in inside[1:-1]:
+            assert await host.read("disk", at, len(data)) == bytes(len(data))
+        for at in outside:
+            assert await host.read("disk", at, len(data)) == data
+        for at in (*inside[::2], *outside):
+            assert await host.read("other", at, len(data)) == data
+        await sound(host)
+
+    with_host(test)
+
+
 def fill_up(path: Path) -> None:
     """All that the file system has left."""
     with open(path, "wb", buffering=0) as file:

@@ -79,6 +79,10 @@ Result_ = TypeVar("Result_")
 
 _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
+_FEW_PAGES = 256
+"""Pages of a map that are looked at one by one, whether there is something or not."""
+_SLICE = 60
+"""Pages until others have their turn; what the database gives at once."""
 LEVELS = (80, 90, 95)
 """Per cent of either device: when more is in use, there is an event."""
 LEAST_SEGMENTS = 8
@@ -112,6 +116,7 @@ class Store:
         self._durable = 0
         self._dirty = False
         self._journal_lost = 0  # the journal may lack earlier frames, and the database, too
+        self._journal_full = False  # since the last checkpoint
         self._stopped = False
         self._full_devices: set[str] = set()  # those of which the operator has been told so
         self._told_level = {"data": 0, "metadata": 0}
@@ -536,8 +541,8 @@ class Store:
     async def unmap(
         self, data: Data, disk: int, first: int, end: int
     ) -> AsyncIterator[tuple[int, int]]:
-        """Blocks of a disk show zeroes; gives those for which that is so: first, how many."""
-        for page in range(first // PAGE, (end - 1) // PAGE + 1):
+        """Blocks of a disk show zeroes; gives those for which that is new: first, how many."""
+        async for page in self._shown_pages(disk, first // PAGE, (end - 1) // PAGE + 1):
             await self._may_change(data)
             await self.until_moving()
             begin, stop = max(first, page * PAGE), min(end, (page + 1) * PAGE)
@@ -546,16 +551,42 @@ class Store:
                 record = Mapped(disk, begin, stop - begin, 0)
                 await self.with_room(data, partial(self.record, [record]))
                 self.watch()
-            yield begin, stop - begin
-            if page % 64 == 63:
-                await asyncio.sleep(0)  # others want to live
+                yield begin, stop - begin
+
+    async def _shown_pages(self, disk: int, first: int, end: int) -> AsyncIterator[int]:
+        """Pages that may show something, while nobody else writes to them, in slices.
+
+        Of a large disk most may never have been written.
+        """
+        if end - first <= _FEW_PAGES:
+            for page in range(first, end):
+                yield page
+            return
+        for page in self.tables.changed_pages(disk, first, end):
+            yield page
+        async for page in self._written_pages(disk, first, end):
+            yield page
+
+    async def _written_pages(self, disk: int, first: int, end: int) -> AsyncIterator[int]:
+        """Those that the database has."""
+        while pages := self.tables.pages(disk, first, end, _SLICE):
+            for page in pages:
+                yield page
+            first = pages[-1] + 1
+            await asyncio.sleep(0)  # others want to live
 
     async def _may_change(self, data: Data) -> None:
         """Memory is bounded: too many changes wait for the database to take some."""
         self.refuse_if_stopped()
         while self.tables.changes > BACKLOG * self.tuning.changes:
+            await self._checkpoint_with_room(data)
+
+    async def _checkpoint_with_room(self, data: Data) -> None:
+        """A checkpoint, which may have to wait until the metadata directory has space for it."""
+        while True:
             try:
                 await self.checkpoint_now(data)
+                return
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -596,7 +627,13 @@ class Store:
         """To the journal, and with the next flush to the ledger."""
         self.refuse_if_stopped()
         payload = pack_records(records)
-        self.ledger.add(self.journal.append(payload), payload)
+        try:
+            frame = self.journal.append(payload)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._journal_full = True
+            raise
+        self.ledger.add(frame, payload)
 
     def _journal_ledger(self, record: Record) -> None:
         self._append([record])
@@ -611,10 +648,21 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self.tell_full("metadata")
-                if not self.holds(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-                await asyncio.sleep(HOLD_INTERVAL)
+            if await self._shorten_journal(data):
+                continue
+            self.tell_full("metadata")
+            if not self.holds(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            await asyncio.sleep(HOLD_INTERVAL)
+
+    async def _shorten_journal(self, data: Data) -> bool:
+        """The journal may be what fills the directory: whether a new one begins."""
+        if self.journal.size == 0 and not self.tables.frozen:
+            return False
+        before = self.counters.checkpoints
+        with contextlib.suppress(OSError):
+            await self.checkpoint_now(data)
+        return self.counters.checkpoints > before
 
     async def allocate(self, data: Data, wanted: int) -> tuple[int, int]:
         """Space at the head of the log; waits or fails if there is none."""
@@ -715,9 +763,10 @@ class Store:
         self.refuse_if_stopped()
         wanted = self.journal.next_frame
         while self._durable < wanted:
-            if self._journal_lost:
-                # Syncing it once more might succeed without having written what is lost.
-                await self.checkpoint_now(data)
+            if self._journal_lost or self._journal_full:
+                # Syncing it once more might succeed without having written what is lost. And where
+                # there is no room for a mark, a checkpoint needs none. It waits for the lock below.
+                await self._checkpoint_with_room(data)
             async with self._flush_lock:
                 # Somebody else's flush may have done it, or failed.
                 if self._durable < wanted and not self._journal_lost:
@@ -727,7 +776,12 @@ class Store:
         frame = self.journal.next_frame
         await self.ledger.write(data)
         await self._flush_data(data, frame)
-        await self.with_room(data, lambda: self._append([Marked(frame)]))
+        try:
+            self._append([Marked(frame)])
+        except OSError:
+            if self._journal_full:
+                return  # the caller knows what to do
+            raise
         alone = self.journal.next_frame == frame + 1
         older = self.journal.older
         try:
@@ -898,7 +952,7 @@ class Store:
             if not tables.frozen:
                 if rotate:
                     due = tables.changes or tables.dying() or self.ledger.unsaved
-                    if not due and not self._journal_lost:
+                    if not due and not self._journal_lost and not self._journal_full:
                         return
                     journal.begin(journal.number + 1, journal.next_frame)
                 state.journal, state.frame = journal.number, journal.next_frame
@@ -919,6 +973,7 @@ class Store:
             self._full_devices.discard("metadata")
             if self._journal_lost <= state.frame:
                 self._journal_lost = 0
+            self._journal_full = False
             self._now_durable(state.frame)
             dump_now = self._begin_dump(data, state.frame)
             self.counters.checkpoints += 1
@@ -1106,9 +1161,7 @@ class Store:
     async def fragmentation(self, disk: int) -> dict[str, int]:
         """In how many pieces the blocks of a disk are on the data device."""
         size, blocks, pieces, end, last = self.super.block_size, 0, 0, -1, -1
-        for count, page in enumerate([page for page, _ in self.tables.pages(disk)]):
-            if count % 64 == 63:
-                await asyncio.sleep(0)  # others want to live
+        async for page in self._written_pages(disk, 0, 1 << 41):
             for index, number in enumerate(self.tables.page(disk, page)):
                 block = self.tables.block(number) if number else None
                 if block is None:

@@ -275,13 +275,26 @@ class Tables:
         found = self._database.scan("segments")
         return {int(_KEY.unpack(key)[0]): int(_NUMBER.unpack(value)[0]) for key, value in found}
 
-    def pages(self, disk: int) -> Iterator[tuple[int, array[int]]]:
-        """The pages of a disk that the database has."""
-        for key, value in self._database.scan("map", _PAGE_KEY.pack(disk, 0)):
-            found, number = _PAGE_KEY.unpack(key)
-            if found != disk:
-                return
-            yield int(number), array("Q", value)
+    def pages(self, disk: int, first: int, end: int, most: int) -> list[int]:
+        """The first few pages of a part of a disk that the database has."""
+        found: list[int] = []
+        for key, _ in self._database.scan("map", _PAGE_KEY.pack(disk, first)):
+            other, page = _PAGE_KEY.unpack(key)
+            if other != disk or page >= end or len(found) == most:
+                break
+            found.append(int(page))
+        return found
+
+    def changed_pages(self, disk: int, first: int, end: int) -> list[int]:
+        """The pages of a part of a disk of which something waits for the database, sorted."""
+        base = disk << _LBA_BITS - _PAGE_BITS
+        found = {
+            key >> _PAGE_BITS
+            for layer in (self._frozen, self._active)
+            if layer is not None
+            for key in layer.map
+        }
+        return sorted(page - base for page in found if base + first <= page < base + end)
 
     @property
     def frozen(self) -> bool:
