@@ -437,6 +437,31 @@ def test_key_slots_change_under_a_guest(tmp_path: Path) -> None:
     assert not opens(path, PASSPHRASE)
 
 
+@pytest.mark.parametrize("kind", ["luks1", "luks2"])
+def test_a_detached_header_is_no_disk(tmp_path: Path, kind: str) -> None:
+    """A guest would write its data to the header's place, and nobody could read the disk again."""
+    data, header = sparse(tmp_path / "data", DISK), tmp_path / "header"
+    words = ("luksFormat", "--type", kind, *CHEAP, "--header", header)
+    cryptsetup(*words, data, key=PASSPHRASE)
+    before = header.read_bytes()
+
+    async def test(host: Host) -> None:
+        await secret(host)
+        with refused("it is a detached header"):
+            await luks(host, header)
+        await host.add("file", "h", filename=str(header))
+        await host.add("luks", "both", key_secret="s", file="h", header="h")
+        with refused("Permission conflict on node 'h'"):
+            await host.export("both", "e")
+        await host.backend.blockdev_del("both")
+        node = await luks(host, data, header="h")
+        assert node.size == DISK
+
+    with_host(test)
+    assert header.read_bytes() == before
+    assert opens(data, PASSPHRASE, "--header", header)
+
+
 def test_it_grows(tmp_path: Path) -> None:
     path = formatted(tmp_path / "disk")
 

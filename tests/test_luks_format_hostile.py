@@ -189,6 +189,7 @@ ARGON = {"type": "argon2id", "time": 4, "memory": 1024, "cpus": 1, "salt": "c2Fs
         (put("keyslots", []), "keyslots is not an object"),
         (put("keyslots", "x", {}), "'x' is not a number below 32"),
         (put("keyslots", "99999999999999999999", {}), "is not a number below 32"),
+        (put("keyslots", "00", {}), "'00' is not a number below 32"),
         (put(*SLOT, 7), "keyslots 0 is not an object"),
         (remove(*SLOT, "type"), "keyslots 0: type is not a string"),
         (remove(*AREA), "keyslots 0: area is not an object"),
@@ -280,6 +281,7 @@ def test_areas_that_overlap() -> None:
 @pytest.mark.parametrize(
     ("at", "form", "value", "said"),
     [
+        (6, ">H", 3, "version 3 is not supported"),
         (8, ">Q", 0, "a size of 0 bytes"),
         (8, ">Q", 0x4001, "a size of 16385 bytes"),
         (8, ">Q", 1 << 63, "a size of 9223372036854775808 bytes"),

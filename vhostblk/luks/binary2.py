@@ -74,7 +74,7 @@ def _parse_binary(data: bytes, offset: int) -> Binary:
     if magic != (SECOND_MAGIC if offset else MAGIC):
         raise bad_header("there is none")
     if version != 2:
-        raise bad_header(f"version {version}")
+        raise bad_header(f"version {version} is not supported; known: 1, 2")
     if size not in SIZES:
         raise bad_header(f"a size of {size} bytes")
     if own_offset != offset:

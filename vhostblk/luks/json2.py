@@ -25,6 +25,8 @@ from vhostblk.luks.volume import Segment
 SLOTS = 32
 LARGEST_AREA = 128 << 20  # of all key slots together, as in cryptsetup
 _MAXIMUM = {"keyslots": SLOTS, "tokens": 32, "segments": 32, "digests": 32}
+# One name for each: with "00" there would be more key slots than a header can have.
+_NUMBERS = tuple(map(str, range(max(_MAXIMUM.values()))))
 
 Json = dict[str, Any]
 
@@ -62,7 +64,7 @@ def check(metadata: Json, header_size: int) -> None:
         entries = _object(metadata, name, "the metadata")
         for number, entry in entries.items():
             where = f"{name} {number}"
-            if not number.isascii() or not number.isdecimal() or int(number[:9]) >= most:
+            if number not in _NUMBERS[:most]:
                 raise bad_header(f"{name}: '{number[:20]}' is not a number below {most}")
             if not isinstance(entry, dict):
                 raise bad_header(f"{where} is not an object")

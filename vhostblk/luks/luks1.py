@@ -159,6 +159,11 @@ class Luks1(Volume):
         return (Segment(self.header.payload * SECTOR, None, SECTOR, self.header.spec, 0),)
 
     @property
+    def header_end(self) -> int:
+        size = material_size(self.header.key_size)
+        return max(slot.material * SECTOR + size for slot in self.header.slots)
+
+    @property
     def digests(self) -> dict[str, Digest]:
         header = self.header
         made = Kdf(

@@ -102,6 +102,10 @@ class Luks2(Volume):
         return tuple(json2.segment(self._metadata, number) for number in numbers)
 
     @property
+    def header_end(self) -> int:
+        return sum(self.keyslots_area)
+
+    @property
     def digests(self) -> dict[str, Digest]:
         return {
             number: json2.digest(self._metadata, number)

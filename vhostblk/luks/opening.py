@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 
 from vhostblk.luks import binary2, luks1
-from vhostblk.luks.errors import bad_header, error
+from vhostblk.luks.errors import error
 from vhostblk.luks.kdf import Limits
 from vhostblk.luks.luks1 import Luks1
 from vhostblk.luks.luks2 import Luks2
@@ -30,8 +30,7 @@ async def open_volume(
         (version,) = struct.unpack_from(">H", start, len(luks1.MAGIC))
         if version == 1:
             return Luks1(storage, limits, luks1.parse(start))
-        if version != 2:
-            raise bad_header(f"version {version} is not supported; known: 1, 2")
+        # Another one may be damage, which the second copy of a LUKS2 header outlives.
     volume = Luks2(storage, limits, await binary2.find(storage))
     if requirements is not None:
         unmet = sorted(name[:40] for name in volume.requirements - requirements)

@@ -88,6 +88,11 @@ class Volume(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def header_end(self) -> int:
+        """Bytes from its start on that are the header's, with all that it may ever write to."""
+
+    @property
+    @abc.abstractmethod
     def digests(self) -> dict[str, Digest]:
         """The digests of volume keys, by number."""
 

@@ -233,6 +233,14 @@ class Luks(ReencryptingNode):
     # ---- size
 
     def _check_size(self) -> None:
+        if not self._detached and self._segment.offset < self.volume.header_end:
+            # A guest would overwrite it, and with it all that it opens.
+            raise VhostblkError(
+                f"its data begin at {self._segment.offset}, and the header takes up to "
+                f"{self.volume.header_end}: it is a detached header; 'file' is the node with the "
+                "data, and this one 'header'",
+                data={"code": "bad-luks-header", "node": self.name},
+            )
         there = self.child("file").size
         needed = self._segment.offset + (self._segment.size or 0)
         if there < needed:
