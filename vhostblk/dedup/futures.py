@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+_SLICE = 0.002
+"""Seconds until others have their turn."""
 
 
 async def all_done(work: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -29,6 +33,19 @@ async def in_thread(work: Callable[[], Result]) -> Result:
         return await asyncio.shield(task)
     finally:
         await asyncio.wait([task])
+
+
+class Turns:
+    """For work on the control thread that takes long: others have their turns in between."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + _SLICE
+
+    async def others(self) -> None:
+        """It is theirs, if ours has been long enough."""
+        if time.monotonic() > self._end:
+            await asyncio.sleep(0)
+            self._end = time.monotonic() + _SLICE
 
 
 def new_future() -> asyncio.Future[None]:

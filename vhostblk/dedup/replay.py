@@ -7,20 +7,16 @@ together with all that shows it.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vhostblk.dedup.format import Mapped, Marked, Record, Stored, Taken
-from vhostblk.dedup.futures import in_thread
+from vhostblk.dedup.futures import Turns, in_thread
 from vhostblk.dedup.tables import Tables
 
 Frame = tuple[int, list[Record]]
 _PORTION = 1024
 """Records that are in memory at a time, about."""
-_SLICE = 0.002
-"""Seconds until others have their turn."""
 
 
 @dataclass
@@ -50,12 +46,10 @@ def look_through(frames: Iterable[Frame]) -> Survey:
 async def in_slices(frames: Iterator[Frame]) -> AsyncIterator[Frame]:
     """The same frames, read in a thread, a few at a time; others go on meanwhile."""
     while portion := await in_thread(lambda: _portion(frames)):
-        turn = time.monotonic() + _SLICE
+        turns = Turns()
         for frame in portion:
             yield frame
-            if time.monotonic() > turn:
-                await asyncio.sleep(0)
-                turn = time.monotonic() + _SLICE
+            await turns.others()
 
 
 def _portion(frames: Iterator[Frame]) -> list[Frame]:

@@ -62,7 +62,7 @@ from vhostblk.dedup.format import (
     parse_life,
     stored_space,
 )
-from vhostblk.dedup.futures import in_thread, new_future
+from vhostblk.dedup.futures import Turns, in_thread, new_future
 from vhostblk.dedup.interface import BACKLOG, HOLD_INTERVAL, Counters, Data, Member, Send, Tuning
 from vhostblk.dedup.journal import Journal, sync_directory, write_file
 from vhostblk.dedup.ledger import Ledger, portions
@@ -81,8 +81,8 @@ _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
 _FEW_PAGES = 256
 """Pages of a map that are looked at one by one, whether there is something or not."""
-_SLICE = 60
-"""Pages until others have their turn; what the database gives at once."""
+_PAGES = 60
+"""Of those that the database has, so many are looked up at once."""
 LEVELS = (80, 90, 95)
 """Per cent of either device: when more is in use, there is an event."""
 LEAST_SEGMENTS = 8
@@ -542,7 +542,9 @@ class Store:
         self, data: Data, disk: int, first: int, end: int
     ) -> AsyncIterator[tuple[int, int]]:
         """Blocks of a disk show zeroes; gives those for which that is new: first, how many."""
+        turns = Turns()
         async for page in self._shown_pages(disk, first // PAGE, (end - 1) // PAGE + 1):
+            await turns.others()
             await self._may_change(data)
             await self.until_moving()
             begin, stop = max(first, page * PAGE), min(end, (page + 1) * PAGE)
@@ -554,7 +556,7 @@ class Store:
                 yield begin, stop - begin
 
     async def _shown_pages(self, disk: int, first: int, end: int) -> AsyncIterator[int]:
-        """Pages that may show something, while nobody else writes to them, in slices.
+        """Pages that may show something, while nobody else writes to them.
 
         Of a large disk most may never have been written.
         """
@@ -569,11 +571,10 @@ class Store:
 
     async def _written_pages(self, disk: int, first: int, end: int) -> AsyncIterator[int]:
         """Those that the database has."""
-        while pages := self.tables.pages(disk, first, end, _SLICE):
+        while pages := self.tables.pages(disk, first, end, _PAGES):
             for page in pages:
                 yield page
             first = pages[-1] + 1
-            await asyncio.sleep(0)  # others want to live
 
     async def _may_change(self, data: Data) -> None:
         """Memory is bounded: too many changes wait for the database to take some."""
@@ -1161,7 +1162,9 @@ class Store:
     async def fragmentation(self, disk: int) -> dict[str, int]:
         """In how many pieces the blocks of a disk are on the data device."""
         size, blocks, pieces, end, last = self.super.block_size, 0, 0, -1, -1
+        turns = Turns()
         async for page in self._written_pages(disk, 0, 1 << 41):
+            await turns.others()
             for index, number in enumerate(self.tables.page(disk, page)):
                 block = self.tables.block(number) if number else None
                 if block is None:
