@@ -75,8 +75,22 @@ static void lane_start_owed(struct vb_lane *lane)
     }
 }
 
-/* Nothing is in flight: tell whoever waits for that. */
-static void lane_settle(struct vb_lane *lane)
+/* All that was popped has completed, though not all of it need be in the used ring. */
+static bool lane_is_idle(const struct vb_lane *lane)
+{
+    uint32_t left = lane->inflight;
+
+    if (left == 0) {
+        return true; /* without a look at the queues, which the device thread may be changing */
+    }
+    for (const struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
+        left -= queue->batch_used;
+    }
+    return left == 0;
+}
+
+/* The tree has none of this lane's requests any more: tell whoever waits for that. */
+static void lane_settle_pauses(struct vb_lane *lane)
 {
     while (lane->pausing) {
         struct vb_pause *pause = lane->pausing;
@@ -85,6 +99,12 @@ static void lane_settle(struct vb_lane *lane)
         vb_pause_settled(pause->round);
         free(pause);
     }
+}
+
+/* Nothing is in flight: the same, and the device thread. */
+static void lane_settle(struct vb_lane *lane)
+{
+    lane_settle_pauses(lane);
     if (lane->parking && !(lane->parking->needs == VB_NEEDS_FINISH && lane_owes(lane))) {
         struct vb_park *park = lane->parking;
 
@@ -119,6 +139,10 @@ static bool lane_flush(struct vb_poller *poller)
     bool any = false;
 
     if (lane->parked) {
+        /* For as long as a front-end likes that does not read its answers. Others wait for the pause. */
+        if (lane->pausing && lane_is_idle(lane)) {
+            lane_settle_pauses(lane);
+        }
         return false;
     }
     for (struct vb_queue *queue = lane->queues; queue; queue = queue->next) {
@@ -204,7 +228,7 @@ static void run_pause(struct vb_message *message, void *context)
 
     (void)context;
     lane->paused++;
-    if (lane->inflight == 0) {
+    if (lane_is_idle(lane)) {
         vb_pause_settled(pause->round);
         free(pause);
         return;
@@ -649,8 +673,12 @@ static void check_inflight_size(struct vb_device *device, uint32_t index)
 static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
+    enum vb_message_needs needs = vb_message_needs(message->request);
 
-    park(device, vb_message_needs(message->request));
+    park(device, needs);
+    if (needs >= VB_NEEDS_DRAIN) { /* nobody but this thread touches the guest's memory now */
+        vb_guest_fault_unwatch(device);
+    }
     switch (message->request) {
     case VHOST_USER_GET_FEATURES:
         return reply_u64(message, do_reply, vb_device_features(device));

@@ -204,6 +204,7 @@ bool vb_ring_resolve(const VuDev *vu, const struct vhost_vring_addr *addr, uint3
 int vb_guest_fault_protect(struct vb_device *device); /* control: 0, or -ENOMEM */
 void vb_guest_fault_handling(struct vb_device *device); /* device thread: NULL when it is done */
 void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is mapped has changed */
+void vb_guest_fault_unwatch(struct vb_device *device); /* device thread: it is about to change */
 void vb_guest_fault_forget(struct vb_device *device); /* before it is unmapped; again does no harm */
 
 /* ---- virtqueue.c -------------------------------------------------------------------- */

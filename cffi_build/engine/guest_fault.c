@@ -249,6 +249,17 @@ void vb_guest_fault_watch(struct vb_device *device)
     }
 }
 
+/*
+ * Before the library unmaps anything. Its answer may wait for a front-end that does not read, and
+ * what lies at those addresses by then is somebody else's.
+ */
+void vb_guest_fault_unwatch(struct vb_device *device)
+{
+    if (atomic_load(&device->shared->count) > 0) {
+        replace_ranges(device->shared, device, NULL, 0);
+    }
+}
+
 void vb_guest_fault_forget(struct vb_device *device)
 {
     if (device->shared) {
