@@ -245,8 +245,8 @@ def test_indirect_without_having_negotiated_it(lab: Lab) -> None:
 
 
 def test_a_request_of_gigabytes(lab: Lab) -> None:
-    """The same memory a thousand times: more bytes than fit 32 bits."""
-    for export, expected in (("null", Status.OK), ("disk", Status.IOERR)):
+    """The same memory a thousand times: more than fits 32 bits, and than is ever carried out."""
+    for export in ("null", "disk"):
         with lab.attack(export, dropped=False, queue_size=1024) as device:
             device.start()
             buffers = Buffers(device)
@@ -260,7 +260,7 @@ def test_a_request_of_gigabytes(lab: Lab) -> None:
             put(device, table)
             while device.queues[0].used_idx == 0:
                 device.settle(seconds=0.01)
-            assert memory.read(buffers.status, 1)[0] == expected
+            assert memory.read(buffers.status, 1)[0] == Status.IOERR
 
 
 def test_a_read_into_the_rings(lab: Lab) -> None:

@@ -57,6 +57,7 @@ struct vb_blk_request {
     uint32_t written;       /* bytes written to guest memory, status included */
     uint32_t parts;         /* ranges of a discard still in flight */
     int part_ret;           /* first error among them */
+    struct vb_pieces *pieces; /* of a large one in flight: virtio_blk.c's */
     uint32_t iov_room;      /* entries of `iov` */
     struct iovec *iov;      /* inline_iov, or from malloc once a chain was longer */
     struct iovec inline_iov[VB_BLK_INLINE_IOV];

@@ -14,8 +14,8 @@
 #include <string.h>
 
 #define SECTOR 512
-/* Most sectors in one range of a discard or write-zeroes: QEMU's largest request, 2 GiB. */
-#define RANGE_SECTORS_MAX ((1u << 22) - 1)
+/* Most sectors in one request, or one range of a discard or write-zeroes: QEMU's limit, 2 GiB. */
+#define SECTORS_MAX ((1u << 22) - 1)
 
 /* ---- configuration space ---------------------------------------------------------- */
 
@@ -44,10 +44,10 @@ void vb_blk_config(const struct vb_export *export_, uint8_t bytes[VB_BLK_CONFIG_
         .opt_io_size = htole32(1),
         .wce = atomic_load_explicit(&export_->writeback_wanted, memory_order_relaxed),
         .num_queues = htole16(export_->num_queues),
-        .max_discard_sectors = htole32(RANGE_SECTORS_MAX & ~(block_size / SECTOR - 1)),
+        .max_discard_sectors = htole32(SECTORS_MAX & ~(block_size / SECTOR - 1)),
         .max_discard_seg = htole32(VB_BLK_RANGES_MAX),
         .discard_sector_alignment = htole32(block_size / SECTOR),
-        .max_write_zeroes_sectors = htole32(RANGE_SECTORS_MAX & ~(block_size / SECTOR - 1)),
+        .max_write_zeroes_sectors = htole32(SECTORS_MAX & ~(block_size / SECTOR - 1)),
         .max_write_zeroes_seg = htole32(VB_BLK_RANGES_MAX),
         .write_zeroes_may_unmap = 1,
     };
@@ -240,6 +240,99 @@ static void run_help(struct vb_message *message, void *context)
     vb_submit(export_of(blk)->root, &blk->request);
 }
 
+/*
+ * A guest can ask for 2 GiB with a few KiB of memory, which descriptors may name again and again. Nodes
+ * hold data in memory of their own, and work on what they get without a break. So what is larger than
+ * this is carried out in pieces, one after the other, each in another sweep.
+ */
+#define PIECE_MAX (4u << 20)
+
+/* Of a large request; from malloc, and owned by it. */
+struct vb_pieces {
+    struct vb_message message; /* to its own thread: the next one */
+    struct vb_blk_request *blk;
+    uint64_t done;             /* bytes */
+    uint32_t index;            /* where these end in the request's iovec */
+    size_t skip;
+    struct iovec iov[];        /* the piece's; room for as many as the request has */
+};
+
+/* Fills pieces->iov with the next so many bytes; returns how many entries. */
+static uint32_t cut_piece(struct vb_pieces *pieces, const struct vb_request *whole, uint64_t bytes)
+{
+    uint32_t count = 0;
+
+    while (bytes > 0) {
+        const struct iovec *from = &whole->iov[pieces->index];
+        size_t rest = from->iov_len - pieces->skip, here = rest < bytes ? rest : bytes;
+
+        pieces->iov[count++] = (struct iovec){(char *)from->iov_base + pieces->skip, here};
+        bytes -= here;
+        pieces->skip += here;
+        if (here == rest) {
+            pieces->index++;
+            pieces->skip = 0;
+        }
+    }
+    return count;
+}
+
+static void piece_done(struct vb_request *piece);
+
+static void start_piece(struct vb_blk_request *blk)
+{
+    const struct vb_request *whole = &blk->request;
+    struct vb_request *piece = vb_request_new(whole->thread);
+    uint64_t left = whole->bytes - blk->pieces->done;
+
+    piece->op = whole->op;
+    piece->flags = whole->flags;
+    piece->offset = whole->offset + blk->pieces->done;
+    piece->bytes = left < PIECE_MAX ? left : PIECE_MAX;
+    piece->niov = cut_piece(blk->pieces, whole, piece->bytes);
+    piece->iov = blk->pieces->iov;
+    piece->done = piece_done;
+    piece->owner = blk;
+    vb_submit(export_of(blk)->root, piece);
+}
+
+static void run_piece(struct vb_message *message, void *context)
+{
+    (void)context;
+    start_piece(vb_container_of(message, struct vb_pieces, message)->blk);
+}
+
+static void piece_done(struct vb_request *piece)
+{
+    struct vb_blk_request *blk = piece->owner;
+    int ret = piece->ret;
+
+    blk->pieces->done += piece->bytes;
+    vb_request_free(piece);
+    if (ret == 0 && blk->pieces->done < blk->request.bytes) {
+        vb_iothread_send(blk->request.thread, &blk->pieces->message);
+        return;
+    }
+    free(blk->pieces);
+    blk->request.ret = ret;
+    blk_done(&blk->request);
+}
+
+static void start_pieces(struct vb_blk_request *blk)
+{
+    struct vb_request *whole = &blk->request;
+    struct vb_pieces *pieces = malloc(sizeof(*pieces) + whole->niov * sizeof(pieces->iov[0]));
+
+    if (!pieces) {
+        whole->ret = -ENOMEM;
+        blk_done(whole);
+        return;
+    }
+    *pieces = (struct vb_pieces){.message.run = run_piece, .blk = blk};
+    blk->pieces = pieces;
+    start_piece(blk);
+}
+
 /* The request is complete but for its way through the tree: this thread's, or its helper's. */
 static void carry_out(struct vb_blk_request *blk)
 {
@@ -264,7 +357,7 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
     uint64_t unaligned = (bytes | sector * SECTOR) & (export_->logical_block_size - 1);
 
     request->op = op;
-    if (unaligned || !in_bounds(export_, sector, bytes) ||
+    if (unaligned || bytes > (uint64_t)SECTORS_MAX * SECTOR || !in_bounds(export_, sector, bytes) ||
         (op == VB_OP_WRITE && !export_->writable)) {
         refuse(blk, op, VIRTIO_BLK_S_IOERR);
         return;
@@ -280,7 +373,11 @@ static void start_io(struct vb_blk_request *blk, uint8_t op, uint64_t sector,
     }
     request->offset = sector * SECTOR;
     request->bytes = bytes;
-    carry_out(blk);
+    if (bytes > PIECE_MAX) {
+        start_pieces(blk);
+    } else {
+        carry_out(blk);
+    }
 }
 
 static void start_flush(struct vb_blk_request *blk)
@@ -322,7 +419,7 @@ static uint8_t check_range(const struct vb_export *export_, uint8_t op,
     if (flags & ~known) {
         return VIRTIO_BLK_S_UNSUPP;
     }
-    if (sectors > RANGE_SECTORS_MAX || ((le64toh(range->sector) | sectors) & (block - 1)) ||
+    if (sectors > SECTORS_MAX || ((le64toh(range->sector) | sectors) & (block - 1)) ||
         !in_bounds(export_, le64toh(range->sector), (uint64_t)sectors * SECTOR)) {
         return VIRTIO_BLK_S_IOERR;
     }

@@ -42,6 +42,7 @@ struct crypt_node {
 
 /* A request under way, in its scratch. */
 struct crypt_op {
+    struct vb_message message; /* to its own thread: the next step */
     struct vb_request *request;
     struct crypt_node *crypt;
     uint64_t boundary;
@@ -187,7 +188,7 @@ static int transform(struct crypt_op *op, bool encrypt, uint64_t offset, const v
     return ret;
 }
 
-static void step(struct crypt_op *op);
+static void step_ended(struct crypt_op *op, int ret);
 static void read_taken(struct vb_request *part, const void *data, uint64_t position,
                        uint64_t bytes);
 
@@ -315,12 +316,7 @@ static void read_done(struct vb_request *part)
     } else if (ret == 0) {
         ret = decrypt_sectors(op, op->memory, 0, op->end - op->begin);
     }
-    op->done = op->end - op->request->offset;
-    if (ret < 0) {
-        end_op(op, ret);
-    } else {
-        step(op);
-    }
+    step_ended(op, ret);
 }
 
 /* ---- writes ------------------------------------------------------------------------------------ */
@@ -375,12 +371,7 @@ static void write_done(struct vb_request *part)
     int ret = part->ret;
 
     vb_request_free(part);
-    op->done = op->end - op->request->offset;
-    if (ret < 0) {
-        end_op(op, ret);
-    } else {
-        step(op);
-    }
+    step_ended(op, ret);
 }
 
 /* ---- the way of a request ------------------------------------------------------------------------ */
@@ -413,10 +404,6 @@ static void step_discard(struct crypt_op *op)
 
 static void step(struct crypt_op *op)
 {
-    if (op->done >= op->request->bytes) {
-        end_op(op, 0);
-        return;
-    }
     place_step(op);
     if (op->request->op == VB_OP_DISCARD) {
         step_discard(op);
@@ -427,6 +414,27 @@ static void step(struct crypt_op *op)
     } else {
         step_write(op);
     }
+}
+
+static void run_step(struct vb_message *message, void *context)
+{
+    (void)context;
+    step(vb_container_of(message, struct crypt_op, message));
+}
+
+/*
+ * The next step is the next sweep's: others want to use this thread, too. And where all that is below
+ * answers at once, steps that began within each other would need a stack without an end.
+ */
+static void step_ended(struct crypt_op *op, int ret)
+{
+    op->done = op->end - op->request->offset;
+    if (ret < 0 || op->done >= op->request->bytes) {
+        end_op(op, ret);
+        return;
+    }
+    op->message.run = run_step;
+    vb_iothread_send(op->request->thread, &op->message);
 }
 
 /* ---- the node ------------------------------------------------------------------------------------- */
