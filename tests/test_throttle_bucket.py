@@ -185,6 +185,19 @@ def test_debts_do_not_come_round(library: ctypes.CDLL) -> None:
         assert bucket.wait() > 10**7
 
 
+@pytest.mark.parametrize("years", [1, 3, 4])
+def test_limits_hold_for_years(library: ctypes.CDLL, years: int) -> None:
+    """Which a backend may run on end; changed ones, too."""
+    bucket = Bucket(library)
+    bucket.set((1000, 0, 1))
+    bucket.now += years * 366 * 86400 * TICKS
+    bucket.account(150)
+    assert bucket.wait() == pytest.approx(0.05)
+    bucket.set((100, 0, 1))
+    bucket.account(5)
+    assert bucket.wait() == pytest.approx(0.55)
+
+
 def test_nothing_is_counted_at_the_price_of_another_limit(library: ctypes.CDLL) -> None:
     """While threads fill a bucket, its limit changes a few million times."""
     assert library.throttle_race(3_000_000) == 0

@@ -11,7 +11,7 @@
 #include "throttle_bucket.h"
 
 #define TICKS_PER_SECOND (1e9 * VB_TICKS_PER_NS)
-/* Nothing is further away than this, two years: sums of debts must not come round to the past. */
+/* Nothing is further ahead than this, two years: sums of debts must not come round to the past. */
 #define FAR ((uint64_t)1 << 62)
 #define CHANGING (-1.0)
 
@@ -38,9 +38,12 @@ static uint64_t leak_wait(struct vb_leak *leak, uint64_t now)
     return level > size ? level - size : 0;
 }
 
-static uint64_t later(uint64_t time, double ticks)
+/* `ticks` after `time`, which is not before now. */
+static uint64_t later(uint64_t now, uint64_t time, double ticks)
 {
-    return ticks < (double)FAR && time + (uint64_t)ticks < FAR ? time + (uint64_t)ticks : FAR;
+    uint64_t far = now + FAR;
+
+    return ticks < (double)FAR && time + (uint64_t)ticks < far ? time + (uint64_t)ticks : far;
 }
 
 static void leak_account(struct vb_leak *leak, uint64_t now, double units)
@@ -57,7 +60,7 @@ static void leak_account(struct vb_leak *leak, uint64_t now, double units)
         if (cost == 0 || cost == CHANGING) {
             return; /* it has passed already, and belongs to neither limit */
         }
-        empty = later(old > now ? old : now, units * cost);
+        empty = later(now, old > now ? old : now, units * cost);
     } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
                                                     memory_order_acquire, memory_order_acquire));
 }
@@ -86,11 +89,11 @@ static void leak_set(struct vb_leak *leak, uint64_t now, double rate, double siz
     do {
         double level = was != 0 && old > now ? (double)(old - now) / was : 0;
 
-        empty = later(now, was != 0 ? kept(level, old_size / was, size) * cost : 0);
+        empty = later(now, now, was != 0 ? kept(level, old_size / was, size) * cost : 0);
         empty -= empty == old && empty > 0; /* must be seen to have changed; 0: nothing was there */
     } while (!atomic_compare_exchange_weak_explicit(&leak->empty, &old, empty,
                                                     memory_order_release, memory_order_relaxed));
-    atomic_store_explicit(&leak->size, later(0, size * cost), memory_order_relaxed);
+    atomic_store_explicit(&leak->size, later(0, 0, size * cost), memory_order_relaxed);
     atomic_store_explicit(&leak->cost, cost, memory_order_relaxed);
 }
 
