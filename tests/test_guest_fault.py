@@ -15,7 +15,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from frontend import Device, Message, Type, vhostblk
+import pytest
+from frontend import Device, Message, Segment, Type, vhostblk
 from frontend.memory import PAGE
 
 HERE = Path(__file__).resolve().parent
@@ -135,3 +136,35 @@ def test_as_much_memory_as_many_connections_can_share() -> None:
         daemon.wait_line("taken away")
         for device in devices[:-1]:
             device.read(0, 4096)
+
+
+def test_memory_of_huge_pages() -> None:
+    """A region ends in the middle of one, and is given back, or taken away."""
+    arguments = ["--blockdev", "driver=null-co,node-name=n,size=1M,read-zeroes=on"]
+    arguments += ["--export", "vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={dir}/e"]
+    try:
+        huge = os.memfd_create("huge-pages", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    except OSError:
+        pytest.skip("this kernel has no huge pages")
+    with vhostblk(*arguments) as daemon, ExitStack() as stack:
+        stack.callback(os.close, huge)
+        device = stack.enter_context(Device(str(daemon.directory / "e")))
+        maps = Path(f"/proc/{daemon.pid}/maps")
+        os.ftruncate(huge, 1 << 30)  # it has no pages yet: as many as are asked for can be mapped
+        region = struct.pack("<8xQQQQ", 1 << 40, PAGE, 1 << 46, 0)
+        for _ in range(2):
+            device.tell(Message.ADD_MEM_REG, region, [huge])
+            assert "huge-pages" in maps.read_text()
+            device.tell(Message.REM_MEM_REG, region)
+            assert "huge-pages" not in maps.read_text()
+        device.tell(Message.ADD_MEM_REG, region, [huge])
+        header, status = device.memory.alloc(16), device.memory.alloc(1)
+        device.memory.write(header, bytes(16))  # a read
+        queue = device.queues[0]
+        os.ftruncate(huge, 0)
+        parts = [Segment(header, 16), Segment(1 << 40, PAGE, True), Segment(status, 1, True)]
+        queue.submit(queue.add(parts))
+        assert device.channel.wait_closed(10)
+        daemon.wait_line("taken away")
+        stack.enter_context(Device(str(daemon.directory / "e"))).read(0, 4096)
+        assert "huge-pages" not in maps.read_text()

@@ -635,7 +635,7 @@ static void forget_inflight_area(VuDev *vu)
     if (!vu->inflight_info.addr) {
         return;
     }
-    munmap(vu->inflight_info.addr, vu->inflight_info.size);
+    vb_guest_fault_unmap(vu->inflight_info.addr, vu->inflight_info.size);
     close(vu->inflight_info.fd);
     vu->inflight_info = (VuDevInflightInfo){0};
     for (uint16_t i = 0; i < vu->max_queues; i++) {

@@ -208,6 +208,10 @@ void vb_guest_fault_watch(struct vb_device *device);  /* device thread: what is 
 void vb_guest_fault_unwatch(struct vb_device *device); /* device thread: it is about to change */
 void vb_guest_fault_forget(struct vb_device *device); /* before it is unmapped; again does no harm */
 
+/* Zero pages in place of memory that a front-end shared; and nothing in its place. Any thread. */
+bool vb_guest_fault_put_zeroes(uintptr_t start, size_t length);
+int vb_guest_fault_unmap(void *address, size_t length);
+
 /* ---- virtqueue.c -------------------------------------------------------------------- */
 
 bool vb_queue_poll(struct vb_queue *queue);  /* pop and start; true if there was something */

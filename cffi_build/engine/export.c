@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 static int check_options(const struct vb_export_options *options, char *error)
@@ -182,11 +181,9 @@ int vb_unmap_guest_memory(void *address, size_t length);
 int vb_unmap_guest_memory(void *address, size_t length)
 {
     if (atomic_load(&keep_unmapped_memory)) {
-        void *kept = mmap(address, length, PROT_READ | PROT_WRITE,
-                          MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        return kept == MAP_FAILED ? -1 : 0;
+        return vb_guest_fault_put_zeroes((uintptr_t)address, length) ? 0 : -1;
     }
-    return munmap(address, length);
+    return vb_guest_fault_unmap(address, length);
 }
 
 const char *vb_build_libvhost_user(void)

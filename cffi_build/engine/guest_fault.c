@@ -21,6 +21,8 @@
 
 /* Of one device: every memory region there can be, the in-flight area, the dirty log. */
 #define RANGES_MAX (VHOST_USER_MAX_RAM_SLOTS + 2)
+/* Of any machine's. */
+#define LARGEST_PAGE ((size_t)16 << 30)
 
 /*
  * What one device has mapped. Its device thread writes it, the handler reads it on any
@@ -97,10 +99,47 @@ void vb_guest_fault_handling(struct vb_device *device)
     handling = device;
 }
 
-static bool put_zeroes(uintptr_t start, size_t length)
+/* The pages of that size in which [start, start + length) lies. */
+static struct range in_pages(uintptr_t start, size_t length, size_t page)
 {
-    return mmap((void *)start, length, PROT_READ | PROT_WRITE,
-                MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+    uintptr_t first = start & ~(page - 1);
+
+    return (struct range){first, (start + length - first + page - 1) & ~(page - 1)};
+}
+
+/*
+ * A mapping of huge pages goes on to the end of one, however much was asked for, and cannot be cut in
+ * the middle of one: the kernel refuses that (EINVAL). So a larger page is tried then.
+ */
+bool vb_guest_fault_put_zeroes(uintptr_t start, size_t length)
+{
+    void *put = MAP_FAILED;
+
+    for (size_t page = VB_PAGE_SIZE; page <= LARGEST_PAGE; page *= 2) {
+        struct range range = in_pages(start, length, page);
+
+        put = mmap((void *)range.start, range.length, PROT_READ | PROT_WRITE,
+                   MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (put != MAP_FAILED || errno != EINVAL) {
+            break;
+        }
+    }
+    return put != MAP_FAILED;
+}
+
+int vb_guest_fault_unmap(void *address, size_t length)
+{
+    int ret = -1;
+
+    for (size_t page = VB_PAGE_SIZE; page <= LARGEST_PAGE; page *= 2) {
+        struct range range = in_pages((uintptr_t)address, length, page);
+
+        ret = munmap((void *)range.start, range.length);
+        if (ret == 0 || errno != EINVAL) {
+            break;
+        }
+    }
+    return ret;
 }
 
 static struct vb_device *replace_memory(uintptr_t address)
@@ -112,7 +151,7 @@ static struct vb_device *replace_memory(uintptr_t address)
         device = handling;
         range = (struct range){address & ~(uintptr_t)(VB_PAGE_SIZE - 1), VB_PAGE_SIZE};
     }
-    return device && put_zeroes(range.start, range.length) ? device : NULL;
+    return device && vb_guest_fault_put_zeroes(range.start, range.length) ? device : NULL;
 }
 
 /*
