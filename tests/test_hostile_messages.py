@@ -294,6 +294,36 @@ def test_overlapping_regions_in_a_table(lab: Lab) -> None:
         device.channel.send(Message.SET_MEM_TABLE, payload, fds)
 
 
+TIB = 1 << 40
+SHARED = {
+    "one": [(Message.ADD_MEM_REG, region_message(0, 64 * TIB, TIB, 0))],
+    "together": [
+        (Message.ADD_MEM_REG, region_message(number * 32 * TIB, 20 * TIB, number * 64 * TIB, 0))
+        for number in (1, 2)
+    ],
+    "a log": [(Message.SET_LOG_BASE, struct.pack("<QQ", 2 * TIB, 0))],
+    "an in-flight area": [(Message.SET_INFLIGHT_FD, inflight_description(2 * TIB, 0, 1, 128))],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_more_memory_than_a_process_has_addresses_for(lab: Lab, name: str) -> None:
+    """Or so much of it that there would not be enough for everybody."""
+    with GuestFiles(1) as fds, lab.attack() as device:
+        os.ftruncate(fds[0], 100 * TIB)
+        for message, payload in SHARED[name]:
+            device.channel.send(message, payload, fds)
+
+
+def test_more_memory_in_a_table_than_a_process_has_addresses_for(lab: Lab) -> None:
+    with GuestFiles(2) as fds, lab.attack() as device:
+        payload = struct.pack("<II", 2, 0)
+        for number, fd in enumerate(fds):
+            os.ftruncate(fd, 100 * TIB)
+            payload += struct.pack("<4Q", number * 32 * TIB, 20 * TIB, (number + 1) * 64 * TIB, 0)
+        device.channel.send(Message.SET_MEM_TABLE, payload, fds)
+
+
 def test_more_regions_than_slots(lab: Lab) -> None:
     with lab.attack() as device:
         slots = device.channel.ask_u64(Message.GET_MAX_MEM_SLOTS)

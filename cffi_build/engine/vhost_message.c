@@ -24,6 +24,12 @@
 #define FDS_MAX VHOST_MEMORY_BASELINE_NREGIONS
 #define ANY_SIZE UINT32_MAX
 #define VERSION 1u
+/*
+ * A file can be larger than the machine, and all of it be mapped: a process has 128 TiB of addresses, and
+ * without any left it ends. So much of them is for one front-end; and so much for one of its areas.
+ */
+#define MEMORY_MAX (32ull << 40)
+#define AREA_MAX (1ull << 40)
 
 struct message_rule {
     int request;
@@ -94,10 +100,23 @@ static bool check_region(struct vb_device *device, const VhostUserMemoryRegion *
     return true;
 }
 
+/* One more, besides those that are `shared` then. */
+static bool check_total(struct vb_device *device, const VhostUserMemoryRegion *region,
+                        uint64_t shared)
+{
+    if (region->memory_size > MEMORY_MAX - shared) {
+        return vb_device_drop(device, "memory region at 0x%" PRIx64 " of 0x%" PRIx64
+                              " bytes: with it there are more than %llu TiB",
+                              region->guest_phys_addr, region->memory_size, MEMORY_MAX >> 40);
+    }
+    return true;
+}
+
 static bool check_mem_table(struct vb_device *device, const VhostUserMsg *message)
 {
     uint32_t count = message->payload.memory.nregions;
     size_t size = offsetof(VhostUserMemory, regions);
+    uint64_t total = 0;
 
     if (message->size < size || count > FDS_MAX || (uint32_t)message->fd_num != count ||
         message->size < size + count * sizeof(VhostUserMemoryRegion)) {
@@ -107,9 +126,11 @@ static bool check_mem_table(struct vb_device *device, const VhostUserMsg *messag
     for (uint32_t i = 0; i < count; i++) {
         VhostUserMemoryRegion region = message->payload.memory.regions[i];
 
-        if (!check_region(device, &region, message->fds[i])) {
+        if (!check_region(device, &region, message->fds[i]) ||
+            !check_total(device, &region, total)) {
             return false;
         }
+        total += region.memory_size;
     }
     return true;
 }
@@ -117,8 +138,12 @@ static bool check_mem_table(struct vb_device *device, const VhostUserMsg *messag
 static bool check_add_mem_reg(struct vb_device *device, const VhostUserMsg *message)
 {
     VhostUserMemoryRegion region = message->payload.memreg.region;
+    uint64_t total = 0;
 
-    return check_region(device, &region, message->fds[0]);
+    for (uint32_t i = 0; i < device->vu.nregions; i++) {
+        total += device->vu.regions[i].size;
+    }
+    return check_region(device, &region, message->fds[0]) && check_total(device, &region, total);
 }
 
 /* ---- rings ---------------------------------------------------------------------------- */
@@ -307,7 +332,8 @@ static bool check_log_base(struct vb_device *device, const VhostUserMsg *message
 {
     VhostUserLog log = message->payload.log;
 
-    if (log.mmap_size == 0 || !file_covers(message->fds[0], log.mmap_offset, log.mmap_size)) {
+    if (log.mmap_size == 0 || log.mmap_size > AREA_MAX ||
+        !file_covers(message->fds[0], log.mmap_offset, log.mmap_size)) {
         return vb_device_drop(device, "dirty log of 0x%" PRIx64 " bytes cannot be mapped from its file",
                               (uint64_t)log.mmap_size);
     }
@@ -344,10 +370,10 @@ static bool check_set_inflight(struct vb_device *device, const VhostUserMsg *mes
     if (!check_stopped(device, message) || !check_inflight_counts(device, &inflight)) {
         return false;
     }
-    if (inflight.mmap_size < queue * inflight.num_queues ||
+    if (inflight.mmap_size < queue * inflight.num_queues || inflight.mmap_size > AREA_MAX ||
         !file_covers(message->fds[0], inflight.mmap_offset, inflight.mmap_size)) {
-        return vb_device_drop(device, "in-flight area of 0x%" PRIx64 " bytes is too small or cannot be "
-                              "mapped from its file", inflight.mmap_size);
+        return vb_device_drop(device, "in-flight area of 0x%" PRIx64 " bytes is too small or too large, or "
+                              "cannot be mapped from its file", inflight.mmap_size);
     }
     return true;
 }
