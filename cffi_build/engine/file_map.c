@@ -74,8 +74,13 @@
 #define CLEAN_INTERVAL_NS 5000000000u
 #define LOST_FACTOR 16u
 #define TRIM_INTERVAL_NS 1000000000u
-/* Dropping a page table entry takes about 20 ns; other requests of the thread wait for it. */
-#define TRIM_STEP (64ull << 20)
+/*
+ * Dropping the page table entries of so much takes 10 us, or ten times as long under a hypervisor, and
+ * other requests of the thread wait for it. So that goes on for TRIM_NS at a time, and not more often
+ * than once in TRIM_STEP_NS.
+ */
+#define TRIM_STEP (2ull << 20)
+#define TRIM_NS 100000u
 #define TRIM_STEP_NS 1000000u
 
 /* All mappings, for the timers. The lock is taken when nodes come and go, and by timers. */
@@ -527,12 +532,11 @@ bool vb_file_map_fault(uintptr_t address)
 
 /* ---- giving memory back ------------------------------------------------------------------- */
 
-/* When to look at this mapping again; 0: not before it is used. */
-static uint64_t trim_map(struct vb_file_map *map, uint64_t now_ns)
+/* Work until `deadline_ns`, or a step longer. When to look at this mapping again; 0: not before it is used. */
+static uint64_t trim_map(struct vb_file_map *map, uint64_t now_ns, uint64_t deadline_ns)
 {
     uint64_t clean_ns = atomic_load_explicit(&map->clean_ns, memory_order_relaxed);
     uint64_t end = atomic_load_explicit(&map->end, memory_order_relaxed);
-    uint64_t step;
 
     if (now_ns > clean_ns + CLEAN_INTERVAL_NS) {
         vb_file_map_clean(map, now_ns);
@@ -541,18 +545,19 @@ static uint64_t trim_map(struct vb_file_map *map, uint64_t now_ns)
         map->trimmed = 0;
         return TRIM_INTERVAL_NS;
     }
-    if (map->trimmed >= end) {
-        return 0;
+    while (map->trimmed < end && vb_clock_ns() < deadline_ns) {
+        uint64_t step = end - map->trimmed < TRIM_STEP ? end - map->trimmed : TRIM_STEP;
+
+        madvise(map->base + map->trimmed, step, MADV_DONTNEED);
+        map->trimmed += step;
     }
-    step = end - map->trimmed < TRIM_STEP ? end - map->trimmed : TRIM_STEP;
-    madvise(map->base + map->trimmed, step, MADV_DONTNEED);
-    map->trimmed += step;
-    return TRIM_STEP_NS;
+    return map->trimmed < end ? TRIM_STEP_NS : 0;
 }
 
 static void trim(struct vb_timer *timer)
 {
     struct vb_iothread *thread = vb_container_of(timer, struct vb_iothread, trim);
+    uint64_t deadline_ns = vb_clock_ns() + TRIM_NS;
     uint64_t next = 0;
 
     if (pthread_mutex_trylock(&maps_lock) != 0) { /* another thread is at it */
@@ -560,7 +565,7 @@ static void trim(struct vb_timer *timer)
         return;
     }
     for (struct vb_file_map *map = maps; map; map = map->next) {
-        uint64_t again = trim_map(map, thread->now_ns);
+        uint64_t again = trim_map(map, thread->now_ns, deadline_ns);
         next = again && (!next || again < next) ? again : next;
     }
     pthread_mutex_unlock(&maps_lock);
