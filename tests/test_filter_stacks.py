@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import random
 import shutil
 import struct
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,11 +111,10 @@ def images_made(tmp_path_factory: pytest.TempPathFactory) -> Images:
 class Machine(RuleBasedStateMachine):
     """One disk, one guest."""
 
-    stack: tuple[str, ...]
-    images: Images
-
-    def __init__(self) -> None:
+    def __init__(self, stack: tuple[str, ...], images: Images) -> None:
         super().__init__()
+        self.stack = stack
+        self.images = images
         self.exits = contextlib.ExitStack()
         self.runner = self.exits.enter_context(asyncio.Runner())
         self.directory = Path(self.exits.enter_context(tempfile.TemporaryDirectory(prefix="vb")))
@@ -279,10 +279,10 @@ class Machine(RuleBasedStateMachine):
 
     async def settle(self) -> None:
         """Which sectors of what has failed were changed, and of what may be zeroes, are."""
-        for at in self.unsure:
-            found = await self.guest.read(at, SECTOR)
-            self.expect(at, found)
-            self.model[at : at + SECTOR] = found
+        for begin, length in runs(self.unsure):
+            found = await self.guest.read(begin, length)
+            self.expect(begin, found)
+            self.model[begin : begin + length] = found
         self.unsure = {}
 
     async def compare(self) -> None:
@@ -511,6 +511,17 @@ class Machine(RuleBasedStateMachine):
             assert (found.corruptions, found.errors) == (0, 0), found.text
 
 
+def runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
+    """Where sectors are that follow one another, and how many bytes."""
+    found: list[tuple[int, int]] = []
+    for at in sorted(sectors):
+        if not found or sum(found[-1]) != at:
+            found.append((at, 0))
+        begin, length = found[-1]
+        found[-1] = (begin, length + SECTOR)
+    return found
+
+
 def has_ended(error: VhostblkError) -> bool:
     """Whether something was asked of a stream's filter, which has gone with the stream."""
     data = error.data or {}
@@ -533,9 +544,8 @@ def test_stack(
     monkeypatch.setattr(
         "vhostblk.dedup.collection.UNMOVABLE_INTERVAL", 0.0
     )  # it works again at once
-    kind = type("Machine", (Machine,), {"stack": stack, "images": images_made})
     run_state_machine_as_test(
-        kind,
+        functools.partial(Machine, stack, images_made),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,

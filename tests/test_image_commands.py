@@ -217,6 +217,7 @@ def test_a_file_server_that_has_gone_does_not_hold_the_answer(
         finally:
             gone.set()
         await host.until(lambda: host.backend._sizing is not None and host.backend._sizing.done())
+        monkeypatch.setattr("vhostblk.backend._SIZES_PATIENCE", 30.0)
         assert await host.backend.actual_sizes() == {node: 0}
 
     with_host(test)
