@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Disks that are there when the guest boots, reboots, and the root disk of a real system."""
+"""Disks that are there when the guest boots, and reboots."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from guest import Backend, Disk, Guest, GuestImages, Workspace
-from guest.disks import MIB, check_ext4, read_ext4
+from guest.disks import MIB
 from guest.fio import fio
 
 DISKS = ["vda", "vdb"]
@@ -116,79 +114,3 @@ class TestTwoDisksEightQueues:
             assert text.splitlines()[0] == f"kept-{by}"
         for job in [wide_guest.spawn(self.load(name)) for name in DISKS]:
             job.check(90)
-
-
-USER_DATA = """#cloud-config
-runcmd:
-  - - sh
-    - -c
-    - |
-      {
-          echo "VMTEST root=$(findmnt -no SOURCE /)"
-          echo "VMTEST driver=$(basename $(readlink -f /sys/block/vda/device/driver))"
-          echo "VMTEST serial=$(cat /sys/block/vda/serial)"
-          dd if=/dev/urandom of=/root/data bs=1M count=32 conv=fsync
-          sha256sum /root/data | sed 's/^/VMTEST sum=/'
-          echo VMTEST-CLOUD-INIT-DONE
-      } >/dev/ttyS0
-      poweroff
-"""
-
-
-class TestRootDisk:
-    @pytest.mark.timeout(420)
-    def test_debian_boots_and_cloud_init_runs(
-        self, workspace: Workspace, debian_images: GuestImages, accel: str
-    ) -> None:
-        images = debian_images
-        image = workspace.path / "root.raw"
-        subprocess.run(
-            ["cp", "--sparse=always", "--reflink=auto", images.debian_disk, image],
-            check=True,
-            timeout=120,
-        )
-        seed = workspace.path / "seed"
-        seed.mkdir()
-        (seed / "meta-data").write_text("instance-id: vm-test\nlocal-hostname: vm-test\n")
-        (seed / "user-data").write_text(USER_DATA)
-        socket = workspace.path / "root.sock"
-        address = f"addr.type=unix,addr.path={socket}"
-        backend = Backend(
-            workspace,
-            [
-                *("--blockdev", f"driver=file,node-name=root,filename={image},discard=unmap"),
-                "--export",
-                f"type=vhost-user-blk,id=root,node-name=root,writable=on,serial=root-disk,{address}",
-            ],
-        )
-        guest = Guest(
-            workspace,
-            images,
-            accel,
-            disks=[Disk("root", socket)],
-            memory="1G",
-            initrd=images.root_initrd,
-            append="root=/dev/vda",
-            # Behind a port of its own, the seed cannot come before the root disk in PCI's order.
-            qemu_options=[
-                *("-blockdev", f"driver=vvfat,node-name=seed,dir={seed},label=cidata,read-only=on"),
-                *("-device", "virtio-blk-pci,drive=seed,bus=port1"),
-            ],
-        )
-        try:
-            backend.start()
-            guest.start(wait_shell=False)
-            _, text = guest.console.wait_for(re.compile(rb"VMTEST-CLOUD-INIT-DONE"), 240)
-            # Not only at the beginning of a line: getty's prompt may stand there.
-            facts = dict(re.findall(r"VMTEST (\w+)=(\S+)", text.decode(errors="replace")))
-            assert facts["root"] == "/dev/vda"
-            assert facts["driver"] == "virtio_blk"
-            assert facts["serial"] == "root-disk"
-            # The guest powers itself off, as an administrator would.
-            assert guest.process.wait(90) == 0
-            backend.terminate()
-        finally:
-            guest.close()
-            backend.close()
-        check_ext4(image)
-        assert hashlib.sha256(read_ext4(image, "/root/data")).hexdigest() == facts["sum"]

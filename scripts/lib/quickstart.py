@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 GUEST = TOP / "build" / "guest"
+SEED = GUEST / "seed"
+SERIAL = "quickstart"
 VHOSTBLK = TOP / ".venv" / "bin" / "vhostblk"
 MEMORY = "1G"
 # scripts/guest/seed/user-data prints it. A login prompt may stand before it on the line, and
@@ -52,7 +55,7 @@ def accelerator() -> str:
 def forget(disk: Path) -> None:
     """What belongs to a disk: the snapshots of it, and how they hang together."""
     for kind in ("*.qcow2", "state*"):
-        for file in GUEST.glob(f"{disk.stem}.{kind}"):
+        for file in disk.parent.glob(f"{disk.stem}.{kind}"):
             file.unlink()
 
 
@@ -81,7 +84,8 @@ def serve(disk: Path) -> Iterator[str]:
     """A backend for `disk`, as long as the context lasts; gives its name."""
     name = disk.stem
     # The state file knows of the snapshots that the next start has to serve.
-    command = [str(VHOSTBLK), "serve", str(disk), "--state", str(disk.with_suffix(".state"))]
+    command = [str(VHOSTBLK), "serve", str(disk), "--serial", SERIAL]
+    command += ["--state", str(disk.with_suffix(".state"))]
     say(shlex.join(command))
     # A session of its own, so that Ctrl-C in the guest's terminal does not reach it.
     backend = subprocess.Popen(
@@ -125,7 +129,7 @@ def serve(disk: Path) -> Iterator[str]:
             say(f"warning: vhostblk ended with status {status}")
 
 
-def qemu_command(accel: str, name: str) -> list[str]:
+def qemu_command(accel: str, name: str, seed: Path) -> list[str]:
     """QEMU with the served disk as its root, cloud-init's data beside it, and a network card."""
     ask = [str(VHOSTBLK), "qemu-args", name, "--memory", MEMORY]
     say(shlex.join(ask))
@@ -134,13 +138,13 @@ def qemu_command(accel: str, name: str) -> list[str]:
     if accel.startswith("tcg"):
         kernel += " mitigations=off no_timer_check tsc=reliable cryptomgr.notests"
         kernel += " random.trust_cpu=on"
-    seed = f"driver=vvfat,node-name=seed,dir={GUEST / 'seed'},label=cidata,read-only=on"
+    cidata = f"driver=vvfat,node-name=seed,dir={seed},label=cidata,read-only=on"
     return [
         "qemu-system-x86_64",
         *("-accel", accel, "-cpu", "max", "-smp", "2", "-m", MEMORY, "-machine", "q35"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *json.loads(answer.stdout),
-        *("-blockdev", seed, "-device", "virtio-blk-pci,drive=seed"),
+        *("-blockdev", cidata, "-device", "virtio-blk-pci,drive=seed"),
         *("-nic", "user,model=virtio-net-pci"),
         *("-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initrd.img")),
         *("-append", kernel),
@@ -226,25 +230,43 @@ def power_button(monitor: Path) -> None:
                     raise QuickstartError(f"QEMU refused {name}: {answer['error']['desc']}")
 
 
+def boot_once(accel: str, disk: Path, seed: Path) -> int:
+    """What --check does, with a disk that has never booted."""
+    with serve(disk) as name, tempfile.TemporaryDirectory(prefix="vhostblk-") as directory:
+        return check(qemu_command(accel, name, seed), Path(directory, "qemu.sock"), name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """scripts/quickstart has the help."""
+    result = argparse.ArgumentParser(prog="quickstart", add_help=False, allow_abbrev=False)
+    for flag in ("--check", "--fresh", "--tour"):
+        result.add_argument(flag, action="store_true")
+    result.add_argument("--disk", type=Path)
+    result.add_argument("--seed", type=Path, default=SEED)
+    return result
+
+
 def main(arguments: list[str]) -> int:
-    if "--tour" in arguments:
+    options = parser().parse_args(arguments)
+    if options.tour:
         tour("quickstart")
         return 0
-    checking = "--check" in arguments
+    checking = options.check
     if not checking and not (sys.stdin.isatty() and sys.stdout.isatty()):
         say("this is not a terminal: doing what --check does")
         checking = True
     accel = accelerator()
     say(f"accelerator: {accel}" + (", slow: a first boot takes a minute" if "tcg" in accel else ""))
     if not checking:
-        with serve(disk_to_keep(fresh="--fresh" in arguments)) as name:
+        with serve(disk_to_keep(fresh=options.fresh)) as name:
             say(f"in another terminal, try: {VHOSTBLK} status {name}; scripts/quickstart --tour")
-            return interactive(qemu_command(accel, name))
-    # A first boot needs a disk that has never booted.
+            return interactive(qemu_command(accel, name, options.seed))
+    if options.disk:
+        forget(options.disk)
+        return boot_once(accel, copy_of_disk(options.disk), options.seed)
     disk = copy_of_disk(GUEST / f"check-{os.getpid()}.raw")
     try:
-        with serve(disk) as name, tempfile.TemporaryDirectory(prefix="vhostblk-") as directory:
-            return check(qemu_command(accel, name), Path(directory, "qemu.sock"), name)
+        return boot_once(accel, disk, options.seed)
     finally:
         disk.unlink()
         forget(disk)
