@@ -210,6 +210,16 @@ class TestHistory:
         with pytest.raises(WrongContentError):
             history.judge(b"a" * 512, before)
 
+    def test_what_was_right_once_is_judged_anew_for_another_moment(self) -> None:
+        history = History(Clock(), bytes(512))
+        before = history.clock.now
+        history.judge(bytes(512), before)
+        history.write(0, b"a" * 512)
+        history.flush()
+        history.judge(bytes(512), before)
+        with pytest.raises(WrongContentError):
+            history.judge(bytes(512), history.clock.now)
+
     def test_sizes(self) -> None:
         history = History(Clock(), b"o" * 1024)
         with history.during("resize", length=2048):
