@@ -134,6 +134,17 @@ def metadata(path: Path) -> dict[str, Any]:
     return told
 
 
+def write_image(path: Path, content: bytes | bytearray, size: int) -> None:
+    """Most of it is zeroes, which are left out."""
+    with path.open("wb") as file:
+        for at in range(0, len(content), MIB):
+            piece = content[at : at + MIB]
+            if piece != bytes(len(piece)):
+                file.seek(at)
+                file.write(piece)
+        file.truncate(size)
+
+
 def sparse(path: Path, size: int = 32 * MIB) -> Path:
     """An empty file."""
     with open(path, "wb") as file:

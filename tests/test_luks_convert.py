@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 from in_process import Host, refused, with_host
-from luks_headers import CHEAP1, MIB, QUICK, Memory, cryptsetup, opens, run, volume_key
+from luks_headers import (
+    CHEAP1,
+    MIB,
+    QUICK,
+    Memory,
+    cryptsetup,
+    opens,
+    run,
+    volume_key,
+    write_image,
+)
 from test_luks_format_crash import works
 from test_luks_format_qemu import Qemu
 from test_luks_reencrypt import (
@@ -221,7 +231,7 @@ def test_a_power_cut_at_any_moment(tmp_path: Path, slots: tuple[int, ...]) -> No
                     assert await works(found, passphrase), (after, seed)
                 if seed == 0:
                     path = tmp_path / "image"
-                    path.write_bytes(bytes(left.content).ljust(4 * MIB, b"\0"))
+                    write_image(path, left.content, 4 * MIB)
                     for passphrase in known:
                         assert opens(path, passphrase), after
                 if found.version == 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 import fresh_process
 import pytest
-from luks_headers import CHEAP1, CHEAP2, MIB, QUICK, Memory, cryptsetup, opens, run
+from luks_headers import CHEAP1, CHEAP2, MIB, QUICK, Memory, cryptsetup, opens, run, write_image
 from thoroughness import tries
 
 from vhostblk import luks
@@ -25,6 +25,7 @@ from vhostblk.schema import VhostblkError
 ONE, TWO, THREE = b"one", b"two", b"three"
 VERSIONS = pytest.mark.parametrize("options", [CHEAP1, CHEAP2], ids=["luks1", "luks2"])
 SEEDS = tries(2)
+SIZE = 20 * MIB
 
 
 Change = Callable[[luks.Volume], Coroutine[Any, Any, Any]]
@@ -73,7 +74,7 @@ async def at_each_cut(
             judge(working, after == steps)
             assert bytes(left.content) == content, "opening writes nothing"
             if seed == 0:
-                path.write_bytes(content.ljust(20 * MIB, b"\0"))
+                write_image(path, content, SIZE)
                 for words in (ONE, TWO, THREE):
                     assert opens(path, words) == (words in working)
             if seed == 1:
@@ -81,7 +82,7 @@ async def at_each_cut(
                 known = next(iter(working))
                 await found.add_passphrase(known, b"later", None, QUICK)
                 assert not found.damage
-                path.write_bytes(bytes(left.content).ljust(20 * MIB, b"\0"))
+                write_image(path, left.content, SIZE)
                 assert opens(path, b"later")
                 assert opens(path, known)
 
@@ -185,7 +186,7 @@ def test_repairing(copy: str, tmp_path: Path) -> None:
                     Memory(storage.cut(after, random.Random(1000 * after + seed)))
                 )
                 assert await works(left, ONE)
-        path.write_bytes(bytes(storage.content).ljust(20 * MIB, b"\0"))
+        write_image(path, storage.content, SIZE)
 
     run(work())
     assert opens(path, ONE)
@@ -197,7 +198,7 @@ def test_cryptsetup_repairs_what_we_cut(tmp_path: Path) -> None:
 
     async def work() -> bytes:
         storage, _ = await volume_with(CHEAP2, ONE)
-        return bytes(storage.content).ljust(20 * MIB, b"\0")
+        return bytes(storage.content).ljust(SIZE, b"\0")
 
     content = run(work())
     for at in (4096 + 100, 16384 + 4096 + 100):
@@ -295,13 +296,13 @@ def command(path: Path, change: str, directory: Path, **environment: str) -> int
 def test_the_command_is_killed(options: dict[str, Any], change: str, tmp_path: Path) -> None:
     async def fresh() -> bytes:
         storage, _ = await volume_with(options, ONE, TWO)
-        return bytes(storage.content).ljust(20 * MIB, b"\0")
+        return bytes(storage.content)
 
     content = run(fresh())
     path = tmp_path / "image"
     for point in ("luks-write", "luks-flush"):
         for count in range(1, 30):
-            path.write_bytes(content)
+            write_image(path, content, SIZE)
             status = command(path, change, tmp_path, VHOSTBLK_FAULT=f"{point}:{count}")
             assert opens(path, ONE)
             if change == "rotate":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from vhostblk.luks.hashes import digest, digest_size
+from vhostblk.luks.hashes import begun, digest_size
 from vhostblk.secret import SecretBytes
 from vhostblk.secret.memory import Buffer, wipe
 
@@ -46,17 +46,23 @@ def merge(pieces: bytearray, size: int, hash: str) -> SecretBytes:
 def _sum(pieces: bytearray, size: int, count: int, hash: str) -> bytearray:
     width = digest_size(hash)
     view = memoryview(pieces)
-    sum = bytearray(size)
-    for piece in range(count):
-        mixed = _xor(sum, view[piece * size : (piece + 1) * size])
-        # Diffuse: the hash of its number and itself replaces each block; the last may be short.
-        for number, at in enumerate(range(0, size, width)):
-            block = bytes(mixed[at : at + width])
-            sum[at : at + width] = digest(hash, number.to_bytes(4, "big"), block)[: len(block)]
-        wipe(mixed)
+    sum, mixed = bytearray(size), bytearray(size)
+    # Diffuse: the hash of its number and itself replaces each block; the last may be short.
+    blocks = [
+        (begun(hash, number.to_bytes(4, "big")).copy, slice(at, min(at + width, size)))
+        for number, at in enumerate(range(0, size, width))
+    ]
+    # Thousands of times for each key slot that is tried: what a loop can do without counts.
+    for at in range(0, count * size, size):
+        mixed[:] = _xor(sum, view[at : at + size])
+        for copy, block in blocks:
+            state = copy()
+            state.update(mixed[block])
+            sum[block] = state.digest()[: block.stop - block.start]
+    wipe(mixed)
     return sum
 
 
-def _xor(left: Buffer, right: Buffer) -> bytearray:
+def _xor(left: Buffer, right: Buffer) -> bytes:
     number = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
-    return bytearray(number.to_bytes(len(left), "little"))
+    return number.to_bytes(len(left), "little")
