@@ -58,8 +58,8 @@ class TestData:
         [
             pytest.param("--bs=512 --iodepth=1 --size=256k", id="512-bytes-depth-1"),
             pytest.param("--bs=4k --iodepth=32 --size=16M", id="4k-depth-32"),
-            pytest.param("--bs=64k --iodepth=16 --size=64M", id="64k-depth-16"),
-            pytest.param("--bs=1M --iodepth=4 --size=96M", id="1m-depth-4"),
+            pytest.param("--bs=64k --iodepth=16 --size=32M", id="64k-depth-16"),
+            pytest.param("--bs=1M --iodepth=4 --size=48M", id="1m-depth-4"),
             pytest.param("--bsrange=512-256k --bs_unaligned=0 --iodepth=16 --size=32M", id="mixed"),
         ],
     )
@@ -174,7 +174,7 @@ class TestChanges:
 
     def test_stop_and_cont_under_load(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
-        job = guest.spawn(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=32 --size=96M"))
+        load = guest.load(fio(disk.dev, "--rw=randwrite --bs=4k --iodepth=32 --size=8M"))
         before: list[int] = []
         for _ in range(3):
             count = disk.writes()
@@ -188,7 +188,7 @@ class TestChanges:
             assert disk.image.stat().st_mtime_ns == modified
             before = rings
             guest.cont()
-        job.check(60)
+        load.finish()
 
     def test_resize(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add(64 * MIB)

@@ -19,10 +19,11 @@ from guest.vm import qemu_version
 # Random writes that come back to the same blocks again and again, so that a write which is lost,
 # or repeated after a newer one, leaves a block with an old sequence number for fio to find.
 OVERWRITES = (
-    "--rw=randwrite --bs=4k --iodepth=32 --size=4M --io_size=24M"
+    "--rw=randwrite --bs=4k --iodepth=32 --size=2M --io_size=12M"
     " --norandommap --serialize_overlap=1"
 )
 KILLS = 5
+WRITES = 500  # between them: each place in the rings has come round several times
 # It takes its handlers off the connection and forgets to put them back, if the backend goes away
 # while the device is not started: in the middle of the handshake, or with the guest stopped.
 needs_reliable_reconnect = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def wait_writes(disk: ServedDisk, count: int) -> None:
     wait_until(partial(disk.has_written, goal), f"{count} more writes", RECONNECT_SECONDS)
 
 
-def kill_and_restart(disks: Sequence[ServedDisk], times: int, writes: int = 1000) -> None:
+def kill_and_restart(disks: Sequence[ServedDisk], times: int, writes: int = WRITES) -> None:
     """Every time after some progress, so that requests are in flight when it happens."""
     for _ in range(times):
         for disk in disks:
@@ -78,8 +79,8 @@ class TestKill:
 
     def test_while_reading(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
-        guest.check(fio(disk.dev, "--rw=write --bs=4k --iodepth=32 --size=16M"))
-        load = guest.load(fio(disk.dev, "--rw=randread --bs=4k --iodepth=32 --size=16M"))
+        guest.check(fio(disk.dev, "--rw=write --bs=4k --iodepth=32 --size=8M"))
+        load = guest.load(fio(disk.dev, "--rw=randread --bs=4k --iodepth=32 --size=8M"))
         for _ in range(3):
             goal = disk.reads() + 1000
             wait_until(partial(disk.has_read, goal), "1000 more reads", RECONNECT_SECONDS)
@@ -90,25 +91,25 @@ class TestKill:
     def test_as_soon_as_qemu_is_back(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         for _ in range(4):
             disk.backend.kill()
             disk.backend.start()
             wait_until(disk.connected, "QEMU to be back", RECONNECT_SECONDS)
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         load.finish()
 
     @needs_reliable_reconnect
     def test_while_qemu_is_connecting(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         disk.backend.kill()
         for _ in range(6):
             disk.backend.start()
             disk.backend.kill()
         disk.backend.start()
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         load.finish()
 
     def test_with_a_mounted_file_system(self, guest: Guest, disks: DiskServer) -> None:
@@ -146,14 +147,14 @@ class TestKill:
     def test_while_the_guest_is_stopped(self, guest: Guest, disks: DiskServer) -> None:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         guest.stop()
         disk.backend.kill()
         wait_until(lambda: not guest.connected(disk.disk), "QEMU to notice", RECONNECT_SECONDS)
         disk.backend.start()
         wait_until(lambda: guest.connected(disk.disk), "QEMU to be back", RECONNECT_SECONDS)
         guest.cont()
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         load.finish()
 
 
@@ -163,10 +164,10 @@ class TestCleanRestart:
         disk = disks.add()
         load = guest.load(fio(disk.dev, OVERWRITES))
         for _ in range(3):
-            wait_writes(disk, 1000)
+            wait_writes(disk, WRITES)
             getattr(disk.backend, end)()
             disk.backend.start()
-        wait_writes(disk, 1000)
+        wait_writes(disk, WRITES)
         load.finish()
 
     def test_with_requests_held_back(self, guest: Guest, disks: DiskServer) -> None:
