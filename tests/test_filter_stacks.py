@@ -523,9 +523,12 @@ def runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def has_ended(error: VhostblkError) -> bool:
-    """Whether something was asked of a stream's filter, which has gone with the stream."""
+    """Whether something was asked of a node that has gone with a stream.
+
+    That is its filter, or what nobody but the engine has named: a part of what was below.
+    """
     data = error.data or {}
-    return data.get("code") == "no-such-node" and data["node"].startswith("stream-")
+    return data.get("code") == "no-such-node" and data["node"].startswith(("stream-", "#block"))
 
 
 def images(node: NodeDriver) -> list[NodeDriver]:
