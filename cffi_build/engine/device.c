@@ -228,7 +228,7 @@ static void run_pause(struct vb_message *message, void *context)
 
     (void)context;
     lane->paused++;
-    if (lane_is_idle(lane)) {
+    if (lane->inflight == 0 || (lane->parked && lane_is_idle(lane))) {
         vb_pause_settled(pause->round);
         free(pause);
         return;
@@ -670,13 +670,27 @@ static void check_inflight_size(struct vb_device *device, uint32_t index)
     }
 }
 
+/* Whether the library takes mappings away. All lanes are parked then: nobody else touches them. */
+static bool unmaps(int request)
+{
+    switch (request) {
+    case VHOST_USER_SET_MEM_TABLE:
+    case VHOST_USER_REM_MEM_REG:
+    case VHOST_USER_SET_LOG_BASE:
+    case VHOST_USER_GET_INFLIGHT_FD:
+    case VHOST_USER_SET_INFLIGHT_FD:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static int on_message(VuDev *vu, VhostUserMsg *message, int *do_reply)
 {
     struct vb_device *device = vb_container_of(vu, struct vb_device, vu);
-    enum vb_message_needs needs = vb_message_needs(message->request);
 
-    park(device, needs);
-    if (needs >= VB_NEEDS_DRAIN) { /* nobody but this thread touches the guest's memory now */
+    park(device, vb_message_needs(message->request));
+    if (unmaps(message->request)) {
         vb_guest_fault_unwatch(device);
     }
     switch (message->request) {
