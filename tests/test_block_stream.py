@@ -531,6 +531,7 @@ def test_one_job_at_a_time_fills_an_overlay() -> None:
         await chain.open()
         await host.export("top", "e")
         job = await start(host, "e", auto_finalize=False)
+        job.pause()
         with refused("Node 'top' is being streamed by job 'job'"):
             await start(host, "e", id="second")
         with refused("Node 'top' is being streamed by job 'job'"):
@@ -542,6 +543,7 @@ def test_one_job_at_a_time_fills_an_overlay() -> None:
             await host.backend.transaction(
                 [("block-filter-remove", {"node-name": "job-copy-on-read"})]
             )
+        job.resume()
         await host.until(lambda: job.status.value == "pending")
         job.finalize()
         await ended(host)

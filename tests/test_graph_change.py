@@ -20,6 +20,8 @@ from graph_changes import (
 )
 from in_process import MIB, Host, refused, with_host
 
+from vhostblk.jobs.create import Creator
+
 
 def test_a_filter_above_the_exported_root_and_away_again() -> None:
     async def test(host: Host) -> None:
@@ -415,5 +417,26 @@ def test_what_has_grown_in_use_is_no_change_of_size() -> None:
             await act(host, "block-filter-insert", node_name="image", child="file",
                       filter={"driver": "delay", "node-name": "new"})  # fmt: skip
             assert beside.size == graph.node("file").size
+
+    with_host(test)
+
+
+def test_a_filter_above_a_file_that_an_image_is_being_written_to() -> None:
+    """The job goes on with the file itself, which stays since somebody uses it now."""
+
+    async def test(host: Host) -> None:
+        backend, graph = host.backend, host.backend.graph
+        creator = Creator(graph, backend.driver_registry, "job", locked=False)
+        file = {"driver": "file", "node-name": "f", "filename": host.file("a")}
+        async with creator.image(file) as child:
+            await host.add("delay", "d", file="f")
+            with refused("Export 'job' is not found"):
+                await act(host, "block-filter-insert", export_id="job", filter="d")
+            assert child.node is graph.node("f")
+            await child.write(0, b"x" * 512)
+        assert not graph.permissions_of(graph.node("f"))[0]
+        assert await host.read("d", 0, 512) == b"x" * 512
+        await backend.blockdev_del("d")
+        assert not graph.nodes
 
     with_host(test)

@@ -405,7 +405,7 @@ class Backend:
         """A node by its name, or the top node below the filters of an export."""
         if device in self.graph.nodes:
             return self.graph.node(device)
-        drives = [drive.name for drive in self.graph.backends]
+        drives = [drive.name for drive in self.graph.backends if not drive.pinned]
         if device not in drives:
             text, data = f"There is no node or export '{device}'", {"code": "no-such-node"}
             near = did_you_mean(device, [*self.graph.nodes, *drives])
@@ -526,6 +526,7 @@ class Backend:
                 await self.graph.unpaused(export.backend.device)
         await export.close()
         await self.graph.drop([root])
+        self.graph.update_permissions()
         del self._exports[export.id]
         self.events.emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 

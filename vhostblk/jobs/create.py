@@ -48,6 +48,7 @@ class Creator:
                 perm=Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE,
                 shared=Perm.CONSISTENT_READ,
                 what="job",
+                pinned=True,
             )
             try:
                 graph.attach(backend)
@@ -60,8 +61,8 @@ class Creator:
         finally:
             async with self._lock():
                 graph.detach(backend)
-                if made:
-                    await graph.unmake(node)
+                await graph.drop([node])  # unless others use it meanwhile
+                graph.update_permissions()
 
     @contextlib.contextmanager
     def using(self, id: str, kind: type[ObjectT]) -> Iterator[ObjectT]:
