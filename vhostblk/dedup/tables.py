@@ -91,6 +91,8 @@ class Layer:
 
     map: dict[int, int] = field(default_factory=dict)
     """disk << 48 | block: number."""
+    pages: set[int] = field(default_factory=set)
+    """Those of the map: disk << 48 | block, without the lowest bits."""
     blocks: dict[int, Block | None] = field(default_factory=dict)
     """None: it is gone."""
     index: dict[bytes, int] = field(default_factory=dict)
@@ -288,13 +290,16 @@ class Tables:
     def changed_pages(self, disk: int, first: int, end: int) -> list[int]:
         """The pages of a part of a disk of which something waits for the database, sorted."""
         base = disk << _LBA_BITS - _PAGE_BITS
-        found = {
-            key >> _PAGE_BITS
-            for layer in (self._frozen, self._active)
-            if layer is not None
-            for key in layer.map
-        }
-        return sorted(page - base for page in found if base + first <= page < base + end)
+        asked = range(base + first, base + end)
+        found: set[int] = set()
+        for layer in (self._frozen, self._active):
+            if layer is None:
+                continue
+            if len(asked) < len(layer.pages):
+                found.update(page for page in asked if page in layer.pages)
+            else:
+                found.update(page for page in layer.pages if page in asked)
+        return sorted(page - base for page in found)
 
     @property
     def frozen(self) -> bool:
@@ -353,7 +358,9 @@ class Tables:
             self.state.mapped -= 1
             if self.block(old) is not None:  # else the store is damaged, and this mends it
                 self._refer(old, -1)
-        self._active.map[disk << _LBA_BITS | block] = number
+        key = disk << _LBA_BITS | block
+        self._active.map[key] = number
+        self._active.pages.add(key >> _PAGE_BITS)
 
     def _refer(self, number: int, change: int) -> None:
         block = self.block(number)
