@@ -23,7 +23,7 @@ def why_not(error: OSError, path: str) -> str:
             hint = f"; you may not create files in '{directory}': choose a directory of yours"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "; make room there, or choose another path"
-    return f"{error.strerror}{hint}"
+    return f"{error.strerror or error}{hint}"
 
 
 @contextlib.contextmanager
