@@ -10,6 +10,7 @@ import struct
 import termios
 import time
 
+import pytest
 from frontend import Channel, Device, Flag, GuestMemory, Message, Qmp, Type, vhostblk
 from frontend.memory import Region
 from frontend.protocol import HEADER, vring_state
@@ -101,7 +102,8 @@ def test_what_it_does_not_share_any_more_is_not_its_own() -> None:
             taken = GuestMemory.add(second.memory, 1 << 40, 60 * MIB)
             second.add_region(taken)
             ((start, _),) = mappings(daemon.pid, taken)
-            assert begin <= start < end, "the kernel has put it somewhere else"
+            if not begin <= start < end:
+                pytest.skip("the kernel has put it somewhere else")
             request = second.prepare(Type.IN, length=4096, in_at=taken.gpa)
             os.ftruncate(taken.fd, 0)
             second.publish(request)
