@@ -29,7 +29,7 @@ from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import NodeDriver, RoleKind
 from vhostblk.objects import ObjectStore, object_types
 from vhostblk.objects.iothread import IOThreadObject, IOThreadOptions
-from vhostblk.schema import DeviceNotActive, Model, VhostblkError, did_you_mean, validate
+from vhostblk.schema import DeviceNotActive, Model, VhostblkError, validate
 from vhostblk.snapshot import actions as snapshot_actions  # known to transactions once loaded
 from vhostblk.snapshot.freeze import FrozenGuests
 from vhostblk.state import Document, StateFile, describe, restore, unfinished, with_frozen_guests
@@ -407,12 +407,9 @@ class Backend:
             return self.graph.node(device)
         drives = [drive.name for drive in self.graph.backends if not drive.pinned]
         if device not in drives:
-            text, data = f"There is no node or export '{device}'", {"code": "no-such-node"}
-            near = did_you_mean(device, [*self.graph.nodes, *drives])
-            if near is not None:
-                data["hint"] = f"did you mean '{near}'?"
-                text = f"{text}; {data['hint']}"
-            raise VhostblkError(text, data=data)
+            raise VhostblkError(
+                f"There is no node or export '{device}'", data={"code": "no-such-node"}
+            ).suggest(device, [*self.graph.nodes, *drives])
         return self.graph.backend(device).top_node_below_filters
 
     # ---- jobs
@@ -443,16 +440,12 @@ class Backend:
         """The job called `id`, if it is one that moves data."""
         from vhostblk.jobs.block_job import BlockJob
 
-        for job in self.jobs:
-            if job.id == id and isinstance(job, BlockJob):
-                return job
-        text = f"Block job '{id}' not found"
-        data = {"code": "no-such-job", "job": id}
-        near = did_you_mean(id, [job.id for job in self.jobs if isinstance(job, BlockJob)])
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        raise DeviceNotActive(text, data=data)
+        jobs = {job.id: job for job in self.jobs if isinstance(job, BlockJob)}
+        if id in jobs:
+            return jobs[id]
+        raise DeviceNotActive(
+            f"Block job '{id}' not found", data={"code": "no-such-job", "job": id}
+        ).suggest(id, jobs)
 
     async def job_changed(self) -> None:
         """A job's options are others now: that is recorded."""
@@ -533,13 +526,9 @@ class Backend:
     def _export(self, id: str) -> Export:
         export = self._exports.get(id)
         if export is None:
-            text = f"Export '{id}' is not found"
-            data = {"code": "no-such-export", "export": id}
-            near = did_you_mean(id, self._exports)
-            if near is not None:
-                data["hint"] = f"did you mean '{near}'?"
-                text = f"{text}; {data['hint']}"
-            raise VhostblkError(text, data=data)
+            raise VhostblkError(
+                f"Export '{id}' is not found", data={"code": "no-such-export", "export": id}
+            ).suggest(id, self._exports)
         return export
 
     def _refuse_when_closing(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from vhostblk.graph import Change, Parent
 from vhostblk.nodes.driver import NodeDriver
-from vhostblk.schema import BlockdevRef, Model, OnOff, VhostblkError, did_you_mean, validate
+from vhostblk.schema import BlockdevRef, Model, OnOff, VhostblkError, validate
 
 if TYPE_CHECKING:
     from vhostblk.backend import Backend
@@ -93,11 +93,7 @@ def _find(name: str) -> Action:
     allowed = sorted(ACTIONS)
     text = f"Parameter 'type' does not accept value '{name}'; allowed: {', '.join(allowed)}"
     data: dict[str, Any] = {"code": "bad-value", "parameter": "type", "allowed": allowed}
-    near = did_you_mean(name, allowed)
-    if near is not None:
-        data["hint"] = f"did you mean '{near}'?"
-        text = f"{text}; {data['hint']}"
-    raise VhostblkError(text, data=data)
+    raise VhostblkError(text, data=data).suggest(name, allowed)
 
 
 class Abort(Model):

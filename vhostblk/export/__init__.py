@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vhostblk.graph import BlockBackend, Graph
-from vhostblk.schema import Model, VhostblkError, did_you_mean
+from vhostblk.schema import Model, VhostblkError
 from vhostblk.schema.validation import wrong_type_error
 
 if TYPE_CHECKING:
@@ -109,8 +109,4 @@ def export_type(options: dict[str, Any]) -> type[Export]:
         return _TYPES[name]()
     text = f"Parameter 'type' does not accept value '{name}'; allowed: {', '.join(_TYPES)}"
     data: dict[str, Any] = {"code": "bad-value", "parameter": "type", "allowed": list(_TYPES)}
-    near = did_you_mean(name, _TYPES)
-    if near is not None:
-        data["hint"] = f"did you mean '{near}'?"
-        text = f"{text}; {data['hint']}"
-    raise VhostblkError(text, data=data)
+    raise VhostblkError(text, data=data).suggest(name, _TYPES)

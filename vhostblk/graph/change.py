@@ -45,7 +45,7 @@ from vhostblk.nodes.driver import (
     present,
 )
 from vhostblk.origin import origin
-from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
+from vhostblk.schema import VhostblkError, json_types, validate
 
 if TYPE_CHECKING:
     from vhostblk.graph.graph import Graph
@@ -761,8 +761,4 @@ def _no_child(parent: Parent, role: str, known: Iterable[str]) -> VhostblkError:
     text = f"{what[0].upper()}{what[1:]} '{parent.name}' has no child '{role}'"
     text += f"; its children: {', '.join(names)}" if names else ""
     data: dict[str, Any] = {"code": "no-such-child", "node": parent.name, "child": role}
-    near = did_you_mean(role, names)
-    if near is not None:
-        data["hint"] = f"did you mean '{near}'?"
-        text = f"{text}; {data['hint']}"
-    return VhostblkError(text, data=data)
+    return VhostblkError(text, data=data).suggest(role, names)

@@ -40,7 +40,7 @@ from vhostblk.nodes import DriverRegistry
 from vhostblk.nodes.driver import Child, NodeDriver, Perm, RoleKind, perm_names, present
 from vhostblk.objects import BackendObject, ObjectStore
 from vhostblk.origin import origin
-from vhostblk.schema import VhostblkError, did_you_mean, json_types, validate
+from vhostblk.schema import VhostblkError, json_types, validate
 from vhostblk.schema.validation import wrong_type_error
 
 logger = logging.getLogger(__name__)
@@ -126,13 +126,10 @@ class Graph:
         """The node called `name`."""
         node = self._nodes.get(name)
         if node is None:
-            data: dict[str, Any] = {"code": "no-such-node", "node": name}
-            text = f"Failed to find node with node-name='{name}'"
-            near = did_you_mean(name, self._nodes)
-            if near is not None:
-                data["hint"] = f"did you mean '{near}'?"
-                text = f"{text}; {data['hint']}"
-            raise VhostblkError(text, data=data)
+            raise VhostblkError(
+                f"Failed to find node with node-name='{name}'",
+                data={"code": "no-such-node", "node": name},
+            ).suggest(name, self._nodes)
         return node
 
     def children_of(self, node: NodeDriver) -> Mapping[str, Child]:
@@ -154,17 +151,12 @@ class Graph:
 
     def backend(self, name: str) -> BlockBackend:
         """The drive of the export called `name`; a job may have the same name."""
-        drives = [backend for backend in self._backends if not backend.pinned]
-        for backend in drives:
-            if backend.name == name:
-                return backend
-        text = f"Export '{name}' is not found"
-        data: dict[str, Any] = {"code": "no-such-export", "export": name}
-        near = did_you_mean(name, [backend.name for backend in drives])
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        raise VhostblkError(text, data=data)
+        drives = {backend.name: backend for backend in self._backends if not backend.pinned}
+        if name not in drives:
+            raise VhostblkError(
+                f"Export '{name}' is not found", data={"code": "no-such-export", "export": name}
+            ).suggest(name, drives)
+        return drives[name]
 
     def siblings(self, node: NodeDriver) -> list[NodeDriver]:
         """The nodes that stand where this one stands, under other legs of the same tree.

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
 
 from vhostblk.events import EventBus
 from vhostblk.jobs.job import Job
-from vhostblk.schema import VhostblkError, did_you_mean, id_wellformed
+from vhostblk.schema import VhostblkError, id_wellformed
 
 MAX_JOBS = 1000
 """Concluded ones count until they are dismissed."""
@@ -56,13 +55,8 @@ class JobStore:
         job = self._jobs.get(id)
         if job is not None:
             return job
-        text = f"Job '{id}' not found"
-        data: dict[str, Any] = {"code": "no-such-job", "job": id}
-        near = did_you_mean(id, self._jobs)
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        raise VhostblkError(text, data=data)
+        error = VhostblkError(f"Job '{id}' not found", data={"code": "no-such-job", "job": id})
+        raise error.suggest(id, self._jobs)
 
     async def close(self) -> None:
         """Cancel them all."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vhostblk.nodes.driver import NodeDriver
-from vhostblk.schema import VhostblkError, did_you_mean
+from vhostblk.schema import VhostblkError
 
 ENTRY_POINTS = "vhostblk.nodes"
 _NOT_DRIVERS = {"driver", "hooks", "locks"}
@@ -104,13 +104,9 @@ class DriverRegistry:
         if driver is not None:
             return driver
         known = sorted(self.all())
-        near = did_you_mean(name, known)
         text = f"Parameter '{where}' does not accept value '{name}'; allowed: {', '.join(known)}"
         data = {"code": "bad-value", "parameter": where, "allowed": known}
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        raise VhostblkError(text, data=data)
+        raise VhostblkError(text, data=data).suggest(name, known)
 
     def all(self) -> dict[str, type[NodeDriver]]:
         """Every driver by name. Imports them all."""

@@ -115,12 +115,8 @@ class ObjectStore:
                 f"Parameter 'qom-type' does not accept value '{name}'; "
                 f"allowed: {', '.join(allowed)}"
             )
-            near = did_you_mean(name, allowed)
-            data: dict[str, Any] = {"code": "bad-value", "parameter": "qom-type"}
-            if near is not None:
-                data["hint"] = f"did you mean '{near}'?"
-                text = f"{text}; {data['hint']}"
-            raise VhostblkError(text, data=data)
+            data = {"code": "bad-value", "parameter": "qom-type"}
+            raise VhostblkError(text, data=data).suggest(name, allowed)
         checked = validate(kind.Options, options)
         if checked.id in self._objects:
             raise VhostblkError(
@@ -247,21 +243,13 @@ class ObjectStore:
         return found
 
     def _not_found(self, id: str, text: str) -> VhostblkError:
-        near = did_you_mean(id, self._objects)
-        data = {"code": "no-such-object", "id": id}
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        return VhostblkError(text, data=data)
+        error = VhostblkError(text, data={"code": "no-such-object", "id": id})
+        return error.suggest(id, self._objects)
 
     def _no_property(self, found: BackendObject, property: str) -> VhostblkError:
         text = f"Property '{found.qom_type}.{property}' not found"
-        near = did_you_mean(property, found.properties())
-        data = {"code": "no-such-property", "property": property}
-        if near is not None:
-            data["hint"] = f"did you mean '{near}'?"
-            text = f"{text}; {data['hint']}"
-        return VhostblkError(text, data=data)
+        error = VhostblkError(text, data={"code": "no-such-property", "property": property})
+        return error.suggest(property, found.properties())
 
 
 def _string(options: dict[str, Any], name: str) -> str:

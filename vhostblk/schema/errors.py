@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class VhostblkError(Exception):
@@ -23,6 +23,16 @@ class VhostblkError(Exception):
         self.desc = desc
         self.error_class = error_class or self.default_class
         self.data = data
+
+    def suggest(self, name: str, known: Iterable[str]) -> Self:
+        """The same error; if `name` was probably meant to be a known one, it says which."""
+        near = did_you_mean(name, known)
+        if near is not None:
+            hint = f"did you mean '{near}'?"
+            self.desc = f"{self.desc}; {hint}"
+            self.args = (self.desc,)
+            self.data = {**(self.data or {}), "hint": hint}
+        return self
 
 
 class DeviceNotFound(VhostblkError):
