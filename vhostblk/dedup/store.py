@@ -69,7 +69,7 @@ from vhostblk.dedup.ledger import Ledger, portions
 from vhostblk.dedup.ledger import State as LedgerState
 from vhostblk.dedup.replay import Replay, in_slices, look_through
 from vhostblk.dedup.space import GUESTS_RESERVE, NoSpace, Space
-from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, Dump, Tables
+from vhostblk.dedup.tables import DAMAGES, FILE, PAGE, PAGES, Dump, Tables
 from vhostblk.dedup.writing import Writing
 from vhostblk.schema import VhostblkError
 
@@ -81,7 +81,7 @@ _LOCK_WAIT = 5.0
 _PORTION = 1 << 20
 _FEW_PAGES = 256
 """Pages of a map that are looked at one by one, whether there is something or not."""
-_PAGES = 60
+_PAGES_AT_ONCE = 60
 """Of those that the database has, so many are looked up at once."""
 LEVELS = (80, 90, 95)
 """Per cent of either device: when more is in use, there is an event."""
@@ -571,7 +571,7 @@ class Store:
 
     async def _written_pages(self, disk: int, first: int, end: int) -> AsyncIterator[int]:
         """Those that the database has."""
-        while pages := self.tables.pages(disk, first, end, _PAGES):
+        while pages := self.tables.pages(disk, first, end, _PAGES_AT_ONCE):
             for page in pages:
                 yield page
             first = pages[-1] + 1
@@ -1163,7 +1163,7 @@ class Store:
         """In how many pieces the blocks of a disk are on the data device."""
         size, blocks, pieces, end, last = self.super.block_size, 0, 0, -1, -1
         turns = Turns()
-        async for page in self._written_pages(disk, 0, 1 << 41):
+        async for page in self._written_pages(disk, 0, PAGES):
             await turns.others()
             for index, number in enumerate(self.tables.page(disk, page)):
                 block = self.tables.block(number) if number else None

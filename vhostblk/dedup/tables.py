@@ -52,6 +52,8 @@ _PORTION = 512
 _BREATH = 0.0001
 """Whoever writes to the database lets others run for so many seconds after each portion."""
 _LBA_BITS = 48
+PAGES = 1 << _LBA_BITS - _PAGE_BITS
+"""Of the map of a disk, at most."""
 _EMPTY = bytes(8 * PAGE)
 _PAGE_KEY = struct.Struct(">IQ")
 _KEY = struct.Struct(">Q")
@@ -289,7 +291,7 @@ class Tables:
 
     def changed_pages(self, disk: int, first: int, end: int) -> list[int]:
         """The pages of a part of a disk of which something waits for the database, sorted."""
-        base = disk << _LBA_BITS - _PAGE_BITS
+        base = disk * PAGES
         asked = range(base + first, base + end)
         found: set[int] = set()
         for layer in (self._frozen, self._active):
@@ -545,9 +547,8 @@ def _map_entries(view: View, layer: Layer) -> Iterator[tuple[bytes, bytes | None
     pages: dict[int, list[int]] = {}
     for key in layer.map:
         pages.setdefault(key >> _PAGE_BITS, []).append(key)
-    mask = (1 << _LBA_BITS - _PAGE_BITS) - 1
     for page in sorted(pages):
-        name = _PAGE_KEY.pack(page >> _LBA_BITS - _PAGE_BITS, page & mask)
+        name = _PAGE_KEY.pack(*divmod(page, PAGES))
         entries = array("Q", view.get("map", name) or _EMPTY)
         for key in pages[page]:
             entries[key & (PAGE - 1)] = layer.map[key]

@@ -180,11 +180,6 @@ def _legs(
         if device in backend.graph.nodes:
             error.desc += f"; '{device}' is a node: use {parameter}={device}"
         raise
-    if drive.what != "export":
-        raise VhostblkError(
-            f"'{device}' is a {drive.what}, not an export",
-            data={"code": "no-such-export", "export": device},
-        )
     return change.top_nodes_below_filters(drive)
 
 

@@ -52,9 +52,7 @@ class Wanted:
 
 async def make(backend: Backend, change: Change, wanted: Wanted) -> NodeDriver:
     """The overlay's node: without a backing node yet, and used by nobody."""
-    if wanted.existing:
-        return await _make(backend, change, wanted)
-    with creating(wanted.filename):
+    with contextlib.nullcontext() if wanted.existing else creating(wanted.filename):
         return await _make(backend, change, wanted)
 
 

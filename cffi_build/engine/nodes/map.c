@@ -2,7 +2,8 @@
 /*
  * nodes/map.c: requests to a disk whose data lie wherever a map of units says. The map is
  * in map_table.c, how units get a place in map_place.c and from which runs in map_runs.c, its waiting in
- * map_thread.c; map.api.h explains the entries. Drivers in Python (qcow2, qed) fill the map and do what it has no answer for.
+ * map_thread.c; map.api.h explains the entries. Drivers in Python (qcow2, qed) fill the map and do
+ * what it has no answer for.
  *
  * A request is cut into extents: as many units in a row as one request to a child can do.
  * If any of its units needs Python, all of it goes up before anything has been started, as far as
